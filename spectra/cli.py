@@ -1,0 +1,178 @@
+"""The `spectra` command: measure a checkpoint's spectrum, draw it, report on it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spectra.command_line import on_terminal, run_command
+from spectra.errors import InputError
+from spectra.records import CONFIG, RECORDS, Run, SpectrumRecord, check_free
+from spectra.series import describe
+
+if TYPE_CHECKING:
+    from spectra.probe import SpectrumProbe
+
+IMAGES = (".png", ".svg", ".pdf")
+
+
+@run_command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments (None: those of the process) and return its exit code."""
+    options = _parser().parse_args(arguments)
+    options.command(options)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from spectra import __version__
+
+    parser = argparse.ArgumentParser(prog="spectra", description="Hessian spectra of language models.")
+    parser.add_argument("--version", action="version", version=f"spectra {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    usage = "spectra measure MODEL --text FILE... --out DIR [options]"  # argparse's own would put the model last
+    measure = commands.add_parser("measure", help="measure the spectrum of a checkpoint on some text", usage=usage)
+    measure.set_defaults(command=_measure)
+    measure.add_argument("model", help="a model folder, or a name on the Hugging Face hub")
+    measure.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files to take the loss on")
+    measure.add_argument("--out", required=True, metavar="DIR", help="run folder to make")
+    measure.add_argument("--params", nargs="+", metavar="GLOB", help='parameters to measure, "*mlp*" (default: all)')
+    measure.add_argument(
+        "--probes", type=int, default=10, help="random probes, 10 by default; more narrow the intervals"
+    )
+    measure.add_argument(
+        "--steps", type=int, default=60, help="Lanczos steps a probe, 60 by default; more resolve finer"
+    )
+    measure.add_argument("--sequences", type=int, default=8, help="sequences cut from the text, 8 by default")
+    measure.add_argument("--length", type=int, help="tokens a sequence (default: 256, or the model's longest)")
+    measure.add_argument("--batch-size", type=int, default=8, help="sequences a forward pass, 8 by default")
+    measure.add_argument("--seed", type=int, default=0, help="of the probes, 0 by default")
+    measure.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="precision of the products")
+    measure.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    measure.add_argument("--trust-remote-code", action="store_true", help="run the code that a hub model brings")
+
+    plot = commands.add_parser("plot", help="draw a run: the density of eigenvalues, or a quantity over training")
+    plot.set_defaults(command=_plot)
+    plot.add_argument("run", help="run or study folder")
+    plot.add_argument("--quantity", help="draw this over the training steps: rms, lambda_max, loss, ...")
+    plot.add_argument("--mode", help="which Hessian, where a run has several (default: the first)")
+    plot.add_argument("--out", metavar="FILE", help="image to write (default: a .png in the run folder)")
+
+    report = commands.add_parser("report", help="write a run's report.html, one file with everything in it")
+    report.set_defaults(command=_report)
+    report.add_argument("run", help="run or study folder")
+    report.add_argument("--title", help="heading of the report")
+    return parser
+
+
+def _measure(options: argparse.Namespace) -> None:
+    import torch
+
+    from spectra.loading import load_causal_lm, quiet_transformers, read_texts, sequence_batches
+    from spectra.parameters import ParameterSpace
+    from spectra.probe import SpectrumProbe
+
+    check_free(options.out)  # before the minutes that loading a model may take
+    texts = read_texts(options.text)
+    model, tokenizer = load_causal_lm(
+        options.model,
+        dtype=getattr(torch, options.dtype),
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    batches = sequence_batches(
+        model, tokenizer, texts, sequences=options.sequences, length=options.length, batch_size=options.batch_size
+    )
+    ParameterSpace(model, options.params)  # refuses a glob that matches nothing before a folder is made
+    settings = {key: value for key, value in vars(options).items() if key not in ("command", "model")}
+    settings |= {"checkpoint": options.model, "length": batches[0]["input_ids"].shape[1]}
+    with quiet_transformers(), _progress() as progress:
+        probe = SpectrumProbe(
+            model,
+            batches,
+            out=options.out,
+            params=options.params,
+            probes=options.probes,
+            steps=options.steps,
+            seed=options.seed,
+            config=settings,
+            progress=progress,
+        )
+        record = _measure_once(probe)
+    for line in _table(record):
+        print(line)
+    print(f"written to {options.out}; next: spectra plot {options.out}, or spectra report {options.out}")
+
+
+def _measure_once(probe: SpectrumProbe) -> SpectrumRecord:
+    try:
+        return probe.measure(0)[0]
+    finally:
+        run = probe.run
+        if run is not None and not run.records:  # nothing was measured: leave the folder free for another try
+            for name in (CONFIG, RECORDS):
+                (run.folder / name).unlink(missing_ok=True)
+
+
+def _table(record: SpectrumRecord) -> list[str]:
+    """A record in words, its estimates aligned."""
+    heading = (
+        f"{record.dimension:,} parameters, loss {record.loss:.4g}, {record.probes} probes of {record.lanczos_steps} "
+        f"steps, {record.products} products in {record.seconds:.1f} s on {record.device}"
+    )
+    rows = [("quantity", "value", "95 % interval", "")]
+    for key, estimate in record.estimates.items():
+        name = describe(key).name + (f" (|λ| < {record.near_zero_tol:g})" if key == "near_zero_share" else "")
+        note = "" if estimate.resolved else f"unresolved: {estimate.reason}"
+        rows.append((name, f"{estimate.value:.4g}", f"[{estimate.low:.4g}, {estimate.high:.4g}]", note))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
+    return [heading, *lines, *(f"note: {note}" for note in record.notes)]
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from spectra import plots
+
+    run = Run(options.run)
+    name = "density" if options.quantity is None else f"trajectory-{options.quantity}"
+    out = Path(options.out) if options.out else run.folder / f"{name}.png"
+    if out.suffix.lower() not in IMAGES:
+        raise InputError(f"expected an image file ending in {', '.join(IMAGES)}, got {out}: choose another --out")
+    if options.quantity is None:
+        ax = plots.density(run, mode=options.mode, steps="last" if len(run.runs) > 1 else None)
+    else:
+        ax = plots.trajectory(run, options.quantity, mode=options.mode)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    ax.figure.savefig(out, dpi=160)
+    print(out)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from spectra import report
+
+    print(report.write(options.run, title=options.title))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with the time left, on a terminal only."""
+    if not on_terminal():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc="measuring", unit="product", leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,238 @@
+"""Extreme eigenvalues and their vectors, at either end or both, with residuals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import scipy.linalg
+import torch
+
+from spectra.errors import InputError, NonFiniteError
+from spectra.lanczos import orthogonalize_
+from spectra.operators import LinearOperator
+from spectra.vectors import gaussian, norm
+
+WHICH = ("LM", "LA", "SA", "BE")
+DENSE_LIMIT = 4096  # up to this dimension a hard search may end by forming the matrix
+TRIAL_STEPS = 15  # a random start reveals a missed outlier within these: each step multiplies its share of the vector
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues (k,) ascending, vectors (n, k) with orthonormal columns, residuals (k,) = ||A x - lambda x||,
+    converged (k,) whether each residual met the tolerance, and the products spent."""
+
+    values: np.ndarray
+    vectors: torch.Tensor
+    residuals: np.ndarray
+    converged: np.ndarray
+    products: int
+
+
+def topk(
+    op: LinearOperator,
+    k: int,
+    *,
+    which: str = "LM",
+    tol: float = 1e-6,
+    seed: int = 0,
+    basis: int | None = None,
+    max_products: int | None = None,
+    verify: bool = True,
+) -> Eigenpairs:
+    """k extreme eigenpairs by thick-restart Lanczos with full reorthogonalisation.
+
+    which: "LM" largest magnitude, "LA" largest, "SA" smallest, "BE" from both ends (the odd one from the top).
+    tol: a pair has converged when ||A x - lambda x|| <= tol * |lambda|, or is at the rounding level of the operator.
+    basis: vectors held at once (default max(3k + 10, 40)). max_products: stop there, with what has not converged
+    marked so (by default 100 * basis). verify: after convergence search the complement of the pairs found from a fresh
+    random vector, because one Krylov space holds a single copy of a repeated eigenvalue; about as many products again.
+
+    The basis is kept orthonormal to rounding, so a converged value never comes back as a copy ("ghost"). Small
+    operators (n <= max(4k, 64)), and those up to n = 4096 on which n products were not enough, are formed and
+    diagonalised. Method: Wu and Simon, SIAM J. Matrix Anal. 22, 2000.
+    Raises InputError for k outside 1..n or an unknown `which`.
+    """
+    n = op.shape[0]
+    if which not in WHICH:
+        raise InputError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
+    if not 1 <= k <= n:
+        raise InputError(f"k must lie between 1 and the dimension {n}, got {k}")
+    if not tol > 0:
+        raise InputError(f"the tolerance must be positive, got {tol}")
+    if n <= max(4 * k, 64):
+        return _dense(op, k, which)
+    size = min(basis or max(3 * k + 10, 40), n)
+    if size < k + 2:
+        raise InputError(f"the basis must hold at least k + 2 = {k + 2} vectors, got {size}")
+    hard = n if max_products is None and n <= DENSE_LIMIT else None  # products after which forming A is cheaper
+    search = _Search(op, size, tol, seed, budget=max_products or hard or 100 * size)
+    values, vectors, residuals = search.run(k, which)
+    while verify and search.spent < search.budget:
+        # The best of the complement at each end that was asked for; it joins if it beats what was found there.
+        ends = [end for end in ("LA", "SA") if _asks_for(which, end, values)]
+        found = [search.run(1, end, locked=vectors, beat=_worst(values, which, end)) for end in ends]
+        merged_values = np.concatenate([values, *[f[0] for f in found]])
+        merged_residuals = np.concatenate([residuals, *[f[2] for f in found]])
+        slack = tol * np.abs(merged_values).max()
+        keep = select(merged_values, k, which, preferred=np.arange(k), slack=slack)
+        if set(keep) == set(range(k)):
+            break
+        merged = torch.cat([vectors, *[f[1] for f in found]])
+        values, vectors, residuals = merged_values[keep], merged[torch.as_tensor(keep)], merged_residuals[keep]
+    if hard is not None and search.spent >= hard:
+        return replace(_dense(op, k, which), products=search.spent + n)
+    order = np.argsort(values)
+    converged = residuals <= search.allowed(values)
+    return Eigenpairs(
+        values[order], vectors[torch.as_tensor(order)].T.contiguous(), residuals[order], converged[order], search.spent
+    )
+
+
+def select(
+    values: np.ndarray, k: int, which: str, *, preferred: np.ndarray | None = None, slack: float = 0.0
+) -> np.ndarray:
+    """Indices of the k wanted among `values`. `preferred` ones win against others less than `slack` more extreme."""
+    bonus = np.zeros(len(values))
+    if preferred is not None:
+        bonus[preferred] = slack
+    if which == "LM":
+        return np.argsort(-(np.abs(values) + bonus), kind="stable")[:k]
+    up, down = np.argsort(-(values + bonus), kind="stable"), np.argsort(values - bonus, kind="stable")
+    if which == "LA":
+        return up[:k]
+    if which == "SA":
+        return down[:k]
+    top = up[: k - k // 2]
+    bottom = [i for i in down if i not in set(top)][: k // 2]
+    return np.concatenate([top, np.array(bottom, dtype=int)])
+
+
+def _asks_for(which: str, end: str, values: np.ndarray) -> bool:
+    return which in (end, "LM") or (which == "BE" and (end == "LA" or len(values) > 1))
+
+
+def _worst(values: np.ndarray, which: str, end: str) -> float:
+    """What another eigenvalue at this end has to beat in order to be one of the k wanted."""
+    if which == "LM":
+        bound = np.abs(values).min()
+        return float(bound if end == "LA" else -bound)
+    if which == "BE":
+        values = np.sort(values)
+        values = values[len(values) // 2 :] if end == "LA" else values[: len(values) // 2]
+    return float(values.min() if end == "LA" else values.max())
+
+
+@dataclass
+class _Search:
+    """Thick-restart Lanczos on the complement of locked vectors; `radius` and `spent` grow over its runs."""
+
+    op: LinearOperator
+    size: int
+    tol: float
+    seed: int
+    budget: int
+    spent: int = 0
+    radius: float = 0.0
+    draws: int = 0
+    buffer: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.buffer = torch.empty(self.size + 1, self.op.shape[0], dtype=self.op.dtype, device=self.op.device)
+        self.eps = torch.finfo(self.op.dtype).eps
+
+    def allowed(self, values: np.ndarray) -> np.ndarray:
+        """The residual under which a pair counts as converged."""
+        return np.maximum(self.tol * np.abs(values), 10 * self.eps * self.radius)
+
+    def run(
+        self, k: int, which: str, locked: torch.Tensor | None = None, beat: float | None = None
+    ) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
+        """k wanted pairs orthogonal to the rows of `locked`: values (k,), vectors (k, n), residuals (k,).
+
+        beat: give up once no pair can reach past this value, for k = 1 at the end "LA" or "SA".
+        """
+        begun = self.spent
+        room = self.op.shape[0] - (0 if locked is None else len(locked))
+        size = min(self.size, room)
+        k = min(k, room)
+        projected = np.zeros((size, size))
+        filled = 0
+        self._fresh(0, locked)
+        while True:
+            filled += 1
+            column, beta = self._expand(filled - 1, locked)
+            projected[:filled, filled - 1] = projected[filled - 1, :filled] = column
+            values, small = scipy.linalg.eigh(projected[:filled, :filled])
+            self.radius = max(self.radius, float(np.abs(values).max()))
+            exhausted = filled == room
+            residuals = np.zeros(filled) if exhausted else np.abs(beta * small[-1])
+            wanted = select(values, min(k, filled), which)
+            settled = filled >= k and bool(np.all(residuals[wanted] <= self.allowed(values[wanted])))
+            if beat is not None and self.spent - begun >= TRIAL_STEPS:
+                reach = values[wanted[0]] + residuals[wanted[0]] * (1 if which == "LA" else -1)
+                settled |= bool(reach < beat if which == "LA" else reach > beat)
+            if exhausted or settled or self.spent >= self.budget:
+                vectors = (
+                    torch.as_tensor(small[:, wanted].T, dtype=self.op.dtype, device=self.op.device)
+                    @ self.buffer[:filled]
+                )
+                return values[wanted], vectors, residuals[wanted]
+            if beta <= 10 * self.eps * self.radius:  # an invariant subspace: go on in a new direction
+                self._fresh(filled, locked)
+                beta = 0.0
+            if filled == size:
+                filled = self._restart(projected, values, small, k, which)
+
+    def _expand(self, last: int, locked: torch.Tensor | None) -> tuple[np.ndarray, float]:
+        """Multiply the newest vector; its coefficients against the basis, and the norm of the new direction."""
+        image = self.op @ self.buffer[last]
+        self.spent += 1
+        if locked is not None:
+            orthogonalize_(image, locked)
+        column = orthogonalize_(image, self.buffer[: last + 1])
+        if locked is not None:
+            orthogonalize_(image, locked)
+        beta = norm(image)
+        if not np.isfinite(beta):
+            raise NonFiniteError(f"the operator's product number {self.spent} is not finite; check what it multiplies")
+        if beta > 0:
+            self.buffer[last + 1] = image / beta
+        return column.double().cpu().numpy(), beta
+
+    def _fresh(self, row: int, locked: torch.Tensor | None) -> None:
+        """A random direction orthogonal to everything held, into the buffer's `row`."""
+        vector = gaussian(self.op, seed=self.seed, index=self.draws, stream="topk")
+        self.draws += 1
+        for _ in range(2):
+            if locked is not None:
+                orthogonalize_(vector, locked)
+            if row:
+                orthogonalize_(vector, self.buffer[:row])
+            vector /= norm(vector)
+        self.buffer[row] = vector
+
+    def _restart(self, projected: np.ndarray, values: np.ndarray, small: np.ndarray, k: int, which: str) -> int:
+        """Keep the wanted Ritz vectors and as many neighbours as fit in half of the basis, then the newest vector."""
+        size = len(values)
+        keep = np.sort(select(values, min(k + max((size - k) // 3, 1), size - 1), which))
+        rotation = torch.as_tensor(small[:, keep].T, dtype=self.op.dtype, device=self.op.device)
+        newest = self.buffer[size].clone()
+        self.buffer[: len(keep)] = rotation @ self.buffer[:size]
+        self.buffer[len(keep)] = newest
+        projected[:] = 0
+        projected[np.arange(len(keep)), np.arange(len(keep))] = values[keep]
+        return len(keep)
+
+
+def _dense(op: LinearOperator, k: int, which: str) -> Eigenpairs:
+    n = op.shape[0]
+    matrix = (op @ torch.eye(n, dtype=op.dtype, device=op.device)).double().cpu().numpy()
+    matrix = (matrix + matrix.T) / 2
+    values, vectors = scipy.linalg.eigh(matrix)
+    keep = np.sort(select(values, k, which))
+    values, vectors = values[keep], vectors[:, keep]
+    residuals = np.linalg.norm(matrix @ vectors - vectors * values, axis=0)
+    vectors = torch.as_tensor(vectors, dtype=op.dtype, device=op.device)
+    return Eigenpairs(values, vectors, residuals, np.ones(k, dtype=bool), n)

@@ -1,0 +1,82 @@
+"""A stochastic number and the interval that goes with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval [low, high].
+
+    `resolved` is False where the measurement cannot support the number; `reason` then says why, and the interval
+    still holds what is known. `products` counts the operator products spent on it, where one call knows.
+    """
+
+    value: float
+    low: float
+    high: float
+    resolved: bool = True
+    reason: str = ""
+    products: int = 0
+
+    @property
+    def half_width(self) -> float:
+        """Half the length of the interval, (high - low) / 2."""
+        return (self.high - self.low) / 2
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __str__(self) -> str:
+        mark = "" if self.resolved else " (unresolved)"
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]{mark}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON. A number that is not finite becomes None."""
+        return {
+            "value": _finite(self.value),
+            "low": _finite(self.low),
+            "high": _finite(self.high),
+            "resolved": bool(self.resolved),
+            "reason": self.reason,
+            "products": int(self.products),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Estimate:
+        """The inverse of `to_dict`: a missing value reads as NaN, a missing bound as unbounded."""
+        value, low, high = fields.get("value"), fields.get("low"), fields.get("high")
+        return cls(
+            value=math.nan if value is None else float(value),
+            low=-math.inf if low is None else float(low),
+            high=math.inf if high is None else float(high),
+            resolved=bool(fields.get("resolved", True)),
+            reason=str(fields.get("reason", "")),
+            products=int(fields.get("products", 0)),
+        )
+
+
+def student_interval(samples: Sequence[float] | np.ndarray, *, confidence: float = CONFIDENCE) -> Estimate:
+    """Mean of independent samples with Student's interval, mean +- t_{k-1} s / sqrt(k).
+
+    samples: (k,) one value a probe. With one sample the interval is unbounded and the estimate unresolved.
+    """
+    samples = np.asarray(samples, dtype=float)
+    mean = float(samples.mean())
+    if len(samples) < 2:
+        return Estimate(mean, -math.inf, math.inf, False, "one probe says nothing about its spread: use two or more")
+    half = float(stats.t.ppf(0.5 + confidence / 2, len(samples) - 1) * samples.std(ddof=1) / math.sqrt(len(samples)))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def _finite(number: float) -> float | None:
+    return float(number) if math.isfinite(number) else None

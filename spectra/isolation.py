@@ -1,0 +1,129 @@
+"""Measuring without leaving a trace: what a measurement may disturb is put back when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Attention implementations of transformers that can be differentiated twice (sdpa through its math kernel).
+TWICE_DIFFERENTIABLE = ("eager", "sdpa")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile, DataParallel and DistributedDataParallel wrappers, which cannot be probed."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+@contextlib.contextmanager
+def isolated(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Run the model for measurement: gradients on, twice-differentiable attention, no autocast, no compilation.
+
+    On exit restores, bit for bit: training flags of every module, buffers, random states (Python, NumPy, torch on
+    every device in use), gradient checkpointing and the attention implementation. Parameters and their `.grad` are
+    never written.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(random_states_kept(device))
+        stack.enter_context(_modes_kept(model, training))
+        stack.enter_context(_buffers_kept(model))
+        stack.enter_context(_attention_differentiable(model))
+        stack.enter_context(differentiating(device))
+        yield
+
+
+@contextlib.contextmanager
+def differentiating(device: torch.device) -> Iterator[None]:
+    """Gradients on whatever the caller switched off; eager, in the parameters' own precision, math attention."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.compiler.set_stance("force_eager"),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def random_states_kept(device: torch.device) -> Iterator[None]:
+    """Put back the random states of Python, NumPy and torch (CPU and, if used, the accelerator)."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002, the state to protect is the legacy one
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def requiring_grad(model: nn.Module, chosen: tuple[nn.Parameter, ...]) -> Iterator[None]:
+    """Exactly the chosen parameters require gradients, so that the graph holds nothing else."""
+    wanted = set(chosen)
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for parameter, _ in before:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(parameter in wanted)
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _modes_kept(model: nn.Module, training: bool) -> Iterator[None]:
+    modes = [(m, m.training) for m in model.modules()]
+    checkpointing = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    try:
+        for module, _ in modes:
+            module.training = training
+        for module in checkpointing:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module in checkpointing:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    # The measurement works on copies: writing the originals back would bump their versions inside live graphs.
+    kept = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    try:
+        for module, name, buffer in kept:
+            module._buffers[name] = buffer.clone()
+        yield
+    finally:
+        for module, name, buffer in kept:
+            module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def _attention_differentiable(model: nn.Module) -> Iterator[None]:
+    setter = getattr(model, "set_attn_implementation", None)
+    current = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if setter is None or current is None or current in TWICE_DIFFERENTIABLE:
+        yield
+        return
+    setter("eager")
+    try:
+        yield
+    finally:
+        setter(current)

@@ -1,0 +1,198 @@
+"""Symmetric linear operators known through their products with vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+from spectra.errors import InputError
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a few products tell about an operator before it is trusted.
+
+    symmetry_gap: see `LinearOperator.symmetry_gap`. repeatability: relative difference of the gradient computed
+    twice from scratch; zero for a deterministic loss.
+    """
+
+    symmetry_gap: float
+    repeatability: float
+
+
+class LinearOperator:
+    """A symmetric n x n matrix A, seen only as v -> A v.
+
+    A subclass sets `shape`, `dtype` and `device` and defines `_matvec(v)` for v: (n,) on that device and in that
+    dtype; it may define `_matmat(V)` for V: (n, k). `products` counts the vectors multiplied so far.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    products: int = 0
+
+    def __matmul__(self, other: Any) -> Any:
+        """A v for (n,), A V for (n, k). A NumPy array comes back as one; a tensor keeps the operator's dtype."""
+        if isinstance(other, np.ndarray):
+            return (self @ torch.from_numpy(np.ascontiguousarray(other))).cpu().numpy()
+        if not isinstance(other, torch.Tensor):
+            return NotImplemented
+        if other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
+            raise InputError(
+                f"a vector ({self.shape[1]},) or matrix ({self.shape[1]}, k) is expected, got {tuple(other.shape)}"
+            )
+        other = other.detach().to(device=self.device, dtype=self.dtype)
+        self.products += 1 if other.ndim == 1 else other.shape[1]
+        return self._matvec(other) if other.ndim == 1 else self._matmat(other)
+
+    def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _matmat(self, matrix: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self._matvec(column) for column in matrix.T.contiguous()], dim=1)
+
+    def to_scipy(self) -> ScipyOperator:
+        """The same operator for scipy.sparse.linalg (eigsh, lobpcg, ...), in NumPy's dtype of the same width."""
+        return _ScipyView(self)
+
+    def symmetry_gap(self, *, probes: int = 1, seed: int = 0) -> float:
+        """Relative difference |u.Av - v.Au| / (||Av|| ||u||) for random u, v; the largest over `probes` pairs.
+
+        Zero for an exactly symmetric operator; rounding level for a sound Hessian. Costs two products a pair.
+        """
+        from spectra.vectors import dot, gaussian, norm
+
+        gaps = []
+        for index in range(probes):
+            u = gaussian(self, seed=seed, index=2 * index, stream="symmetry")
+            v = gaussian(self, seed=seed, index=2 * index + 1, stream="symmetry")
+            au, av = self @ u, self @ v
+            scale = max(norm(av) * norm(u), norm(au) * norm(v))
+            gaps.append(abs(dot(u, av) - dot(v, au)) / scale if scale > 0 else 0.0)
+        return max(gaps)
+
+
+class DenseOperator(LinearOperator):
+    """A symmetric matrix held in memory. matrix: (n, n) tensor or array, symmetric to rounding."""
+
+    def __init__(self, matrix: torch.Tensor | np.ndarray):
+        matrix = _real(matrix)
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+            raise InputError(f"a square matrix is expected, got shape {tuple(matrix.shape)}")
+        if not torch.isfinite(matrix).all():
+            raise InputError("the matrix holds NaN or infinity; every entry must be finite")
+        scale = matrix.abs().max()
+        if (matrix - matrix.T).abs().max() > 1e3 * torch.finfo(matrix.dtype).eps * scale:
+            raise InputError("the matrix is not symmetric; pass (A + A.T) / 2 if that is what you mean")
+        self.matrix = matrix
+        self.shape = (matrix.shape[0], matrix.shape[0])
+        self.dtype, self.device = matrix.dtype, matrix.device
+
+    def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
+        return self.matrix @ vector
+
+    def _matmat(self, matrix: torch.Tensor) -> torch.Tensor:
+        return self.matrix @ matrix
+
+
+class DiagonalOperator(LinearOperator):
+    """diag(values). values: (n,); the eigenvalues, which makes it the oracle of choice at large n."""
+
+    def __init__(self, values: torch.Tensor | np.ndarray):
+        values = _real(values)
+        if values.ndim != 1 or not len(values):
+            raise InputError(f"a vector of eigenvalues is expected, got shape {tuple(values.shape)}")
+        if not torch.isfinite(values).all():
+            raise InputError("the values hold NaN or infinity; every one must be finite")
+        self.values = values
+        self.shape = (len(values), len(values))
+        self.dtype, self.device = values.dtype, values.device
+
+    def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
+        return self.values * vector
+
+    def _matmat(self, matrix: torch.Tensor) -> torch.Tensor:
+        return self.values[:, None] * matrix
+
+
+class MeanOperator(LinearOperator):
+    """The mean of operators of one shape, (A_1 + ... + A_k) / k, such as a Hessian averaged over noise draws.
+
+    Where the members are Hessians, `loss`, `gradient`, `preflight` and `close` answer for the mean of their losses.
+    """
+
+    def __init__(self, operators: Sequence[LinearOperator]):
+        self.operators = tuple(operators)
+        if not self.operators:
+            raise InputError("at least one operator is expected, got none")
+        shapes = {op.shape for op in self.operators}
+        if len(shapes) > 1:
+            raise InputError(f"operators of one shape are expected, got {sorted(shapes)}")
+        first = self.operators[0]
+        self.shape, self.dtype, self.device = first.shape, first.dtype, first.device
+
+    def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
+        total = self.operators[0] @ vector
+        for operator in self.operators[1:]:
+            total += operator @ vector
+        return total / len(self.operators)
+
+    def _matmat(self, matrix: torch.Tensor) -> torch.Tensor:
+        return self._matvec(matrix)
+
+    def loss(self) -> float:
+        """The mean of the members' losses."""
+        return sum(op.loss() for op in self._hessians()) / len(self.operators)
+
+    def gradient(self) -> torch.Tensor:
+        """The mean of the members' gradients: (n,)."""
+        return torch.stack([op.gradient() for op in self._hessians()]).mean(dim=0)
+
+    def preflight(self) -> Preflight:
+        """The worst of the members' checks."""
+        checks = [op.preflight() for op in self._hessians()]
+        return Preflight(max(c.symmetry_gap for c in checks), max(c.repeatability for c in checks))
+
+    def close(self) -> None:
+        """Give back the members' memory."""
+        for op in self._hessians():
+            op.close()
+
+    def _hessians(self) -> tuple[Any, ...]:
+        for op in self.operators:
+            if not hasattr(op, "gradient"):
+                raise InputError(f"a loss is known for Hessian operators only, this one averages a {type(op).__name__}")
+        return self.operators
+
+
+class _ScipyView(ScipyOperator):
+    """SciPy's interface on one of our operators."""
+
+    def __init__(self, op: LinearOperator):
+        self._op = op
+        super().__init__(np.dtype(np.float64 if op.dtype == torch.float64 else np.float32), op.shape)
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
+        return (self._op @ np.asarray(X, dtype=self.dtype)).astype(self.dtype, copy=False)
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        return self._matmat(x.reshape(-1))
+
+    def _adjoint(self) -> _ScipyView:
+        return self
+
+
+def _real(values: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """A tensor in float32 or float64; integers and narrower floats are widened, complex numbers refused."""
+    tensor = torch.as_tensor(values).detach()
+    if tensor.is_complex():
+        raise InputError(f"real numbers are expected, got {tensor.dtype}")
+    if tensor.dtype == torch.float64 or tensor.dtype == torch.float32:
+        return tensor
+    return tensor.to(torch.float32 if tensor.is_floating_point() else torch.float64)

@@ -1,0 +1,96 @@
+"""How figures look: colours that all kinds of colour vision tell apart, axes, ticks and legends. No global settings."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spectra.records import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette: a colour for each bit-width, the same in every figure.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+BITS_COLOURS = {1: "#D55E00", 1.58: "#E69F00", 2: "#0072B2", 3: "#56B4E9", 4: "#009E73", 8: "#CC79A7", 16: "#000000"}
+METHOD_LINES = {"baseline": (0, (4, 2)), "winq": "-"}
+METHOD_NAMES = {"winq": "WinQ"}
+MOST_IN_LEGEND = 9
+INK, FAINT = "#333333", "#dddddd"
+
+
+def run_name(run: Run) -> str:
+    """Bit-width and method where the run's config has them, else the folder's name."""
+    bits, method = run.config.get("bits"), run.config.get("method")
+    if isinstance(bits, int | float) and isinstance(method, str):
+        return f"{bits:g}-bit {METHOD_NAMES.get(method, method)}"
+    return run.folder.resolve().name
+
+
+def run_style(run: Run, position: int = 0) -> dict[str, Any]:
+    """Colour by bit-width and line style by method where the run's config has them, else colour by position."""
+    bits, method = run.config.get("bits"), run.config.get("method")
+    colour = PALETTE[position % len(PALETTE)]
+    if not isinstance(bits, int | float) or not isinstance(method, str):
+        return {"color": colour, "linestyle": "-"}
+    return {"color": BITS_COLOURS.get(bits, colour), "linestyle": METHOD_LINES.get(method, "-.")}
+
+
+def step_colour(step: int, last: int) -> Any:
+    """A colour for a training step: light at the start, dark at the last."""
+    return step_colours()(step / last if last else 1.0)
+
+
+def step_colours() -> Any:
+    """The colour map of training steps, less its lightest end, which white paper swallows."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps["viridis_r"](np.linspace(0.12, 1.0, 256)), name="steps")
+
+
+def new_axes() -> Axes:
+    """Axes on a new figure of pyplot, so that a notebook shows it."""
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(7.2, 4.2), layout="constrained")[1]
+
+
+def tidy(ax: Axes) -> None:
+    """A light grid behind the data and no box around it."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("#999999")
+    ax.grid(True, which="major", color=FAINT, linewidth=0.6, alpha=0.7)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=INK, labelsize=9, which="both")
+    ax.tick_params(which="minor", length=2, color="#bbbbbb")
+
+
+def symlog_axis(ax: Axes, low: float, high: float, threshold: float) -> None:
+    """Make the x axis linear within +-threshold and logarithmic beyond, with a tick at some decades of each side."""
+    from matplotlib.ticker import FixedLocator, LogFormatterMathtext, NullLocator
+
+    ax.set_xscale("symlog", linthresh=threshold, linscale=0.8)
+    first, last = round(math.log10(threshold)), math.floor(math.log10(max(-low, high, threshold)))
+    stride = math.ceil((last - first + 1) / 5)
+    decades = [10.0**exponent for exponent in range(last, first - 1, -stride)]
+    ticks = [-decade for decade in decades if -decade >= low] + [0.0] + [decade for decade in decades if decade <= high]
+    ax.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
+    ax.xaxis.set_major_formatter(LogFormatterMathtext())
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def legend_outside(ax: Axes, handles: list[Any], labels: list[str]) -> None:
+    """A small legend to the right of the axes, where it hides nothing."""
+    ax.legend(handles, labels, frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+
+
+def step_bar(ax: Axes, last: int) -> None:
+    """A colour bar of training steps, for more curves than a legend can name."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    bar = ax.figure.colorbar(ScalarMappable(Normalize(0, last), step_colours()), ax=ax, label="training step")
+    bar.outline.set_visible(False)

@@ -1,0 +1,200 @@
+"""A spectrum probe for any training loop: it looks at the model every so often and leaves no trace in it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectra.density import SpectralDensity
+from spectra.errors import InputError
+from spectra.estimates import Estimate
+from spectra.hessian import HessianOperator
+from spectra.isolation import random_states_kept, unwrap
+from spectra.lanczos import choose_policy
+from spectra.objective import as_batches, tensors_of
+from spectra.parameters import Selection
+from spectra.records import Run, SpectrumRecord
+from spectra.stochastic_lanczos import slq
+from spectra.vectors import norm
+
+NEAR_ZERO = 1.5e-3  # |lambda| under which the WinQ paper (arXiv 2605.17471) calls an eigenvalue near zero
+SYMMETRIC = 1e-3  # a gap above this is noted in the record
+
+OperatorBuilder = Callable[..., Any]
+
+
+class SpectrumProbe:
+    """Measure the Hessian spectrum of `model` every `every` steps of a training loop.
+
+        probe = SpectrumProbe(model, batches, every=200, out="runs/a")
+        for i, batch in enumerate(loader):
+            ...                       # forward, backward, optimizer
+            probe.step(i)
+
+    The loss is taken over the same `batches`, from the same probe vectors, at every checkpoint, so that differences
+    between checkpoints are paired. Weights, gradients, buffers, modes and random states are left bit for bit as they
+    were: training with the probe ends with the same weights as training without it.
+
+    every: steps between measurements; `step(i)` measures where i is a multiple. out: a run folder to append to
+    (`spectra.Run`); without it the records stay in `probe.records`.
+    modes: name -> builder of the operator to measure, called as builder(model, batches, params=, loss=, microbatch=)
+    and returning a HessianOperator or a MeanOperator of them; by default {"full": HessianOperator}.
+    probes, steps, seed, reorthogonalize: see `spectra.slq`. near_zero_tol: |lambda| that counts as near zero.
+    extras: model -> numbers to store beside the spectrum. config: facts for the run's config.json.
+    progress: called as progress(products done, products in all) during a measurement.
+    Raises InputError for an `out` that holds another run, and whatever the operator refuses.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Any,
+        *,
+        every: int = 200,
+        out: str | os.PathLike[str] | None = None,
+        modes: Mapping[str, OperatorBuilder] | None = None,
+        params: Selection = None,
+        loss: Callable[..., torch.Tensor] | None = None,
+        probes: int = 10,
+        steps: int = 60,
+        seed: int = 0,
+        near_zero_tol: float = NEAR_ZERO,
+        reorthogonalize: str = "auto",
+        microbatch: int | None = None,
+        extras: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        config: Mapping[str, Any] | None = None,
+        progress: Callable[[int, int], Any] | None = None,
+    ):
+        if every < 1:
+            raise InputError(f"every must be at least 1 step, got {every}")
+        if probes < 1 or steps < 1:
+            raise InputError(f"probes and steps must be at least 1, got probes={probes}, steps={steps}")
+        if not near_zero_tol > 0:
+            raise InputError(f"near_zero_tol must be positive, got {near_zero_tol}")
+        self.model, self.batches, self.every = model, as_batches(batches), every
+        self.modes = dict(modes) if modes is not None else {"full": HessianOperator}
+        self.params, self.loss, self.microbatch = params, loss, microbatch
+        self.probes, self.steps, self.seed = probes, steps, seed
+        self.near_zero_tol, self.reorthogonalize = near_zero_tol, reorthogonalize
+        self.extras, self.progress = extras, progress
+        self.records: list[SpectrumRecord] = []
+        self._checks: dict[str, dict[str, float]] = {}
+        self.run = None if out is None else Run.create(out, {**self._settings(), **(config or {})})
+
+    def step(self, i: int) -> list[SpectrumRecord]:
+        """Call once a training step: measures where i is a multiple of `every`, and returns the new records."""
+        return self.measure(i) if i % self.every == 0 else []
+
+    def measure(self, step: int, label: str = "") -> list[SpectrumRecord]:
+        """Measure now, whatever `every` says: one record a mode, appended to the run."""
+        device = next(self.model.parameters()).device
+        extras = {}
+        with random_states_kept(device):
+            if self.extras is not None:
+                extras = {name: float(value) for name, value in self.extras(self.model).items()}
+            return [self._measure_mode(mode, step, label, extras) for mode in self.modes]
+
+    def _measure_mode(self, mode: str, step: int, label: str, extras: dict[str, float]) -> SpectrumRecord:
+        started = time.perf_counter()
+        op = self.modes[mode](self.model, self.batches, params=self.params, loss=self.loss, microbatch=self.microbatch)
+        try:
+            if mode not in self._checks:  # once a run: it costs a few products
+                check = op.preflight()
+                self._checks[mode] = {"symmetry_gap": check.symmetry_gap, "repeatability": check.repeatability}
+            loss, gradient_norm = op.loss(), norm(op.gradient())
+            policy = choose_policy(op, self.steps, self.reorthogonalize)
+            with torch.no_grad():
+                density = slq(
+                    op,
+                    probes=self.probes,
+                    steps=self.steps,
+                    seed=self.seed,
+                    reorthogonalize=policy,
+                    progress=self.progress,
+                )
+        finally:
+            op.close()
+        gap = self._checks[mode]["symmetry_gap"]
+        record = SpectrumRecord(
+            step=step,
+            mode=mode,
+            loss=loss,
+            gradient_norm=gradient_norm,
+            dimension=op.shape[0],
+            estimates=summarize(density, self.near_zero_tol),
+            near_zero_tol=self.near_zero_tol,
+            probes=self.probes,
+            lanczos_steps=self.steps,
+            seed=self.seed,
+            reorthogonalize="exact" if density.exact else policy,
+            products=op.products,
+            seconds=time.perf_counter() - started,
+            label=label,
+            extras={**extras, **self._checks[mode]},
+            versions=versions(),
+            dtype=str(op.dtype).removeprefix("torch."),
+            device=device_name(op.device),
+            notes=[f"the operator is not symmetric: u.Av and v.Au differ by {gap:.1e}"] if gap > SYMMETRIC else [],
+        )
+        if self.run is not None:
+            record = self.run.append(record, density)
+        self.records.append(record)
+        return record
+
+    def _settings(self) -> dict[str, Any]:
+        """What config.json says of the measurement."""
+        model = unwrap(self.model)
+        return {
+            "model": type(model).__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "modes": list(self.modes),
+            "batches": fingerprint(self.batches),
+            "probes": self.probes,
+            "lanczos_steps": self.steps,
+            "probe_seed": self.seed,
+            "near_zero_tol": self.near_zero_tol,
+        }
+
+
+def summarize(density: SpectralDensity, near_zero_tol: float = NEAR_ZERO) -> dict[str, Estimate]:
+    """Every quantity that a record keeps of a density, by name."""
+    return {
+        "trace": density.trace(),
+        "rms": density.rms(),
+        "frobenius": density.frobenius(),
+        "lambda_max": density.lambda_max(),
+        "lambda_min": density.lambda_min(),
+        "negative_share": density.negative_share(),
+        "near_zero_share": density.near_zero_share(near_zero_tol),
+        "negative_energy_share": density.negative_energy_share(),
+        "negative_magnitude_share": density.negative_magnitude_share(),
+    }
+
+
+def fingerprint(batches: list[Any]) -> str:
+    """A short hash of the batches' contents, the same wherever they lie: two runs with one hash saw the same data."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for tensor in tensors_of(batch):
+            digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions that a record names."""
+    from spectra import __version__
+
+    return {"spectra": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
