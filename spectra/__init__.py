@@ -12,7 +12,7 @@ from spectra.estimates import Estimate
 from spectra.hessian import HessianOperator
 from spectra.lanczos import Tridiagonal, lanczos
 from spectra.objective import Objective
-from spectra.operators import DenseOperator, DiagonalOperator, LinearOperator, MeanOperator
+from spectra.operators import DeflatedOperator, DenseOperator, DiagonalOperator, LinearOperator, MeanOperator
 from spectra.parameters import ParameterSpace
 from spectra.probe import SpectrumProbe
 from spectra.records import Run, SpectrumRecord
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DeflatedOperator",
     "DenseOperator",
     "DiagonalOperator",
     "Eigenpairs",

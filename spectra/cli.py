@@ -136,18 +136,20 @@ def _table(record: SpectrumRecord) -> list[str]:
 
 def _plot(options: argparse.Namespace) -> None:
     from spectra import plots
+    from spectra.plot_style import new_figure
 
     run = Run(options.run)
     name = "density" if options.quantity is None else f"trajectory-{options.quantity}"
     out = Path(options.out) if options.out else run.folder / f"{name}.png"
     if out.suffix.lower() not in IMAGES:
         raise InputError(f"expected an image file ending in {', '.join(IMAGES)}, got {out}: choose another --out")
+    figure, (ax,) = new_figure()
     if options.quantity is None:
-        ax = plots.density(run, mode=options.mode, steps="last" if len(run.runs) > 1 else None)
+        plots.density(run, ax=ax, mode=options.mode, steps="last" if len(run.runs) > 1 else None)
     else:
-        ax = plots.trajectory(run, options.quantity, mode=options.mode)
+        plots.trajectory(run, options.quantity, ax=ax, mode=options.mode)
     out.parent.mkdir(parents=True, exist_ok=True)
-    ax.figure.savefig(out, dpi=160)
+    figure.savefig(out, dpi=160)
     print(out)
 
 

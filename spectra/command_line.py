@@ -12,7 +12,7 @@ from spectra.errors import InputError
 Main = Callable[[Sequence[str] | None], int | None]
 
 
-def run_command(main: Main, *, name: str | None = None) -> Callable[[Sequence[str] | None], int]:
+def run_command(main: Main, *, name: str | None = None) -> Callable[..., int]:
     """Wrap a command so that what a person can mend ends in one line on stderr and exit code 2, with no traceback.
 
     main: takes the argument list (None: those of the process) and returns the exit code or None. Use as a decorator.

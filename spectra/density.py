@@ -3,81 +3,103 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
-from scipy.special import ndtr
 
+from spectra import moments
 from spectra.errors import InputError
-from spectra.estimates import Estimate, student_interval
-from spectra.quadrature import gauss_rule
-from spectra.shares import Probe, share_below, share_inside
+from spectra.estimates import Estimate
+from spectra.quadrature import GaussRule, gauss_rule
+from spectra.shares import Measure, cumulative, share_inside
 
-RESOLVED_END = 0.05  # relative half-width under which an extreme eigenvalue counts as resolved
+NOTHING = np.zeros(0)
 
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    """Quadrature rules of several probes, together an estimate of the density of eigenvalues.
+    """Jacobi matrices of several probes, together an estimate of the density of eigenvalues.
 
-    nodes, weights: (probes, steps), ascending nodes and weights that sum to 1 in each row; a row that ended early
-    repeats its last node with weight 0. dimension: n. alphas, betas: (probes, steps), the Jacobi matrices (see
-    `spectra.lanczos.Tridiagonal`), and lengths: (probes,) how many of their entries are used. residuals: (probes,
-    steps), a bound on the distance from each node to an eigenvalue. exact: the rows are the eigenvalues themselves.
+    dimension: n. alphas, betas: (probes, steps), one Jacobi matrix a row (see `spectra.Tridiagonal`), and lengths:
+    (probes,) how many of their entries are used. atoms: (a,) eigenvalues known exactly and outside what the probes
+    saw, such as deflated outliers and the zeros of directions that the operator never touches; counts: (a,) how many
+    of each; atom_residuals: (a,) bounds on their error. noise: how far rounding may have moved an eigenvalue.
 
-    All estimates carry 95 % intervals; `exact` ones have no width. With A the operator and v a probe of norm 1,
-    a probe's moments are sum_i w_i theta_i^k = v . A^k v, whose mean is tr(A^k) / n.
+    nodes, weights: (probes, steps), or more columns where deflated atoms ask for them, the quadrature rule of each
+    probe with the atoms put back at their exact weights: ascending nodes, weights that sum to 1 in each row; unused
+    columns repeat a node with weight 0.
+    With A the operator, the mean over probes of sum_i w_i theta_i^k estimates tr(A^k) / n.
+    exact: nothing was sampled, every eigenvalue is an atom. Estimates carry 95 % intervals.
     """
 
-    nodes: np.ndarray
-    weights: np.ndarray
     dimension: int
     alphas: np.ndarray
     betas: np.ndarray
     lengths: np.ndarray
-    residuals: np.ndarray
+    atoms: np.ndarray = field(default_factory=lambda: NOTHING)
+    counts: np.ndarray = field(default_factory=lambda: NOTHING)
+    atom_residuals: np.ndarray = field(default_factory=lambda: NOTHING)
+    noise: float = 0.0
     exact: bool = False
 
     @classmethod
-    def from_jacobi(
-        cls, alphas: np.ndarray, betas: np.ndarray, lengths: np.ndarray, *, dimension: int
+    def from_eigenvalues(
+        cls, eigenvalues: np.ndarray, *, probes: int = 1, steps: int | None = None, noise: float = 0.0
     ) -> SpectralDensity:
-        """The Gauss rules of Jacobi matrices; alphas, betas: (probes, steps), lengths: (probes,)."""
-        nodes, weights, residuals = (np.zeros_like(alphas) for _ in range(3))
-        for row, length in enumerate(lengths):
-            rule = gauss_rule(alphas[row, :length], betas[row, :length])
-            nodes[row, :length], nodes[row, length:] = rule.nodes, rule.nodes[-1]
-            weights[row, :length] = rule.weights
-            residuals[row, :length] = betas[row, length - 1] * np.abs(rule.last_components)
-        return cls(nodes, weights, dimension, alphas, betas, np.asarray(lengths), residuals)
-
-    @classmethod
-    def from_eigenvalues(cls, eigenvalues: np.ndarray, *, probes: int = 1, steps: int | None = None) -> SpectralDensity:
         """The density of known eigenvalues (n,): weight 1/n each, the same in every row, padded to `steps`."""
         values = np.sort(np.asarray(eigenvalues, dtype=float))
-        n, steps = len(values), steps or len(values)
-        nodes, weights = np.full((probes, steps), values[-1]), np.zeros((probes, steps))
-        nodes[:, :n], weights[:, :n] = values, 1 / n
-        zeros, lengths = np.zeros((probes, steps)), np.full(probes, n)
-        return cls(nodes, weights, n, nodes, zeros, lengths, zeros, exact=True)
+        n = len(values)
+        empty, lengths = np.zeros((probes, steps or n)), np.zeros(probes, dtype=int)
+        return cls(n, empty, empty, lengths, values, np.ones(n), np.zeros(n), noise=noise, exact=True)
 
     # -- the density as a curve
 
+    @cached_property
+    def rules(self) -> list[GaussRule]:
+        """The Gauss rule of each probe, over what is not an atom."""
+        return [gauss_rule(self.alphas[row, :m], self.betas[row, :m]) for row, m in enumerate(self.lengths) if m]
+
+    @property
+    def nodes(self) -> np.ndarray:
+        """(probes, steps) or wider, see the class."""
+        return self._table[0]
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(probes, steps) or wider, see the class."""
+        return self._table[1]
+
+    @cached_property
+    def _table(self) -> tuple[np.ndarray, np.ndarray]:
+        probes, steps = self.alphas.shape
+        columns = max(steps, int(self.lengths.max(initial=0)) + len(self.atoms))
+        nodes, weights = np.zeros((probes, columns)), np.zeros((probes, columns))
+        share = self._sampled / self.dimension
+        for row, m in enumerate(self.lengths):
+            rule = self.rules[row] if m else GaussRule(NOTHING, NOTHING, NOTHING)
+            used = np.concatenate([rule.nodes, self.atoms])
+            order = np.argsort(used, kind="stable")
+            nodes[row, : len(used)], nodes[row, len(used) :] = used[order], used.max()
+            weights[row, : len(used)] = np.concatenate([share * rule.weights, self.counts / self.dimension])[order]
+        return nodes, weights
+
     def cumulative(self, grid: np.ndarray) -> np.ndarray:
         """The share of eigenvalues below each point of the grid, half of a node's weight counting at the node."""
-        curves = [share_below(p, np.asarray(grid, dtype=float), exact=self.exact) for p in self._probes()]
+        grid = np.asarray(grid, dtype=float)
+        if self.exact:
+            left, right = (np.searchsorted(self.atoms, grid, side=side) for side in ("left", "right"))
+            return (left + right) / 2 / self.dimension
+        curves = [cumulative(nodes, weights, grid) for nodes, weights in zip(self.nodes, self.weights, strict=True)]
         return np.mean(curves, axis=0)
 
     def bandwidths(self) -> np.ndarray:
-        """The default kernel width of each node: half the distance between its neighbours. (probes, steps)"""
-        widths = np.zeros_like(self.nodes)
-        for row, length in enumerate(self.lengths):
-            nodes = self.nodes[row, :length]
-            if length > 1:
-                widths[row, :length] = np.gradient(nodes)
-        radius = np.abs(self.nodes).max()
-        return np.maximum(widths, 1e-6 * radius if radius > 0 else 1e-12)
+        """The default kernel width of each node: half the distance between its neighbours. Shaped like `nodes`."""
+        radius = float(np.abs(self.nodes).max())
+        floor = 1e-6 * radius if radius > 0 else 1e-12
+        if self.nodes.shape[1] < 2:
+            return np.full_like(self.nodes, floor)
+        return np.maximum(np.gradient(self.nodes, axis=1), floor)
 
     def grid(self, points: int = 1024) -> np.ndarray:
         """An even grid that holds the whole smoothed density. (points,)"""
@@ -91,13 +113,13 @@ class SpectralDensity:
         spacing, which is what the recurrence resolves. The trapezoid rule over a grid that holds the spectrum gives 1
         whatever its spacing, because each cell holds the mass that falls into it.
         """
+        from scipy.special import ndtr  # half a second to load, for a curve alone
+
         grid = np.asarray(grid, dtype=float)
         if grid.ndim != 1 or len(grid) < 2 or np.any(np.diff(grid) <= 0):
             raise InputError("the grid must be a vector of at least two increasing points")
         if bandwidth is not None and not bandwidth > 0:
-            raise InputError(
-                f"the bandwidth must be positive, got {bandwidth}; leave it out for the local node spacing"
-            )
+            raise InputError(f"the bandwidth must be positive, got {bandwidth}; omit it for the local node spacing")
         edges = np.concatenate([grid[:1], (grid[1:] + grid[:-1]) / 2, grid[-1:]])
         widths = self.bandwidths() if bandwidth is None else np.full_like(self.nodes, bandwidth)
         mass = np.zeros(len(grid))
@@ -111,123 +133,120 @@ class SpectralDensity:
 
     def negative_share(self) -> Estimate:
         """The share of eigenvalues below zero, #{lambda < 0} / n."""
-        return share_inside(self._probes(), -math.inf, 0.0, exact=self.exact)
+        return share_inside(self._measure, -math.inf, 0.0)
 
     def near_zero_share(self, tol: float, *, relative: bool = False) -> Estimate:
-        """The share with |lambda| < tol, in the units of the eigenvalues, or of lambda_max where `relative`."""
+        """The share with |lambda| < tol, in the units of the eigenvalues, or of max |lambda| where `relative`."""
         if not tol > 0:
             raise InputError(f"the tolerance must be positive, got {tol}")
-        bound = tol * abs(self.nodes).max() if relative else tol
-        return share_inside(self._probes(), -bound, bound, exact=self.exact)
+        bound = tol * float(np.abs(self.nodes).max()) if relative else tol
+        return share_inside(self._measure, -bound, bound)
 
     def share_between(self, low: float, high: float) -> Estimate:
         """The share with low < lambda < high; either may be infinite."""
         if not low < high:
             raise InputError(f"an interval with low < high is expected, got [{low}, {high}]")
-        return share_inside(self._probes(), low, high, exact=self.exact)
+        return share_inside(self._measure, low, high)
+
+    def zero_share(self) -> float:
+        """The share of eigenvalues known to be exactly zero: directions that the operator never touches, such as the
+        weights that a quantizer clips. Part of every share that holds zero."""
+        return float(self.counts[self.atoms == 0].sum()) / self.dimension
 
     # -- well-determined quantities
 
     def trace(self) -> Estimate:
-        """tr A = n * mean of v . A v."""
-        return self._mean(lambda theta: theta, scale=self.dimension)
+        """tr A, the sum of the eigenvalues."""
+        return self._sum(lambda theta: theta)
 
     def frobenius(self) -> Estimate:
-        """||A||_F = sqrt(n * mean of ||A v||^2)."""
-        return _square_root(self._mean(np.square, scale=self.dimension))
+        """||A||_F, the root of the sum of squared eigenvalues."""
+        return moments.square_root(self._sum(np.square))
 
     def rms(self) -> Estimate:
         """The root-mean-square eigenvalue, ||A||_F / sqrt(n)."""
-        return _square_root(self._mean(np.square))
+        return moments.scaled(self.frobenius(), 1 / math.sqrt(self.dimension))
 
     def negative_energy_share(self) -> Estimate:
         """sum over lambda < 0 of lambda^2, over sum of lambda^2."""
-        return self._negative_ratio(np.square)
+        return self._negative_ratio(2)
 
     def negative_magnitude_share(self) -> Estimate:
         """sum over lambda < 0 of |lambda|, over sum of |lambda|."""
-        return self._negative_ratio(np.abs)
+        return self._negative_ratio(1)
 
     def lambda_max(self) -> Estimate:
         """The largest eigenvalue: the largest node, a lower bound, with room above for what has not converged."""
-        return self._end(upper=True)
+        return moments.largest(self.rules, self._residuals, self.atoms, self.atom_residuals, self.noise)
 
     def lambda_min(self) -> Estimate:
         """The smallest eigenvalue: the smallest node, an upper bound, with room below for what has not converged."""
-        return self._end(upper=False)
+        residuals = [r[::-1] for r in self._residuals]
+        mirror = moments.mirrored(self.rules)
+        return moments.negated(moments.largest(mirror, residuals, -self.atoms, self.atom_residuals, self.noise))
 
     # -- storage
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What is needed to build this density again: arrays for a safetensors file."""
-        return {
-            "alphas": np.ascontiguousarray(self.alphas, dtype=np.float64),
-            "betas": np.ascontiguousarray(self.betas, dtype=np.float64),
-            "lengths": np.asarray(self.lengths, dtype=np.int64),
-            "dimension": np.array([self.dimension], dtype=np.int64),
-            "exact": np.array([self.exact], dtype=np.int64),
+        real = {name: getattr(self, name) for name in ("alphas", "betas", "atoms", "counts", "atom_residuals")}
+        arrays: dict[str, np.ndarray] = {
+            name: np.array(value, dtype=np.float64, order="C") for name, value in real.items()
         }
+        arrays["lengths"] = np.array(self.lengths, dtype=np.int64)
+        arrays["dimension"], arrays["exact"] = np.array([self.dimension]), np.array([int(self.exact)])
+        arrays["noise"] = np.array([self.noise], dtype=np.float64)
+        return arrays
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> SpectralDensity:
         """The inverse of `to_arrays`."""
-        dimension = int(arrays["dimension"][0])
-        if arrays["exact"][0]:
-            probes, steps = arrays["alphas"].shape
-            return cls.from_eigenvalues(arrays["alphas"][0, :dimension], probes=probes, steps=steps)
-        return cls.from_jacobi(arrays["alphas"], arrays["betas"], arrays["lengths"], dimension=dimension)
+        real = {name: np.asarray(arrays[name]) for name in ("alphas", "betas", "atoms", "counts", "atom_residuals")}
+        return cls(
+            dimension=int(arrays["dimension"][0]),
+            lengths=np.asarray(arrays["lengths"]),
+            noise=float(arrays["noise"][0]),
+            exact=bool(arrays["exact"][0]),
+            **real,
+        )
 
     # -- how the numbers are made
 
-    def _probes(self) -> list[Probe]:
-        return [
-            Probe(self.nodes[row, :m], self.weights[row, :m], self.alphas[row, :m], self.betas[row, :m])
-            for row, m in enumerate(self.lengths)
-        ]
+    @property
+    def _sampled(self) -> int:
+        """The dimension of the space that the probes were drawn from."""
+        return self.dimension - int(self.counts.sum())
 
-    def _mean(self, function: Callable[[np.ndarray], np.ndarray], *, scale: float = 1.0) -> Estimate:
-        samples = scale * (self.weights * function(self.nodes)).sum(axis=1)
-        return _certain(samples[0]) if self.exact else student_interval(samples)
+    @cached_property
+    def _measure(self) -> Measure:
+        jacobi = [(self.alphas[row, :m], self.betas[row, :m]) for row, m in enumerate(self.lengths) if m]
+        return Measure(jacobi, self._sampled, self.atoms, self.counts, self.noise)
 
-    def _negative_ratio(self, size: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-        """Mean over probes of the negative part over the mean of the whole, with a jackknife interval."""
-        sizes = self.weights * size(self.nodes)
-        part, whole = np.where(self.nodes < 0, sizes, 0).sum(axis=1), sizes.sum(axis=1)
-        if whole.sum() == 0:
-            return Estimate(0.0, 0.0, 0.0, False, "every eigenvalue is zero")
-        ratio = float(part.sum() / whole.sum())
-        if self.exact:
-            return _certain(ratio)
-        if len(part) < 2:
-            return Estimate(ratio, 0.0, 1.0, False, "one probe says nothing about its spread: use two or more")
-        left_out = (part.sum() - part) / (whole.sum() - whole)
-        pseudo = student_interval(len(part) * ratio - (len(part) - 1) * left_out)
-        half = pseudo.half_width
-        return Estimate(ratio, max(ratio - half, 0.0), min(ratio + half, 1.0))
+    @cached_property
+    def _residuals(self) -> list[np.ndarray]:
+        last = [self.betas[row, m - 1] for row, m in enumerate(self.lengths) if m]
+        return [beta * np.abs(rule.last_components) for beta, rule in zip(last, self.rules, strict=True)]
 
-    def _end(self, *, upper: bool) -> Estimate:
-        """Extreme node over probes. A Ritz value never passes the true end, so only the outer bound needs room: the
-        largest of the node's residual and the distance to the typical probe's extreme."""
-        sign = 1.0 if upper else -1.0
-        last = self.lengths - 1 if upper else np.zeros_like(self.lengths)
-        rows = np.arange(len(self.nodes))
-        ends, residuals = sign * self.nodes[rows, last], self.residuals[rows, last]
-        best = int(ends.argmax())
-        value = float(ends[best])
-        if self.exact:
-            return _certain(sign * value)
-        room = max(float(residuals[best]), value - float(np.median(ends)))
-        scale = float(np.abs(self.nodes).max())
-        resolved = room / 2 <= RESOLVED_END * abs(value) or room <= 1e-6 * scale
-        reason = "" if resolved else f"not converged after {int(self.lengths[best])} steps: use more steps, or topk"
-        low, high = sorted((sign * value, sign * (value + room)))
-        return Estimate(sign * value, low, high, resolved, reason)
+    def _sum(self, function: moments.Function) -> Estimate:
+        radius = float(np.abs(self.nodes).max())
+        rounding = max(moments.ROUNDING, self.noise / radius if radius > 0 else 0.0)
+        known = (self._sampled, self.atoms, self.counts)
+        return moments.sum_over_eigenvalues(function, self.rules, *known, rounding=rounding)
 
+    def _negative_ratio(self, power: int) -> Estimate:
+        """Negative part over the whole of sum |lambda|^power, with room for the change over the last half of the
+        steps: |lambda|^power has a kink at zero that a short recurrence smooths."""
 
-def _certain(value: float) -> Estimate:
-    return Estimate(float(value), float(value), float(value))
+        def whole(theta: np.ndarray) -> np.ndarray:
+            return np.abs(theta) ** power
 
+        def part(theta: np.ndarray) -> np.ndarray:
+            return np.where(theta < 0, whole(theta), 0.0)
 
-def _square_root(square: Estimate) -> Estimate:
-    low, high = math.sqrt(max(square.low, 0.0)), math.sqrt(max(square.high, 0.0))
-    return Estimate(math.sqrt(max(square.value, 0.0)), low, high, square.resolved, square.reason)
+        known = (self._sampled, self.atoms, self.counts)
+        estimate = moments.ratio_of_sums(part, whole, self.rules, *known)
+        if not self.rules or not estimate.resolved:
+            return estimate
+        shorter = [gauss_rule(a[: max(len(a) // 2, 1)], b) for a, b in self._measure.jacobi]
+        drift = abs(moments.ratio_of_sums(part, whole, shorter, *known).value - estimate.value)
+        return moments.widened(estimate, drift, least=0.0, most=1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import scipy.linalg
+import scipy
 import torch
 
 from spectra.errors import InputError, NonFiniteError
@@ -174,11 +174,7 @@ class _Search:
                 reach = values[wanted[0]] + residuals[wanted[0]] * (1 if which == "LA" else -1)
                 settled |= bool(reach < beat if which == "LA" else reach > beat)
             if exhausted or settled or self.spent >= self.budget:
-                vectors = (
-                    torch.as_tensor(small[:, wanted].T, dtype=self.op.dtype, device=self.op.device)
-                    @ self.buffer[:filled]
-                )
-                return values[wanted], vectors, residuals[wanted]
+                return values[wanted], self._combine(small[:, wanted], filled), residuals[wanted]
             if beta <= 10 * self.eps * self.radius:  # an invariant subspace: go on in a new direction
                 self._fresh(filled, locked)
                 beta = 0.0
@@ -213,13 +209,18 @@ class _Search:
             vector /= norm(vector)
         self.buffer[row] = vector
 
+    def _combine(self, small: np.ndarray, filled: int) -> torch.Tensor:
+        """Ritz vectors, one a row, from columns of coefficients; of length one to the last digit."""
+        rotation = torch.as_tensor(small.T, dtype=self.op.dtype, device=self.op.device)
+        vectors = rotation @ self.buffer[:filled]
+        return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=torch.float64).to(vectors.dtype)
+
     def _restart(self, projected: np.ndarray, values: np.ndarray, small: np.ndarray, k: int, which: str) -> int:
         """Keep the wanted Ritz vectors and as many neighbours as fit in half of the basis, then the newest vector."""
         size = len(values)
         keep = np.sort(select(values, min(k + max((size - k) // 3, 1), size - 1), which))
-        rotation = torch.as_tensor(small[:, keep].T, dtype=self.op.dtype, device=self.op.device)
         newest = self.buffer[size].clone()
-        self.buffer[: len(keep)] = rotation @ self.buffer[:size]
+        self.buffer[: len(keep)] = self._combine(small[:, keep], size)
         self.buffer[len(keep)] = newest
         projected[:] = 0
         projected[np.arange(len(keep)), np.arange(len(keep))] = values[keep]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 CONFIDENCE = 0.95
 
@@ -65,17 +65,45 @@ class Estimate:
         )
 
 
+def certain(value: float, *, rounding: float = 0.0) -> Estimate:
+    """A number without sampling error: the interval is the value, give or take rounding."""
+    return Estimate(float(value), float(value - rounding), float(value + rounding))
+
+
 def student_interval(samples: Sequence[float] | np.ndarray, *, confidence: float = CONFIDENCE) -> Estimate:
     """Mean of independent samples with Student's interval, mean +- t_{k-1} s / sqrt(k).
 
     samples: (k,) one value a probe. With one sample the interval is unbounded and the estimate unresolved.
     """
+    from scipy.special import stdtrit
+
     samples = np.asarray(samples, dtype=float)
     mean = float(samples.mean())
     if len(samples) < 2:
         return Estimate(mean, -math.inf, math.inf, False, "one probe says nothing about its spread: use two or more")
-    half = float(stats.t.ppf(0.5 + confidence / 2, len(samples) - 1) * samples.std(ddof=1) / math.sqrt(len(samples)))
+    half = float(stdtrit(len(samples) - 1, 0.5 + confidence / 2) * samples.std(ddof=1) / math.sqrt(len(samples)))
     return Estimate(mean, mean - half, mean + half)
+
+
+def sampling_interval(mean: float, deviation: float, skewness: float, *, confidence: float = CONFIDENCE) -> Estimate:
+    """Interval for a mean whose standard deviation and skewness are known from theory.
+
+    On each side the wider of the normal interval, mean +- z deviation, and Hall's interval for a skewed mean,
+    mean - deviation * g(+-z) with g(z) = (3 / s) ((1 + s (z - s / 6))^(1/3) - 1) for skewness s (Hall, J. R. Stat.
+    Soc. B 54, 1992). In simulations over spectra with few and many outliers the union covers 94 to 99 % from four
+    probes on, where Student's interval falls to 86 % (docs/trust.md).
+    """
+    z = normal_quantile(confidence)
+    low, high = mean - z * deviation, mean + z * deviation
+    if deviation > 0 and abs(skewness) > 1e-9:
+        up, down = (3 / skewness * (np.cbrt(1 + skewness * (q - skewness / 6)) - 1) for q in (z, -z))
+        low, high = min(low, mean - deviation * up), max(high, mean - deviation * down)
+    return Estimate(float(mean), float(low), float(high))
+
+
+def normal_quantile(confidence: float = CONFIDENCE) -> float:
+    """z with P(|Z| <= z) = confidence for a standard normal Z."""
+    return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
 def _finite(number: float) -> float | None:

@@ -66,7 +66,8 @@ class HessianOperator(LinearOperator):
         self.dtype = _one_dtype(model, self.space)
         self.device = self.space.parameters[0].device
         self.shape = (self.space.dimension, self.space.dimension)
-        self.objective = Objective(model, batches, loss, microbatch=microbatch, weight=weight)
+        cast = None if precision is None else self.dtype  # a copy in another precision takes inputs in it
+        self.objective = Objective(model, batches, loss, microbatch=microbatch, weight=weight, cast=cast)
         self._context = context or contextlib.nullcontext
         self._kept: dict[int, tuple[torch.Tensor, ...]] = {}
         self._loss: float | None = None
@@ -162,7 +163,8 @@ class HessianOperator(LinearOperator):
 
     def _prepare(self) -> None:
         """Loss, gradient and the graphs worth keeping, at the current weights."""
-        versions = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+        state = (*self.model.parameters(), *self.model.buffers())
+        versions = tuple((tensor.data_ptr(), tensor._version) for tensor in state)
         if versions != self._versions:
             self.refresh()
         if self._loss is not None:

@@ -143,14 +143,14 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 def _find(name: str) -> bool:
     """Whether `name` is to be read from this machine alone: a folder, or a hub name while the hub does not answer."""
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise InputError(
                 f"expected a model folder, but {name} holds no config.json: give one saved by transformers"
             )
         return True
     if not HUB_NAME.fullmatch(name):
-        raise InputError(f"expected a model folder or a hub name, but there is no folder {name}: check the path")
+        raise InputError(f"expected a model folder or a hub name, but there is no folder {name!r}: check the path")
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 

@@ -38,7 +38,7 @@ class Objective:
     targets; for mappings loss(output, batch), by default the model's own. A mean over the batch is expected; a loss
     module with reduction="sum" adds up over batches instead.
     microbatch: rows at a time; the mean over microbatches is the mean over the batch, exactly.
-    weight: batch -> c_b, where the count above does not fit.
+    weight: batch -> c_b, where the count above does not fit. cast: dtype that real-valued batch tensors are brought to.
 
     Raises InputError where a batch cannot be understood or nothing is counted, NonFiniteError where a loss is not
     finite.
@@ -52,25 +52,28 @@ class Objective:
         *,
         microbatch: int | None = None,
         weight: Callable[[Any], float] | None = None,
+        cast: torch.dtype | None = None,
     ):
         if microbatch is not None and microbatch < 1:
             raise InputError(f"microbatch must be at least 1 row, got {microbatch}")
         self.model, self.loss = model, loss
         self._accepts_use_cache = "use_cache" in inspect.signature(model.forward).parameters
-        self._weight = weight
+        self._weight, self._cast = weight, cast
         self.pieces: tuple[Piece, ...] = tuple(self._cut(as_batches(batches), microbatch))
 
     def forward(self, piece: Piece, device: torch.device) -> torch.Tensor:
         """The mean loss of one piece, with its graph: a scalar. Raises NonFiniteError naming the batch."""
-        batch = _to_device(piece.batch, device)
+        batch = _moved(piece.batch, device, self._cast)
         value = self._loss_of(batch)
         if value.numel() != 1:
             raise InputError(f"the loss must be one number, got shape {tuple(value.shape)}; reduce it to a mean")
         value = value.reshape(())
         if not torch.isfinite(value):
+            broken = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+            cause = f"parameter '{broken[0]}' holds NaN or infinity" if broken else "every weight is finite"
             raise NonFiniteError(
-                f"the loss of {piece.name} is {value.item()}, expected a finite number; "
-                "check the batch and the model's weights"
+                f"the loss of {piece.name} is {value.item()}, expected a finite number; {cause}: "
+                f"check {'the weights' if broken else 'that batch'}"
             )
         return value
 
@@ -210,11 +213,11 @@ def _slice(batch: Any, start: int, stop: int, rows: int) -> Any:
     return batch
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
+def _moved(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     if isinstance(batch, torch.Tensor):
-        return batch.to(device)
+        return batch.to(device, dtype) if batch.is_floating_point() else batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
+        return {key: _moved(value, device, dtype) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(_to_device(value, device) for value in batch)
+        return type(batch)(_moved(value, device, dtype) for value in batch)
     return batch

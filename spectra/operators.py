@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
 from spectra.errors import InputError
+
+if TYPE_CHECKING:
+    from spectra.scipy_view import ScipyView
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class LinearOperator:
             raise InputError(
                 f"a vector ({self.shape[1]},) or matrix ({self.shape[1]}, k) is expected, got {tuple(other.shape)}"
             )
+        if other.ndim == 2 and other.shape[1] == 0:
+            return other.new_empty(self.shape[0], 0, dtype=self.dtype, device=self.device)
         other = other.detach().to(device=self.device, dtype=self.dtype)
         self.products += 1 if other.ndim == 1 else other.shape[1]
         return self._matvec(other) if other.ndim == 1 else self._matmat(other)
@@ -57,9 +61,11 @@ class LinearOperator:
     def _matmat(self, matrix: torch.Tensor) -> torch.Tensor:
         return torch.stack([self._matvec(column) for column in matrix.T.contiguous()], dim=1)
 
-    def to_scipy(self) -> ScipyOperator:
+    def to_scipy(self) -> ScipyView:
         """The same operator for scipy.sparse.linalg (eigsh, lobpcg, ...), in NumPy's dtype of the same width."""
-        return _ScipyView(self)
+        from spectra.scipy_view import ScipyView
+
+        return ScipyView(self)
 
     def symmetry_gap(self, *, probes: int = 1, seed: int = 0) -> float:
         """Relative difference |u.Av - v.Au| / (||Av|| ||u||) for random u, v; the largest over `probes` pairs.
@@ -171,21 +177,33 @@ class MeanOperator(LinearOperator):
         return self.operators
 
 
-class _ScipyView(ScipyOperator):
-    """SciPy's interface on one of our operators."""
+class DeflatedOperator(LinearOperator):
+    """P A P with P = I - U U^T: A without the eigenpairs whose vectors are the columns of U.
 
-    def __init__(self, op: LinearOperator):
-        self._op = op
-        super().__init__(np.dtype(np.float64 if op.dtype == torch.float64 else np.float32), op.shape)
+    vectors: (n, k), orthonormalised here. On the complement of U the result acts as A does; on U it is zero. Vectors
+    that are eigenvectors only to a residual r leave an eigenvalue of order r^2 / |lambda| behind. A product costs one
+    of A and 4 n k further operations. Products are counted by `inner`, the operator deflated, too.
+    """
 
-    def _matmat(self, X: np.ndarray) -> np.ndarray:
-        return (self._op @ np.asarray(X, dtype=self.dtype)).astype(self.dtype, copy=False)
+    def __init__(self, inner: LinearOperator, vectors: torch.Tensor):
+        if vectors.ndim != 2 or vectors.shape[0] != inner.shape[0]:
+            raise InputError(f"vectors ({inner.shape[0]}, k) are expected, got {tuple(vectors.shape)}")
+        self.inner = inner
+        self.shape, self.dtype, self.device = inner.shape, inner.dtype, inner.device
+        self.vectors = torch.linalg.qr(vectors.to(device=inner.device, dtype=inner.dtype))[0]
 
-    def _matvec(self, x: np.ndarray) -> np.ndarray:
-        return self._matmat(x.reshape(-1))
+    def project(self, vector: torch.Tensor) -> torch.Tensor:
+        """The part orthogonal to U, twice for rounding. (n,) or (n, k)"""
+        for _ in range(2):
+            vector = vector - self.vectors @ (self.vectors.T @ vector)
+        return vector
 
-    def _adjoint(self) -> _ScipyView:
-        return self
+    def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
+        image = self.inner @ (vector - self.vectors @ (self.vectors.T @ vector))
+        return image.sub_(self.vectors @ (self.vectors.T @ image))
+
+    def _matmat(self, matrix: torch.Tensor) -> torch.Tensor:
+        return self._matvec(matrix)
 
 
 def _real(values: torch.Tensor | np.ndarray) -> torch.Tensor:

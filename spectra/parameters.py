@@ -53,10 +53,18 @@ class ParameterSpace:
 
     def flatten(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Tensors shaped like the parameters, laid end to end: (n,)."""
+        shapes = tuple(t.shape for t in tensors)
+        if shapes != self.shapes:
+            raise InputError(
+                f"tensors shaped like the parameters are expected, {list(map(tuple, self.shapes))}; "
+                f"got {list(map(tuple, shapes))}"
+            )
         return torch.cat([t.reshape(-1) for t in tensors])
 
     def unflatten(self, vector: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Views of a vector (n,) shaped like the parameters."""
+        if vector.shape != (self.dimension,):
+            raise InputError(f"a vector ({self.dimension},) is expected, got shape {tuple(vector.shape)}")
         pieces = vector.split(self.sizes)
         return tuple(piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
 

@@ -11,30 +11,39 @@ from spectra.records import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: a colour for each bit-width, the same in every figure.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 BITS_COLOURS = {1: "#D55E00", 1.58: "#E69F00", 2: "#0072B2", 3: "#56B4E9", 4: "#009E73", 8: "#CC79A7", 16: "#000000"}
 METHOD_LINES = {"baseline": (0, (4, 2)), "winq": "-"}
+AFTER_RESET_LINE = (0, (2, 1))
 METHOD_NAMES = {"winq": "WinQ"}
 MOST_IN_LEGEND = 9
-INK, FAINT = "#333333", "#dddddd"
+PANEL = (7.2, 4.2)  # inches
+INK, FAINT, REFERENCE = "#333333", "#dddddd", "#000000"
 
 
 def run_name(run: Run) -> str:
-    """Bit-width and method where the run's config has them, else the folder's name."""
+    """Bit-width and method as far as the run's config has them, else the folder's name."""
     bits, method = run.config.get("bits"), run.config.get("method")
-    if isinstance(bits, int | float) and isinstance(method, str):
-        return f"{bits:g}-bit {METHOD_NAMES.get(method, method)}"
-    return run.folder.resolve().name
+    if not isinstance(method, str):
+        return run.folder.resolve().name
+    width = f"{bits:g}-bit " if isinstance(bits, int | float) else ""
+    return width + METHOD_NAMES.get(method, method)
 
 
 def run_style(run: Run, position: int = 0) -> dict[str, Any]:
-    """Colour by bit-width and line style by method where the run's config has them, else colour by position."""
+    """Colour by bit-width and line style by method where the run's config has them, else colour by position.
+
+    A run that has a method and no bit-width is what the others are compared with, and black.
+    """
     bits, method = run.config.get("bits"), run.config.get("method")
     colour = PALETTE[position % len(PALETTE)]
-    if not isinstance(bits, int | float) or not isinstance(method, str):
+    if not isinstance(method, str):
         return {"color": colour, "linestyle": "-"}
+    if not isinstance(bits, int | float):
+        return {"color": REFERENCE, "linestyle": METHOD_LINES.get(method, "-.")}
     return {"color": BITS_COLOURS.get(bits, colour), "linestyle": METHOD_LINES.get(method, "-.")}
 
 
@@ -55,7 +64,16 @@ def new_axes() -> Axes:
     """Axes on a new figure of pyplot, so that a notebook shows it."""
     import matplotlib.pyplot as plt
 
-    return plt.subplots(figsize=(7.2, 4.2), layout="constrained")[1]
+    return plt.subplots(figsize=PANEL, layout="constrained")[1]
+
+
+def new_figure(panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure for saving, which pyplot does not know and so need not be closed; panels in a row share their axes."""
+    from matplotlib.figure import Figure
+
+    width = PANEL[0] if panels == 1 else 5.2 * panels
+    figure = Figure(figsize=(width, PANEL[1]), layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False, sharex=True, sharey=True)[0])
 
 
 def tidy(ax: Axes) -> None:

@@ -72,8 +72,8 @@ class SpectrumProbe:
         config: Mapping[str, Any] | None = None,
         progress: Callable[[int, int], Any] | None = None,
     ):
-        if every < 1:
-            raise InputError(f"every must be at least 1 step, got {every}")
+        if every < 1 or every != int(every):
+            raise InputError(f"every must be a whole number of steps, at least 1, got {every}")
         if probes < 1 or steps < 1:
             raise InputError(f"probes and steps must be at least 1, got probes={probes}, steps={steps}")
         if not near_zero_tol > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -73,7 +74,7 @@ class SpectrumRecord:
         known |= {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
         known |= {name: math.nan for name in _NUMBERS if known.get(name) is None}
         known["estimates"] = {name: Estimate.from_dict(e) for name, e in known["estimates"].items()}
-        known["extras"] = {name: _number(value) for name, value in known.get("extras", {}).items()}
+        known["extras"] = {name: _number(value) for name, value in (known.get("extras") or {}).items()}
         return cls(**known)
 
 
@@ -186,7 +187,8 @@ class Run:
     @property
     def runs(self) -> list[Run]:
         """The runs one level down, by name: those of a study. Empty for a single run."""
-        return [Run(records.parent) for records in sorted(self.folder.glob(f"*/{RECORDS}"))]
+        folders = [records.parent for records in self.folder.glob(f"*/{RECORDS}")]
+        return [Run(folder) for folder in sorted(folders, key=_by_name)]
 
     def _next_number(self) -> int:
         """One more than the last file's, so that a file whose record a crash kept from being written stays."""
@@ -211,6 +213,12 @@ def _taken(folder: Path) -> InputError:
 def open_run(run: Run | str | os.PathLike[str]) -> Run:
     """The run itself, or the one in a folder. Raises InputError if there is none."""
     return run if isinstance(run, Run) else Run(run)
+
+
+def _by_name(folder: Path) -> tuple[float, str]:
+    """Names that start with a number first, in its order: 1bit, 1.58bit, 2bit, 16bit, full-precision."""
+    number = re.match(r"\d+(\.\d+)?", folder.name)
+    return float(number[0]) if number else math.inf, folder.name
 
 
 def _safetensors(arrays: Mapping[str, Any]) -> bytes:

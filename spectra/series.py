@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from spectra.errors import InputError
 from spectra.estimates import Estimate
-from spectra.records import Run, SpectrumRecord
+from spectra.records import Run, SpectrumRecord, open_run
 
 Steps = int | Sequence[int] | Literal["last"] | None
 EIGENVALUE_UNIT = "loss per parameter²"
@@ -48,9 +48,9 @@ QUANTITIES = {
     "gradient_norm": Quantity("gradient norm", "loss per parameter", "the norm of the gradient at the same point"),
     "validation_loss": Quantity("validation loss", "nats per token"),
     "training_loss": Quantity("training loss", "nats per token"),
-    "learning_rate": Quantity("learning rate", "per step"),
+    "learning_rate": Quantity("learning rate"),
     "relative_gradient_norm": Quantity("relative gradient norm", "", "‖gradient‖ / ‖W‖ over the quantized weights"),
-    "flip_rate": Quantity("flip rate", "", "share of the quantization codes that changed since the line before"),
+    "flip_rate": Quantity("flip rate", "", "share of the quantization codes that changed since the measurement before"),
     "distance_to_grid": Quantity("distance to the grid", "", "‖W − Q(W)‖ / ‖W‖ over the quantized weights"),
     "clipped_share": Quantity("clipped share", "", "share of the weights outside the quantizer's range"),
 }
@@ -74,6 +74,13 @@ class Series:
     measured: bool
 
 
+def as_runs(runs: Any) -> list[Run]:
+    """Runs from a run, a study, the folder of either, or a list of these. A study stands for the runs in it."""
+    items = runs if isinstance(runs, list | tuple) else [runs]
+    opened = [open_run(item) for item in items]
+    return [single for run in opened for single in (run.runs or [run])]
+
+
 def describe(quantity: str) -> Quantity:
     """The quantity's full name and unit; for one that is not known here, its key in words."""
     return QUANTITIES.get(quantity) or Quantity(quantity.replace("_", " "))
@@ -88,7 +95,6 @@ def select(run: Run, *, mode: str | None = None, steps: Steps = None) -> list[Sp
     """The records of one mode (None: the run's first) at the given steps, in the order of measuring.
 
     steps: None for all, "last" for the last record alone, a step or several.
-
     Raises InputError naming what there is where nothing is found.
     """
     records = run.records

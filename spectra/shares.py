@@ -6,102 +6,136 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
 
-from spectra.estimates import Estimate, student_interval
-from spectra.quadrature import christoffel, gauss_rule
+from spectra.brackets import Bracket, bracket
+from spectra.estimates import Estimate, certain, normal_quantile
 
 RESOLVED_HALF_WIDTH = 0.05
+SETTLED = 1.5  # a smooth measure halves its unplaced mass at every doubling of the steps, a ratio of 2
 
 
 @dataclass(frozen=True)
-class Probe:
-    """One probe's Gauss rule and the Jacobi matrix it came from; all (m,)."""
+class Measure:
+    """What several probes saw of an operator's spectrum, apart from what is known exactly.
 
-    nodes: np.ndarray
-    weights: np.ndarray
-    alphas: np.ndarray
-    betas: np.ndarray
-
-    def halved(self) -> Probe:
-        """The same probe after half as many steps, which the leading block of T holds at no cost."""
-        half = max(len(self.nodes) // 2, 1)
-        rule = gauss_rule(self.alphas[:half], self.betas[:half])
-        return Probe(rule.nodes, rule.weights, self.alphas[:half], self.betas[:half])
-
-
-def share_below(probe: Probe, points: np.ndarray, *, exact: bool = False) -> np.ndarray:
-    """The probe's cumulative weight at each point, half of a node's weight counting at the node.
-
-    Between nodes the curve is interpolated monotonically (PCHIP): the true one passes between the weight strictly
-    left of a node and the weight up to and including it (Chebyshev, Markov, Stieltjes), so half of each node's weight
-    is the natural middle. exact: the nodes are the eigenvalues, and the curve is a step function.
+    jacobi: a pair (alphas, betas) a probe. dimension: of the space the probes were drawn from. atoms and counts:
+    eigenvalues known exactly and how many of each. noise: how far rounding may have moved an eigenvalue.
     """
-    nodes, weights = _merged(probe)
-    total = np.cumsum(weights)
-    if exact:
-        return np.concatenate([[0.0], total])[np.searchsorted(nodes, points, side="left")]
-    middle = total - weights / 2
+
+    jacobi: list[tuple[np.ndarray, np.ndarray]]
+    dimension: int
+    atoms: np.ndarray
+    counts: np.ndarray
+    noise: float
+
+    @property
+    def total(self) -> int:
+        """All eigenvalues, those of the probed space and the atoms."""
+        return self.dimension + int(self.counts.sum())
+
+
+@dataclass(frozen=True)
+class _Crossing:
+    """The probed space's mass below a threshold: a point estimate, and bounds that hold in exact arithmetic.
+
+    strictly and including: estimates of the mass below, and of the mass up to and including, the threshold; they
+    differ by an atom there. low, high: bounds of the first and the second.
+    """
+
+    strictly: float
+    including: float
+    low: float
+    high: float
+
+
+def share_inside(measure: Measure, low: float, high: float) -> Estimate:
+    """The share of eigenvalues with low < lambda < high; either bound may be infinite.
+
+    The interval adds up: the Chebyshev-Markov-Stieltjes bracket at each bound, averaged over probes, which holds
+    whatever the finite recurrence has not seen; the noise of the products, by moving each bound outward and inward;
+    and the spread of the probes, whose variance for probes uniform on the sphere is known,
+    2 p (1 - p) / ((n + 2) k) for a share p of n eigenvalues and k probes. Resolved where its half-width is at most
+    .05. The value is the middle of the bracket, less what looks like an atom at the bound itself.
+    """
+    n, total = measure.dimension, measure.total
+    known = float(measure.counts[(measure.atoms > low) & (measure.atoms < high)].sum())
+    if n == 0 or not measure.jacobi:
+        return certain(known / total)
+    at_low, at_high = (_crossing(measure, bound) for bound in (low, high))
+    value = max(at_high.strictly - at_low.including, 0.0)
+    least, most = max(at_high.low - at_low.high, 0.0), min(at_high.high - at_low.low, 1.0)
+    widest = min(max(0.5, least), most)  # the share inside the bracket whose sampling error is largest
+    spread = normal_quantile() * math.sqrt(2 * widest * (1 - widest) / ((n + 2) * len(measure.jacobi)))
+    if math.isinf(low) and math.isinf(high):
+        spread = 0.0
+    least, most = max(least - spread, 0.0), min(most + spread, 1.0)
+    # A bound so close to an end that the share cannot be told from zero still has a width of one eigenvalue.
+    scaled = [(known + n * share) / total for share in (value, least, most)]
+    value, least, most = scaled[0], min(scaled[1], scaled[0]), max(scaled[2], scaled[0])
+    half = (most - least) / 2
+    if half <= RESOLVED_HALF_WIDTH:
+        return Estimate(value, least, most)
+    steps = max(len(alphas) for alphas, _ in measure.jacobi)
+    bracket_part = (at_high.high - at_high.low + at_low.high - at_low.low) / 2
+    cause = (
+        f"{steps} steps leave {2 * bracket_part:.2f} of the mass at the bound unplaced: use more steps, or deflate"
+        if bracket_part > spread
+        else f"{len(measure.jacobi)} probes of {n} eigenvalues leave +-{spread:.2f}: use more probes"
+    )
+    return Estimate(value, least, most, False, cause)
+
+
+def _crossing(measure: Measure, bound: float) -> _Crossing:
+    if math.isinf(bound):
+        side = 0.0 if bound < 0 else 1.0
+        return _Crossing(side, side, side, side)
+    each = [_probe_crossing(alphas, betas, bound, measure.noise) for alphas, betas in measure.jacobi]
+    return _Crossing(*(float(np.mean(part)) for part in zip(*each, strict=True)))
+
+
+def _probe_crossing(
+    alphas: np.ndarray, betas: np.ndarray, bound: float, noise: float
+) -> tuple[float, float, float, float]:
+    here = bracket(alphas, betas, bound)
+    below = bracket(alphas, betas, bound - noise) if noise > 0 else here
+    above = bracket(alphas, betas, bound + noise) if noise > 0 else here
+    atom = _atom(alphas, betas, bound, here)
+    middle = here.below + here.at / 2
+    low, high = min(here.below, below.below), max(here.below + here.at, above.below + above.at)
+    return middle - atom / 2, middle + atom / 2, low, high
+
+
+def _atom(alphas: np.ndarray, betas: np.ndarray, bound: float, here: Bracket) -> float:
+    """The mass that seems to sit exactly at the bound. Where the measure is smooth the node's weight falls like 1/m,
+    at an atom it stays: extrapolating from m/4, m/2 and m to infinity (Aitken) leaves the atom. Where the weight does
+    not settle, as for masses spread over decades, nothing is claimed."""
+    if betas[-1] <= 0:
+        return here.at
+    quarter, half = (
+        bracket(alphas[:m], betas[:m], bound).at if m else 1.0 for m in (len(alphas) // 4, len(alphas) // 2)
+    )
+    ratio = (quarter - half) / (half - here.at) if half > here.at else 0.0
+    if ratio < SETTLED:
+        return 0.0
+    return float(np.clip(here.at - (half - here.at) / (ratio - 1), 0.0, here.at))
+
+
+def cumulative(nodes: np.ndarray, weights: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """A rule's cumulative weight at each grid point, half of a node's weight counting at the node, interpolated
+    monotonically (PCHIP) between nodes: a curve to draw. Shares come from `share_inside`."""
+    from scipy.interpolate import PchipInterpolator  # half a second to load, for a curve alone
+
+    nodes, weights = merged(nodes, weights)
+    middle = np.cumsum(weights) - weights / 2
     if len(nodes) == 1:
-        return np.where(points < nodes[0], 0.0, np.where(points > nodes[0], 1.0, 0.5))
-    curve = PchipInterpolator(nodes, middle, extrapolate=False)(points)
-    curve = np.where(points < nodes[0], 0.0, np.where(points > nodes[-1], 1.0, curve))
+        return np.where(grid < nodes[0], 0.0, np.where(grid > nodes[0], 1.0, 0.5))
+    curve = PchipInterpolator(nodes, middle, extrapolate=False)(grid)
+    curve = np.where(grid < nodes[0], 0.0, np.where(grid > nodes[-1], 1.0, curve))
     return np.clip(curve, 0.0, 1.0)
 
 
-def share_inside(probes: list[Probe], low: float, high: float, *, exact: bool = False) -> Estimate:
-    """The share of eigenvalues with low < lambda < high, from several probes.
-
-    The interval holds three things: the spread over probes (Student), the change between half of the steps and all of
-    them (the bias of a finite recurrence), and half of the mass that may sit exactly at a finite bound (an atom, which
-    the Christoffel function bounds from above). Resolved where its half-width is at most .05.
-    """
-    if exact:
-        probe = probes[0]
-        inside = (probe.nodes > low) & (probe.nodes < high)
-        value = float(probe.weights[inside].sum())
-        return Estimate(value, value, value)
-    bounds = [b for b in (low, high) if math.isfinite(b)]
-    samples = np.array([_inside(p, low, high) for p in probes])
-    halves = [p.halved() for p in probes]
-    drift = abs(samples.mean() - np.mean([_inside(p, low, high) for p in halves]))
-    atoms = sum(_possible_atom(probes, halves, bound) for bound in bounds)
-    spread = student_interval(samples)
-    value = float(samples.mean())
-    half = spread.half_width + drift + atoms / 2
-    if not math.isfinite(half):
-        return Estimate(value, 0.0, 1.0, False, spread.reason)
-    resolved = half <= RESOLVED_HALF_WIDTH
-    reason = "" if resolved else _why(spread.half_width, drift, atoms / 2, len(probes), len(probes[0].nodes))
-    return Estimate(value, max(value - half, 0.0), min(value + half, 1.0), resolved, reason)
-
-
-def _inside(probe: Probe, low: float, high: float) -> float:
-    below_low, below_high = share_below(probe, np.array([low, high]))
-    return float(below_high - below_low)
-
-
-def _possible_atom(probes: list[Probe], halves: list[Probe], point: float) -> float:
-    """How much mass may sit exactly at the point. The Christoffel function falls like 1/m where the measure is smooth
-    and stays where there is an atom, so extrapolating from m/2 and m to infinity leaves the atom."""
-    whole = float(np.mean([christoffel(p.alphas, p.betas, point) for p in probes]))
-    half = float(np.mean([christoffel(p.alphas, p.betas, point) for p in halves]))
-    return max(2 * whole - half, 0.0)
-
-
-def _why(spread: float, drift: float, atom: float, probes: int, steps: int) -> str:
-    causes = {
-        f"the {probes} probes disagree by +-{spread:.2f}: use more probes": spread,
-        f"the share still moved by {drift:.2f} over the last {steps // 2} steps: use more steps": drift,
-        f"up to {2 * atom:.2f} of the mass may sit exactly at the bound: use more steps": atom,
-    }
-    return max(causes, key=lambda cause: causes[cause])
-
-
-def _merged(probe: Probe) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes closer than rounding, such as copies of a converged outlier, count as one."""
-    nodes, weights = probe.nodes, probe.weights
+def merged(nodes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes closer than rounding, such as copies of a converged outlier, as one."""
     closeness = 1e-12 * max(float(np.abs(nodes).max()), 1e-300)
     starts = np.concatenate([[True], np.diff(nodes) > closeness])
-    groups = np.cumsum(starts) - 1
-    return nodes[starts], np.bincount(groups, weights=weights)
+    return nodes[starts], np.bincount(np.cumsum(starts) - 1, weights=weights)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.linalg
+import scipy
 import torch
 
 from spectra.density import SpectralDensity
+from spectra.eigs import Eigenpairs, topk
 from spectra.errors import InputError
-from spectra.lanczos import Tridiagonal, choose_policy, lanczos
-from spectra.operators import LinearOperator
+from spectra.lanczos import Recurrence, Tridiagonal, choose_policy
+from spectra.operators import DeflatedOperator, LinearOperator
 from spectra.vectors import probe
+
+DEFLATION_TOLERANCE = 1e-3  # of |lambda|: what is left of an outlier is then its square, below the bulk
+
+ROUNDING_STEPS = 4  # roundings that a product may have gone through, each of the operator's floating-point spacing
 
 
 def slq(
@@ -22,7 +27,9 @@ def slq(
     probes: int = 10,
     steps: int = 100,
     seed: int = 0,
+    deflate: int | Eigenpairs = 0,
     reorthogonalize: str = "auto",
+    noise: float | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> SpectralDensity:
     """The spectral density of a symmetric operator by stochastic Lanczos quadrature.
@@ -30,53 +37,157 @@ def slq(
     Each of `probes` random unit vectors v gives a Gauss rule of `steps` nodes for the measure
     sum_k (u_k . v)^2 delta(lambda - lambda_k), whose mean over v is the density of eigenvalues (Golub and Meurant,
     1993; Ubaru, Chen and Saad, SIAM J. Matrix Anal. 38, 2017). Probe i depends on (seed, i) alone.
-    Costs probes * steps products. With steps >= n the whole matrix costs only n, so it is formed and diagonalised:
-    the rows are then the eigenvalues with weight 1/n each, and every estimate is exact.
 
-    reorthogonalize: "full", "none" or "auto" (full while the basis is small); see `spectra.lanczos`.
-    progress: called as progress(products done, products in all).
+    deflate: take this many eigenvalues of largest magnitude out of the recurrence and put them back with their exact
+    weights: they are found with `topk` first (its products come on top), or given as its result. Outliers cost a
+    recurrence many times over, so this pays wherever a few eigenvalues stand far from the bulk.
+    Coordinates that the operator maps to exact zero (clipped weights, embeddings of tokens that do not occur) are
+    noticed in the first product and counted as known zeros instead of being sampled; they take the place of one node.
+
+    Costs probes * steps products. With steps >= n the whole matrix costs only n, so it is formed and diagonalised,
+    and every estimate is exact. reorthogonalize: "full", "none" or "auto" (full while the basis is small); see
+    `spectra.lanczos`. noise: how far rounding may have moved eigenvalues, by default 4 times the spacing of the
+    operator's floating-point numbers at the norm of T. progress: called as progress(products done, products in all).
     Raises InputError for counts below one, NonFiniteError for a product that is not finite.
     """
     if probes < 1 or steps < 1:
         raise InputError(f"probes and steps must be at least 1, got probes={probes}, steps={steps}")
+    policy = choose_policy(op, steps, reorthogonalize)
     n = op.shape[0]
     if steps >= n:
         return _exact(op, probes, steps, progress)
-    policy = choose_policy(op, steps, reorthogonalize)
-    done = 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, probes * steps)
-
-    results = []
+    pairs = _outliers(op, deflate, seed)
+    if pairs is not None and len(pairs.values) + steps >= n:
+        return _exact(op, probes, steps, progress)
+    space = ProbeSpace(op, pairs, seed=seed)
+    report = _Progress(progress, probes * steps)
+    results: list[Tridiagonal] = []
     for index in range(probes):
-        start = probe(op, seed=seed, index=index)
-        results.append(lanczos(op, start, steps, reorthogonalize=policy, on_step=advance))
-        done = (index + 1) * steps  # a breakdown saves the rest
-    return density_from(results, dimension=n, steps=steps)
+        recurrence = space.recurrence(index, steps, keep_basis=policy == "full")
+        if recurrence is None:  # the operator is zero on the whole space
+            break
+        recurrence.advance(steps - space.zero_nodes, on_step=report.advance)
+        results.append(recurrence.tridiagonal())
+        report.reach((index + 1) * steps)
+    return space.density(results, probes=probes, steps=steps, noise=noise)
 
 
-def density_from(results: list[Tridiagonal], *, dimension: int, steps: int) -> SpectralDensity:
-    """Stack Jacobi matrices, one a probe, padded to `steps` where a breakdown ended the recurrence early."""
-    alphas, betas = np.zeros((len(results), steps)), np.zeros((len(results), steps))
-    for row, result in enumerate(results):
-        alphas[row, : result.steps], betas[row, : result.steps] = result.alphas, result.betas
-    lengths = np.array([result.steps for result in results])
-    return SpectralDensity.from_jacobi(alphas, betas, lengths, dimension=dimension)
+class ProbeSpace:
+    """The space that probes are drawn from: orthogonal to deflated eigenvectors, and without the coordinates that the
+    operator maps to zero, which the first product reveals."""
+
+    def __init__(self, op: LinearOperator, pairs: Eigenpairs | None, *, seed: int):
+        self.pairs, self.seed = pairs, seed
+        self.op = op if pairs is None else DeflatedOperator(op, pairs.vectors)
+        self.zero_count = 0
+        self._zeros: torch.Tensor | None = None  # where the operator is zero, as a mask (n,)
+
+    @property
+    def zero_nodes(self) -> int:
+        """1 where a node of each rule stands for the known zeros, else 0."""
+        return int(self.zero_count > 0)
+
+    @property
+    def dimension(self) -> int:
+        """How many dimensions the probes cover."""
+        return self.op.shape[0] - self.zero_count - (0 if self.pairs is None else len(self.pairs.values))
+
+    def recurrence(self, index: int, steps: int, *, keep_basis: bool) -> Recurrence | None:
+        """Probe `index`, ready to advance; None where nothing is left to probe."""
+        start = probe(self.op, seed=self.seed, index=index)
+        if isinstance(self.op, DeflatedOperator):
+            start = self.op.project(start)
+        image = self._find_zeros(start) if self._zeros is None else None
+        assert self._zeros is not None
+        start = torch.where(self._zeros, 0, start)
+        if self.dimension <= 0:
+            return None
+        return Recurrence(self.op, start, keep_basis=steps if keep_basis else 0, first_image=image)
+
+    def _find_zeros(self, start: torch.Tensor) -> torch.Tensor:
+        """The first product; notice where it is exactly zero, and drop those coordinates from the deflated vectors too.
+
+        Zero rows of a symmetric matrix are zero columns, so the image of the whole probe is that of its part outside
+        them, and no product is lost.
+        """
+        inner = self.op.inner if isinstance(self.op, DeflatedOperator) else self.op
+        image = inner @ start
+        self._zeros = zeros = image == 0
+        self.zero_count = int(zeros.sum())
+        if isinstance(self.op, DeflatedOperator):
+            if self.zero_count:
+                self.op = DeflatedOperator(inner, torch.where(zeros[:, None], 0, self.op.vectors))
+            image = self.op.project(image)
+        return image
+
+    def density(
+        self, results: Sequence[Tridiagonal], *, probes: int, steps: int, noise: float | None = None
+    ) -> SpectralDensity:
+        """Stack Jacobi matrices, one a probe, padded where a breakdown ended the recurrence early."""
+        alphas, betas = np.zeros((probes, steps)), np.zeros((probes, steps))
+        lengths = np.zeros(probes, dtype=int)
+        for row, result in enumerate(results):
+            alphas[row, : result.steps], betas[row, : result.steps] = result.alphas, result.betas
+            lengths[row] = result.steps
+        atoms, counts, residuals = [], [], []
+        if self.pairs is not None:
+            atoms, residuals = list(self.pairs.values), list(self.pairs.residuals)
+            counts = [1] * len(atoms)
+        if self.zero_count:
+            atoms, counts, residuals = [*atoms, 0.0], [*counts, self.zero_count], [*residuals, 0.0]
+        order = np.argsort(atoms, kind="stable")
+        if noise is None:
+            radius = float(np.abs(alphas).max() + 2 * np.abs(betas).max()) if alphas.size else 0.0
+            noise = ROUNDING_STEPS * torch.finfo(self.op.dtype).eps * radius
+        return SpectralDensity(
+            self.op.shape[0],
+            alphas,
+            betas,
+            lengths,
+            np.array(atoms, dtype=float)[order],
+            np.array(counts, dtype=float)[order],
+            np.array(residuals, dtype=float)[order],
+            noise=noise,
+            exact=not results,
+        )
+
+
+def _outliers(op: LinearOperator, deflate: int | Eigenpairs, seed: int) -> Eigenpairs | None:
+    if isinstance(deflate, Eigenpairs):
+        return deflate if len(deflate.values) else None
+    if deflate < 0:
+        raise InputError(f"deflate must be a number of eigenvalues or the result of topk, got {deflate}")
+    if deflate == 0:
+        return None
+    # A copy that is missed stays in the recurrence, where it is counted all the same: no need to verify.
+    return topk(op, min(deflate, op.shape[0]), which="LM", tol=DEFLATION_TOLERANCE, seed=seed, verify=False)
 
 
 def _exact(op: LinearOperator, probes: int, steps: int, progress: Callable[[int, int], Any] | None) -> SpectralDensity:
     n = op.shape[0]
     matrix = np.empty((n, n))
     unit = torch.zeros(n, dtype=op.dtype, device=op.device)
+    report = _Progress(progress, n)
     for column in range(n):
         unit[column] = 1
         matrix[:, column] = (op @ unit).double().cpu().numpy()
         unit[column] = 0
-        if progress is not None:
-            progress(column + 1, n)
+        report.advance()
     eigenvalues = scipy.linalg.eigvalsh((matrix + matrix.T) / 2)
-    return SpectralDensity.from_eigenvalues(eigenvalues, probes=probes, steps=steps)
+    noise = ROUNDING_STEPS * torch.finfo(op.dtype).eps * float(np.abs(eigenvalues).max())
+    return SpectralDensity.from_eigenvalues(eigenvalues, probes=probes, steps=steps, noise=noise)
+
+
+class _Progress:
+    """Counts products towards a total for a callback that may be absent."""
+
+    def __init__(self, callback: Callable[[int, int], Any] | None, total: int):
+        self.callback, self.total, self.done = callback, total, 0
+
+    def advance(self) -> None:
+        self.reach(self.done + 1)
+
+    def reach(self, done: int) -> None:
+        if self.callback is not None and done > self.done:
+            self.callback(done, self.total)
+        self.done = max(done, self.done)

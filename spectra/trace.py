@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from spectra.errors import InputError
-from spectra.estimates import Estimate, student_interval
+from spectra.estimates import Estimate, certain, student_interval
 from spectra.operators import LinearOperator
 from spectra.vectors import dot, gaussian, probe
 
@@ -41,12 +41,13 @@ def trace(op: LinearOperator, *, method: str = "hutchinson", probes: int = 30, s
 def _exact(op: LinearOperator) -> Estimate:
     n = op.shape[0]
     unit = torch.zeros(n, dtype=op.dtype, device=op.device)
-    total = 0.0
+    diagonal = np.empty(n)
     for index in range(n):
         unit[index] = 1
-        total += float((op @ unit)[index])
+        diagonal[index] = float((op @ unit)[index])
         unit[index] = 0
-    return Estimate(total, total, total, products=n)
+    slack = 100 * torch.finfo(op.dtype).eps * float(np.abs(diagonal).sum())
+    return _with_products(certain(float(diagonal.sum()), rounding=slack), n)
 
 
 def _hutchinson(op: LinearOperator, probes: int, seed: int) -> Estimate:

@@ -1,0 +1,200 @@
+"""The `qat` command: compare methods over bit-widths, train one, evaluate a model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
+
+from qat.config import WinQConfig
+from qat.settings import SmallLlamaConfig, StudyConfig, TrainConfig, choose_device
+from qat.winq import PRESETS
+from spectra.command_line import run_command
+from spectra.errors import InputError
+
+# Options that have the name of the setting they give.
+TRAINING_OPTIONS = (
+    *("steps", "batch_size", "learning_rate", "schedule", "warmup", "weight_decay", "evaluate_every", "seed"),
+)
+STUDY_OPTIONS = (
+    *("out", "model", "tokenizer", "dataset", "trust_remote_code", "device", "quantizer", "length"),
+    *("validation_sequences", "probes", "lanczos_steps", "measure_sequences"),
+)
+
+
+@run_command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments (None: those of the process) and return its exit code."""
+    options = _parser().parse_args(arguments)
+    options.command(options)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors in one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="qat", description="Quantization-aware training of language models, watched through Hessian spectra."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    compare = commands.add_parser("compare", help="train by several methods at several bit-widths, and compare")
+    compare.set_defaults(command=_compare)
+    compare.add_argument("--bits", default="1,2,4", help="bit-widths: of 1, 1.58, 2, 3, 4, 8 (default: 1,2,4)")
+    compare.add_argument("--methods", default="baseline,winq", help="default: baseline,winq")
+    _add_study_options(compare)
+
+    train = commands.add_parser("train", help="train by one method at one bit-width")
+    train.set_defaults(command=_train)
+    train.add_argument("--bits", default="2", help="1, 1.58, 2, 3, 4 or 8 (default: 2)")
+    train.add_argument("--method", default="winq", help="baseline or winq (default: winq)")
+    _add_study_options(train)
+
+    evaluate = commands.add_parser("evaluate", help="the perplexity of a model on text files")
+    evaluate.set_defaults(command=_evaluate)
+    evaluate.add_argument("model", help="a model folder, or a name on the Hugging Face hub")
+    evaluate.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files, UTF-8")
+    evaluate.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="default: the model's own")
+    evaluate.add_argument("--block", type=int, default=2048, help="tokens a block, no overlap (default: 2048)")
+    evaluate.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    evaluate.add_argument("--trust-remote-code", action="store_true", help="run the code that a hub model brings")
+    return parser
+
+
+def _add_study_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make: records, table, figures, report")
+
+    start = parser.add_argument_group("model and text")
+    start.add_argument(
+        "--model", metavar="NAME_OR_FOLDER", help="a causal language model (default: a small Llama, trained here once)"
+    )
+    start.add_argument(
+        "--tokenizer", metavar="NAME_OR_FOLDER", help="default: the model's own; 'train' trains one on the text"
+    )
+    start.add_argument("--text", nargs="+", metavar="FILE", help="text files, UTF-8 (default: Python's own source)")
+    start.add_argument("--dataset", metavar="HUB_NAME", help="a dataset on the Hugging Face hub instead of files")
+    start.add_argument("--length", type=int, help="tokens a sequence")
+    start.add_argument("--vocabulary-size", type=int, help="of the default model")
+    start.add_argument("--base-steps", type=int, help="full-precision training steps of the default model")
+    start.add_argument("--trust-remote-code", action="store_true", help="run the code that a hub model brings")
+    start.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=int, help="training steps")
+    training.add_argument("--batch-size", type=int, help="sequences a step")
+    training.add_argument("--lr", type=float, dest="learning_rate", help="peak learning rate")
+    training.add_argument("--schedule", help="constant, cosine or wsd: the comparison depends on it")
+    training.add_argument("--warmup", type=float, help="share of the steps with a rising learning rate")
+    training.add_argument("--weight-decay", type=float, help="on matrices, never on quantizer scales")
+    training.add_argument("--evaluate-every", type=int, help="steps between validation losses")
+    training.add_argument("--validation-sequences", type=int, help="sequences a validation loss is taken over")
+    training.add_argument("--seed", type=int, help="of the data order, the noise and the probes")
+
+    quantization = parser.add_argument_group("quantization and WinQ")
+    quantization.add_argument("--quantizer", help="auto, rtn, lsq, seq or binary (default: auto, by bit-width)")
+    quantization.add_argument("--skip", nargs="+", metavar="GLOB", help="modules to leave in full precision")
+    quantization.add_argument(
+        "--preset", help="WinQ's settings: paper (its text, the default) or released (its released code)"
+    )
+    quantization.add_argument("--every", help="WinQ resets every so many steps, or this fraction of the run")
+    quantization.add_argument("--alpha", type=float, help="share of the way a reset moves toward the grid")
+    quantization.add_argument("--sigma", type=float, help="standard deviation of WinQ's weight noise")
+
+    spectra = parser.add_argument_group("spectra")
+    spectra.add_argument("--modes", help="which Hessian: of ste, quantized, latent, noisy (default: ste)")
+    spectra.add_argument("--probes", type=int, help="random probes a spectrum; more narrow the intervals")
+    spectra.add_argument("--lanczos-steps", type=int, help="Lanczos steps a probe; more resolve finer")
+    spectra.add_argument("--measure-sequences", type=int, help="sequences that a spectrum's loss is taken over")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    config = _study_config(options, bits=_listed(options.bits), methods=_listed(options.methods))
+    from qat.study import compare
+
+    compare(config, say=_say)
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = _study_config(options, bits=(options.bits,), methods=(options.method,))
+    from qat.study import train_one
+
+    train_one(config, say=_say)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    import torch
+
+    from qat.corpus import Blocks
+    from qat.evaluate import perplexity
+    from qat.models import check_fit, load_model, load_tokenizer
+    from spectra.loading import quiet_transformers, read_texts
+
+    text = "\n\n".join(read_texts(options.text))
+    device = choose_device(options.device)
+    model = load_model(options.model, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(options.tokenizer or options.model, trust_remote_code=options.trust_remote_code)
+    with quiet_transformers():
+        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    if len(tokens):
+        check_fit(model, Blocks(tokens, 1))
+    result = perplexity(model.to(device), tokens, block=options.block)
+    print(
+        f"perplexity {result.perplexity:.4f}, loss {result.loss:.5f} nats a token, over {result.tokens:,} tokens "
+        f"in blocks of {result.block}"
+    )
+
+
+def _study_config(options: argparse.Namespace, **chosen: Any) -> StudyConfig:
+    """The settings given, over the defaults of the configuration classes, which check them."""
+    base = _given(options, vocabulary_size="vocabulary_size", base_steps="steps")
+    training = _given(options, **{name: name for name in TRAINING_OPTIONS})
+    settings = _given(options, **{name: name for name in STUDY_OPTIONS})
+    if options.modes is not None:
+        settings["modes"] = _listed(options.modes)
+    return StudyConfig(
+        **settings,
+        **chosen,
+        text=tuple(options.text or ()),
+        skip=tuple(options.skip or ()),
+        train=TrainConfig(**training),
+        winq=_winq_config(options),
+        small_llama=SmallLlamaConfig(**base),
+    )
+
+
+def _winq_config(options: argparse.Namespace) -> WinQConfig:
+    """The preset, and what is given on top of it."""
+    preset = options.preset or "paper"
+    if preset not in PRESETS:
+        raise InputError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
+    changes = _given(options, alpha="alpha", sigma="sigma")
+    if options.every is not None:
+        try:
+            changes["every"] = int(options.every) if options.every.isdigit() else float(options.every)
+        except ValueError:
+            raise InputError(f"--every is a number of steps or a fraction of the run, got {options.every!r}") from None
+    return replace(PRESETS[preset], **changes)
+
+
+def _given(options: argparse.Namespace, **names: str) -> dict[str, Any]:
+    """The options that were given, under the names that a configuration has for them."""
+    values = {name: getattr(options, option) for option, name in names.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # a study takes minutes: whoever reads it through a pipe sees each line when it is there
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

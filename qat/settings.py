@@ -1,0 +1,165 @@
+"""The settings of a training and of a study, with their defaults: frozen dataclasses, checked when they are made.
+
+Nothing heavy is imported here, so that a command shows its help and refuses a wrong option at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from qat.config import QuantConfig, WinQConfig
+from qat.modes import MODES
+from qat.winq import reset_steps
+from spectra.errors import InputError
+
+METHODS = ("baseline", "winq")
+SCHEDULES = ("constant", "cosine", "wsd")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train: AdamW, a learning-rate schedule, a fixed data order. Validated when made.
+
+    schedule: "constant"; "cosine", to 0 at the end; "wsd" (warmup, stable, decay), linearly to 0 over the last fifth.
+    warmup: the share of the steps over which the rate rises linearly from 0, whatever the schedule.
+    evaluate_every: steps between two validation losses, 0 for a twentieth of the run.
+    """
+
+    steps: int = 200
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    decay: float = 0.2
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+    evaluate_every: int = 0
+    telemetry_every: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+        for name in ("steps", "batch_size", "telemetry_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is 1 or more, got {getattr(self, name)}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise InputError(f"learning_rate is a number above 0, got {self.learning_rate}: try 1e-3")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        for name in ("warmup", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is a share of the steps from 0 to 1, got {getattr(self, name)}")
+        for name in ("weight_decay", "gradient_clip", "evaluate_every"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} is 0 or more, got {getattr(self, name)}")
+
+    def evaluation_steps(self) -> tuple[int, ...]:
+        """After which steps the validation loss is taken: 0, every evaluate_every, and the last."""
+        every = self.evaluate_every or max(1, self.steps // 20)
+        return (*range(0, self.steps, every), self.steps)
+
+
+@dataclass(frozen=True)
+class SmallLlamaConfig:
+    """The default model and how it is trained in full precision before anything is quantized."""
+
+    vocabulary_size: int = 1024
+    hidden_size: int = 96
+    intermediate_size: int = 256
+    layers: int = 3
+    heads: int = 4
+    positions: int = 2048
+    steps: int = 400
+    batch_size: int = 16
+    length: int = 128
+    learning_rate: float = 4e-3
+    epochs: float = 12.0  # at most so many passes over the text, however many steps are asked for
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+        for name in ("hidden_size", "intermediate_size", "layers", "heads", "steps", "batch_size", "length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"the small Llama's {name} is 1 or more, got {getattr(self, name)}")
+
+    def steps_for(self, blocks: int) -> int:
+        """The number of steps on a text of so many blocks."""
+        return max(1, min(self.steps, math.ceil(self.epochs * blocks / self.batch_size)))
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """All settings of a study. Validated when made: bit-widths, methods, modes and counts.
+
+    model: a hub name or a folder; None is the small Llama trained here. tokenizer: another than the model's own.
+    text, dataset: files or a hub dataset; neither is the standard library's source. modes: see `qat.hessian_mode`.
+    measure_sequences: how many training sequences a spectrum's loss is the mean of.
+    """
+
+    out: str
+    bits: tuple[float, ...] = (1, 2, 4)
+    methods: tuple[str, ...] = METHODS
+    model: str | None = None
+    tokenizer: str | None = None
+    text: tuple[str, ...] = ()
+    dataset: str | None = None
+    trust_remote_code: bool = False
+    device: str | None = None
+    quantizer: str = "auto"
+    skip: tuple[str, ...] = ()
+    length: int = 128
+    train: TrainConfig = field(default_factory=TrainConfig)
+    winq: WinQConfig = field(default_factory=WinQConfig)
+    validation_sequences: int = 64
+    modes: tuple[str, ...] = ("ste",)
+    probes: int = 4
+    lanczos_steps: int = 30
+    measure_sequences: int = 8
+    small_llama: SmallLlamaConfig = field(default_factory=SmallLlamaConfig)
+
+    def __post_init__(self) -> None:
+        for name, known in (("methods", METHODS), ("modes", MODES)):
+            chosen = getattr(self, name)
+            for one in chosen:
+                if one not in known:
+                    raise InputError(f"unknown {name[:-1]} {one!r}: choose from {', '.join(known)}")
+            object.__setattr__(self, name, tuple(dict.fromkeys(chosen)))
+        object.__setattr__(self, "bits", tuple(dict.fromkeys(self.quantization(bits).bits for bits in self.bits)))
+        for name in ("bits", "methods", "modes"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is empty: give at least one, separated by commas")
+        least = {"length": 2, "validation_sequences": 1, "probes": 1, "lanczos_steps": 1, "measure_sequences": 1}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise InputError(f"{name} is {smallest} or more, got {getattr(self, name)}")
+        choose_device(self.device)
+        if "noisy" in self.modes and self.winq.sigma == 0:
+            raise InputError("the noisy Hessian needs noise: give --sigma above 0, or leave noisy out of --modes")
+
+    def quantization(self, bits: float) -> QuantConfig:
+        """How a model of so many bits is quantized."""
+        return QuantConfig(bits=bits, quantizer=self.quantizer, skip=self.skip)
+
+    def measuring_steps(self) -> tuple[int, ...]:
+        """Where spectra are taken between the start and the end: each quarter, and wherever WinQ resets."""
+        steps = {round(self.train.steps * quarter / 4) for quarter in (1, 2, 3)}
+        if "winq" in self.methods:
+            steps |= set(reset_steps(self.winq.every, self.train.steps))
+        return tuple(sorted(steps - {0, self.train.steps}))
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, "cpu" or "cuda"; None is a GPU if there is one. Raises InputError for one not here."""
+    if name not in (None, "cpu", "cuda"):
+        raise InputError(f"unknown device {name!r}: choose cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no CUDA device here: leave out --device, or give --device cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"a seed is a whole number from 0 to {2**32 - 1}, got {seed}")

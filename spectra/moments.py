@@ -1,0 +1,135 @@
+"""Sums over eigenvalues, their ratios, and the ends of a spectrum, each with its interval.
+
+For a probe uniform on the unit sphere of n dimensions, v . f(A) v has mean m = mean f(lambda), variance
+2 Var f(lambda) / (n + 2) and third central moment 8 mean (f - m)^3 / ((n + 2)(n + 4)): the squared coordinates are
+Dirichlet(1/2, ..., 1/2). The moments of f on the right are estimated from the same quadrature rules, so an interval
+takes no degrees of freedom, and one probe is enough to have one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from spectra.estimates import Estimate, certain, sampling_interval
+from spectra.quadrature import GaussRule
+
+Function = Callable[[np.ndarray], np.ndarray]
+ROUNDING = 1e-12  # relative error of sums in float64
+RESOLVED_END = 0.05  # relative half-width under which an extreme eigenvalue counts as resolved
+
+
+def sum_over_eigenvalues(
+    function: Function,
+    rules: Sequence[GaussRule],
+    dimension: int,
+    atoms: np.ndarray,
+    counts: np.ndarray,
+    *,
+    rounding: float = ROUNDING,
+) -> Estimate:
+    """sum_k f(lambda_k) over all eigenvalues: exactly over the atoms, by quadrature over the rest. rounding: what the
+    arithmetic may have lost, relative to sum |f|."""
+    known = float(counts @ function(atoms))
+    slack = rounding * float(counts @ np.abs(function(atoms)))
+    if not rules:
+        return certain(known, rounding=slack)
+    mean, deviation, skewness = _mean_of(function, rules, dimension)
+    part = sampling_interval(dimension * mean, dimension * deviation, skewness)
+    size = np.mean([rule.weights @ np.abs(function(rule.nodes)) for rule in rules])
+    slack += rounding * dimension * float(size)
+    return Estimate(known + part.value, known + part.low - slack, known + part.high + slack)
+
+
+def ratio_of_sums(
+    part: Function, whole: Function, rules: Sequence[GaussRule], dimension: int, atoms: np.ndarray, counts: np.ndarray
+) -> Estimate:
+    """sum part(lambda) / sum whole(lambda), for 0 <= part <= whole.
+
+    The interval is that of the linearised ratio, (part - r whole) / sum whole (the delta method), clipped to [0, 1].
+    """
+    numerator = sum_over_eigenvalues(part, rules, dimension, atoms, counts).value
+    denominator = sum_over_eigenvalues(whole, rules, dimension, atoms, counts).value
+    if denominator == 0:
+        return Estimate(0.0, 0.0, 0.0, False, "every eigenvalue is zero")
+    ratio = min(max(numerator / denominator, 0.0), 1.0)
+    if not rules:
+        return widened(certain(ratio), ROUNDING, least=0.0, most=1.0)
+
+    def linearised(nodes: np.ndarray) -> np.ndarray:
+        return dimension * (part(nodes) - ratio * whole(nodes)) / denominator
+
+    _, deviation, skewness = _mean_of(linearised, rules, dimension)
+    interval = sampling_interval(ratio, deviation, skewness)
+    return Estimate(ratio, max(interval.low, 0.0), min(interval.high, 1.0))
+
+
+def widened(estimate: Estimate, room: float, *, least: float = -math.inf, most: float = math.inf) -> Estimate:
+    """The estimate with `room` more on each side, within [least, most]."""
+    low, high = max(estimate.low - room, least), min(estimate.high + room, most)
+    return Estimate(estimate.value, low, high, estimate.resolved, estimate.reason, estimate.products)
+
+
+def square_root(square: Estimate) -> Estimate:
+    """The square root of a non-negative estimate, end by end."""
+    low, high = math.sqrt(max(square.low, 0.0)), math.sqrt(max(square.high, 0.0))
+    return Estimate(math.sqrt(max(square.value, 0.0)), low, high, square.resolved, square.reason)
+
+
+def scaled(estimate: Estimate, factor: float) -> Estimate:
+    """The estimate in other units; factor > 0."""
+    return Estimate(
+        factor * estimate.value, factor * estimate.low, factor * estimate.high, estimate.resolved, estimate.reason
+    )
+
+
+def largest(
+    rules: Sequence[GaussRule],
+    residuals: Sequence[np.ndarray],
+    atoms: np.ndarray,
+    atom_residuals: np.ndarray,
+    noise: float,
+) -> Estimate:
+    """The largest eigenvalue. A Ritz value never passes the true end, so the lower bound is the largest one seen, less
+    rounding. Above there is room for what has not converged: the node's own residual, and its distance to the typical
+    probe's end."""
+    candidates = [(float(atom), float(residual)) for atom, residual in zip(atoms, atom_residuals, strict=True)]
+    if rules:
+        ends = np.array([rule.nodes[-1] for rule in rules])
+        best = int(ends.argmax())
+        room = max(float(residuals[best][-1]), float(ends[best] - np.median(ends)))
+        candidates.append((float(ends[best]), room))
+    value = max(value for value, _ in candidates)
+    high = max(value + room for value, room in candidates) + noise
+    low = value - noise
+    scale = max([abs(value)] + [abs(float(rule.nodes[0])) for rule in rules] + [abs(float(a)) for a in atoms])
+    if (high - low) / 2 <= max(RESOLVED_END * abs(value), 1e-6 * scale):
+        return Estimate(value, low, high)
+    return Estimate(value, low, high, False, "the end of the spectrum has not converged: use more steps, or topk")
+
+
+def mirrored(rules: Sequence[GaussRule]) -> list[GaussRule]:
+    """The rules of -A, so that the smallest eigenvalue is the largest of the mirror."""
+    return [GaussRule(-rule.nodes[::-1], rule.weights[::-1], rule.last_components[::-1]) for rule in rules]
+
+
+def negated(estimate: Estimate) -> Estimate:
+    """The estimate of minus the quantity."""
+    return Estimate(-estimate.value, -estimate.high, -estimate.low, estimate.resolved, estimate.reason)
+
+
+def _mean_of(function: Function, rules: Sequence[GaussRule], dimension: int) -> tuple[float, float, float]:
+    """Mean over probes of f under the rule, its standard deviation, and its skewness."""
+    values = [function(rule.nodes) for rule in rules]
+    mean = float(np.mean([rule.weights @ v for rule, v in zip(rules, values, strict=True)]))
+    second, third = (
+        float(np.mean([rule.weights @ (v - mean) ** power for rule, v in zip(rules, values, strict=True)]))
+        for power in (2, 3)
+    )
+    variance = 2 * second / (dimension + 2)
+    if variance <= 0:
+        return mean, 0.0, 0.0
+    skewness = 8 * third / ((dimension + 2) * (dimension + 4)) / variance**1.5
+    return mean, math.sqrt(variance / len(rules)), skewness / math.sqrt(len(rules))

@@ -1,0 +1,14 @@
+"""What every test shares: one thread, no network, no window, and the helpers on the import path."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+import torch
+
+torch.set_num_threads(1)  # the products are tiny: threads only add noise, and the suite runs one worker a core

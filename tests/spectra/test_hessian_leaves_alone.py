@@ -1,0 +1,177 @@
+"""What measuring leaves as it was, and how it stops where something is not finite."""
+
+import random
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from oracles import dense_gradient, dense_hessian, normal, random_state, relative_error, same_random_state
+from torch import nn
+from torch.nn import functional
+
+import spectra
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.enable_grad])
+def test_grad_mode_of_the_caller_does_not_matter(guard):
+    model, batches = tiny_models.mlp(), tiny_models.regression((9,))
+    with guard():
+        op = spectra.HessianOperator(model, batches)
+        product, gradient, loss = op @ normal(51, seed=0), op.gradient(), op.loss()
+        enabled = torch.is_grad_enabled()
+    assert enabled == (guard is torch.enable_grad)
+    truth = functional.mse_loss(model(batches[0][0]), batches[0][1])
+    dense = dense_hessian(truth, list(model.parameters()))
+    assert relative_error(product, dense @ normal(51, seed=0)) < 1e-10
+    assert relative_error(gradient, dense_gradient(truth, list(model.parameters()))) < 1e-10
+    assert loss == pytest.approx(truth.item())
+    assert not gradient.requires_grad
+
+
+def snapshot(model):
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return {
+        "modes": {name: module.training for name, module in model.named_modules()},
+        "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "gradients": gradients,
+        "gradient objects": [id(p.grad) for p in model.parameters()],
+        "requires": [p.requires_grad for p in model.parameters()],
+        "pointers": [p.data_ptr() for p in model.parameters()],
+        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
+        "random": random_state(),
+    }
+
+
+def unchanged(one, other):
+    assert one["modes"] == other["modes"]
+    assert all(torch.equal(one["state"][name], other["state"][name]) for name in one["state"])
+    for a, b in zip(one["gradients"], other["gradients"], strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    for name in ("gradient objects", "requires", "pointers", "hooks"):
+        assert one[name] == other[name], name
+    assert same_random_state(one["random"], other["random"])
+
+
+def networks():
+    conv = tiny_models.conv_net(dropout=0.3).train()
+    conv.norm.eval()  # mixed modes
+    conv.head.bias.requires_grad_(False)
+    language = tiny_models.causal_lm("gpt2").train()
+    yield conv, tiny_models.images((4, 3)), "conv"
+    yield language, tiny_models.token_batches(), "gpt2"
+
+
+@pytest.mark.parametrize("kept_gradients", [False, True])
+@pytest.mark.parametrize("which", [0, 1], ids=["conv", "gpt2"])
+def test_the_model_is_left_as_it_was(which, kept_gradients):
+    model, batches, _ = list(networks())[which]
+    if kept_gradients:
+        for parameter in list(model.parameters())[::2]:
+            if parameter.requires_grad:
+                parameter.grad = torch.full_like(parameter, 0.5)
+    random.seed(3)
+    np.random.seed(3)  # noqa: NPY002 - the global state is what is checked
+    torch.manual_seed(3)
+    before = snapshot(model)
+    op = spectra.HessianOperator(model, batches)
+    unchanged(before, snapshot(model))
+    op @ torch.zeros(op.shape[1], dtype=torch.float64)
+    op @ normal(op.shape[1], 2, seed=0)
+    op.gradient()
+    op.loss()
+    op.symmetry_gap()
+    unchanged(before, snapshot(model))
+    op.close()
+    unchanged(before, snapshot(model))
+    inputs = batches[0][0] if which == 0 else batches[0]["input_ids"]
+    model.train()
+    output = model(inputs)  # and it still trains
+    (output if which == 0 else output.logits).sum().backward()
+
+
+def test_a_failed_measurement_leaves_the_model_as_it_was():
+    model, batches = tiny_models.conv_net(dropout=0.3).train(), tiny_models.images((4, 3))
+    batches[1][0][0, 0, 0, 0] = torch.nan
+    before = snapshot(model)
+    with pytest.raises(spectra.NonFiniteError):
+        spectra.HessianOperator(model, batches) @ normal(48, seed=0)
+    unchanged(before, snapshot(model))
+
+
+def test_dropout_does_not_make_it_random():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 3)).double().train()
+    op = spectra.HessianOperator(model, tiny_models.regression((9,)))
+    v = normal(51, seed=0)
+    first = op @ v
+    torch.manual_seed(99)
+    assert torch.equal(op @ v, first)
+    assert torch.equal(spectra.HessianOperator(model, tiny_models.regression((9,))) @ v, first)
+
+
+# not finite
+
+
+def failure(model, batches, **options):
+    n = sum(parameter.numel() for parameter in model.parameters())
+    with pytest.raises(spectra.NonFiniteError) as caught:
+        spectra.HessianOperator(model, batches, **options) @ normal(n, seed=0)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert isinstance(caught.value, spectra.InputError)
+    assert isinstance(caught.value, ValueError)
+    return message
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_inputs_that_are_not_finite_name_the_batch(value):
+    messages = []
+    for bad in (0, 2):
+        batches = tiny_models.regression((4, 3, 2))
+        batches[bad][0][1, 1] = value
+        messages.append(failure(tiny_models.mlp(), batches, loss=functional.mse_loss))
+    if value != value:  # tanh tames an infinite input in the loss; the gradient then names it
+        assert all("batch" in message for message in messages)
+        assert messages[0] != messages[1]
+
+
+def test_weights_that_are_not_finite_name_the_parameter():
+    for name in ("0.bias", "2.weight"):
+        model = tiny_models.mlp()
+        with torch.no_grad():
+            model.get_parameter(name).view(-1)[1] = torch.nan
+        message = failure(model, tiny_models.regression((4, 3)))
+        assert name in message
+        assert "batch" in message
+
+
+def test_weights_that_turn_not_finite_later_are_noticed():
+    model = tiny_models.mlp()
+    op = spectra.HessianOperator(model, tiny_models.regression((4, 3)))
+    op @ normal(51, seed=0)
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.nan
+    with pytest.raises(spectra.NonFiniteError):
+        op @ normal(51, seed=0)
+
+
+def test_a_gradient_that_is_not_finite_names_batch_and_parameter():
+    """sqrt at zero: a finite loss with an infinite derivative, in the second batch only."""
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Parameter(torch.ones(2, dtype=torch.float64))
+            self.outer = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.outer * torch.sqrt((x * self.inner) ** 2).sum(1, keepdim=True)
+
+    batches = [
+        (torch.ones(3, 2, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)),
+        (torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64) + 5),
+    ]
+    message = failure(Root(), batches, loss=functional.mse_loss)
+    assert "inner" in message
+    assert "batch" in message

@@ -1,0 +1,57 @@
+"""What `import spectra` costs and brings in."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import spectra
+
+TIMED = """
+import json, sys, time
+import torch
+start = time.perf_counter()
+import spectra
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "modules": sorted(m for m in sys.modules if "." not in m)}))
+"""
+
+
+def fresh(program):
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_spectra_is_cheap():
+    """Under a second over torch, in the best of three tries, as other work on the machine only adds."""
+    seconds = []
+    while len(seconds) < 3 and (not seconds or min(seconds) >= 1):
+        outcome = json.loads(fresh(TIMED))
+        seconds.append(outcome["seconds"])
+        for heavy in ("transformers", "matplotlib", "datasets", "accelerate", "pyhessian", "qat", "tokenizers"):
+            assert heavy not in outcome["modules"]
+    assert min(seconds) < 1, seconds
+
+
+def test_transformers_comes_with_the_callback_only():
+    program = """
+import sys
+import spectra
+spectra.plots
+assert "transformers" not in sys.modules
+spectra.SpectrumCallback
+assert "transformers" in sys.modules
+"""
+    fresh(program)
+
+
+@pytest.mark.parametrize("name", spectra.__all__)
+def test_every_public_name_is_there_and_documented(name):
+    assert getattr(spectra, name).__doc__
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        spectra.no_such_name  # noqa: B018

@@ -1,0 +1,129 @@
+"""Operators that are known outright: dense, diagonal, and means of them."""
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from oracles import matrix_with_spectrum, normal
+
+import spectra
+
+N = 9
+MATRIX = matrix_with_spectrum(np.linspace(-1, 3, N), seed=0)
+DIAGONAL = normal(N, seed=1)
+OTHER = matrix_with_spectrum(np.linspace(0, 1, N), seed=2)
+CASES = {
+    "dense": (lambda: spectra.DenseOperator(MATRIX), MATRIX),
+    "diagonal": (lambda: spectra.DiagonalOperator(DIAGONAL), torch.diag(DIAGONAL)),
+    "mean": (
+        lambda: spectra.MeanOperator([spectra.DenseOperator(MATRIX), spectra.DenseOperator(OTHER)]),
+        (MATRIX + OTHER) / 2,
+    ),
+    "mean of one": (lambda: spectra.MeanOperator([spectra.DenseOperator(MATRIX)]), MATRIX),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    make, matrix = CASES[request.param]
+    return make(), matrix
+
+
+def test_attributes(case):
+    op, _ = case
+    assert tuple(op.shape) == (N, N)
+    assert op.dtype == torch.float64
+    assert torch.device(op.device).type == "cpu"
+
+
+@pytest.mark.parametrize("shape", [(N,), (N, 1), (N, 4)])
+def test_products(case, shape):
+    op, matrix = case
+    v = normal(*shape, seed=3)
+    product = op @ v
+    assert isinstance(product, torch.Tensor)
+    assert product.shape == v.shape
+    torch.testing.assert_close(product, matrix @ v, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(N,), (N, 4)])
+def test_numpy_in_numpy_out(case, shape):
+    op, matrix = case
+    v = normal(*shape, seed=3).numpy()
+    product = op @ v
+    assert isinstance(product, np.ndarray)
+    np.testing.assert_allclose(product, matrix.numpy() @ v, rtol=1e-13, atol=1e-13)
+
+
+def test_a_product_is_not_a_view_of_its_input(case):
+    op, matrix = case
+    v = normal(N, seed=3)
+    kept = v.clone()
+    (op @ v).zero_()
+    assert torch.equal(v, kept)
+    torch.testing.assert_close(op @ v, matrix @ v, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(N + 1,), (N - 1, 2), ()])
+def test_a_vector_of_another_size_is_refused(case, shape):
+    op, _ = case
+    with pytest.raises(spectra.InputError, match=str(N)):
+        op @ torch.zeros(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["dense", "diagonal"])
+def test_products_are_counted_by_column(name):
+    op = CASES[name][0]()
+    assert op.products == 0
+    op @ normal(N, seed=3)
+    op @ normal(N, 4, seed=3)
+    assert op.products == 5
+
+
+def test_scipy_solves_with_it(case):
+    op, matrix = case
+    as_scipy = op.to_scipy()
+    assert isinstance(as_scipy, scipy.sparse.linalg.LinearOperator)
+    assert as_scipy.shape == (N, N)
+    assert as_scipy.dtype == np.float64
+    np.testing.assert_allclose(as_scipy @ np.ones(N), matrix.numpy().sum(1), atol=1e-12)
+    values = scipy.sparse.linalg.eigsh(as_scipy, k=2, which="LA", return_eigenvectors=False, v0=np.ones(N))
+    np.testing.assert_allclose(np.sort(values), np.linalg.eigvalsh(matrix.numpy())[-2:], atol=1e-10)
+
+
+def test_symmetry_gap(case):
+    op, _ = case
+    assert 0 <= op.symmetry_gap() < 1e-12
+
+
+def test_float32_stays_float32():
+    op = spectra.DenseOperator(MATRIX.float())
+    assert op.dtype == torch.float32
+    product = op @ normal(N, seed=3, dtype=torch.float32)
+    assert product.dtype == torch.float32
+
+
+def test_numpy_makes_an_operator_too():
+    v = normal(N, seed=3)
+    torch.testing.assert_close(spectra.DenseOperator(MATRIX.numpy()) @ v, MATRIX @ v)
+    torch.testing.assert_close(spectra.DiagonalOperator(DIAGONAL.numpy()) @ v, DIAGONAL * v)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: spectra.DenseOperator(torch.zeros(2, 3)),
+        lambda: spectra.DenseOperator(torch.zeros(3)),
+        lambda: spectra.DiagonalOperator(torch.zeros(2, 2)),
+        lambda: spectra.DenseOperator(torch.tensor([[1.0, 2.0], [3.0, 4.0]])),
+        lambda: spectra.DenseOperator(torch.full((2, 2), torch.nan)),
+        lambda: spectra.DiagonalOperator(torch.tensor([1.0, torch.inf])),
+        lambda: spectra.MeanOperator([]),
+        lambda: spectra.MeanOperator([spectra.DenseOperator(MATRIX), spectra.DiagonalOperator(torch.ones(N + 1))]),
+    ],
+    ids=["not square", "not a matrix", "not a vector", "not symmetric", "nan", "infinite", "mean of none", "two sizes"],
+)
+def test_what_makes_no_operator_is_refused(make):
+    with pytest.raises(spectra.InputError) as caught:
+        make()
+    assert "\n" not in str(caught.value)
