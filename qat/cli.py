@@ -7,12 +7,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from qat.config import WinQConfig
-from qat.settings import SmallLlamaConfig, StudyConfig, TrainConfig, choose_device
+from qat.config import BITS, SUPPORTED_BITS, WinQConfig
+from qat.modes import MODES
+from qat.settings import (
+    METHODS,
+    PRETRAINED_RATE,
+    SCHEDULES,
+    SMALL_LLAMA_RATE,
+    SmallLlamaConfig,
+    StudyConfig,
+    TrainConfig,
+    choose_device,
+)
 from qat.winq import PRESETS
 from spectra.command_line import run_command
 from spectra.errors import InputError
 
+LISTED_BITS = ",".join(f"{bits:g}" for bits in BITS)
 # Options that have the name of the setting they give.
 TRAINING_OPTIONS = (
     *("steps", "batch_size", "learning_rate", "schedule", "warmup", "weight_decay", "evaluate_every", "seed"),
@@ -46,13 +57,13 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="train by several methods at several bit-widths, and compare")
     compare.set_defaults(command=_compare)
-    compare.add_argument("--bits", default="1,2,4", help="bit-widths: of 1, 1.58, 2, 3, 4, 8 (default: 1,2,4)")
-    compare.add_argument("--methods", default="baseline,winq", help="default: baseline,winq")
+    compare.add_argument("--bits", default="1,2,4", help=f"of {LISTED_BITS} (default: 1,2,4)")
+    compare.add_argument("--methods", default=",".join(METHODS), help=f"default: {','.join(METHODS)}")
     _add_study_options(compare)
 
     train = commands.add_parser("train", help="train by one method at one bit-width")
     train.set_defaults(command=_train)
-    train.add_argument("--bits", default="2", help="1, 1.58, 2, 3, 4 or 8 (default: 2)")
+    train.add_argument("--bits", default="2", help=f"one of {LISTED_BITS} (default: 2)")
     train.add_argument("--method", default="winq", help="baseline or winq (default: winq)")
     _add_study_options(train)
 
@@ -79,38 +90,62 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
     )
     start.add_argument("--text", nargs="+", metavar="FILE", help="text files, UTF-8 (default: Python's own source)")
     start.add_argument("--dataset", metavar="HUB_NAME", help="a dataset on the Hugging Face hub instead of files")
-    start.add_argument("--length", type=int, help="tokens a sequence")
-    start.add_argument("--vocabulary-size", type=int, help="of the default model")
-    start.add_argument("--base-steps", type=int, help="full-precision training steps of the default model")
-    start.add_argument("--trust-remote-code", action="store_true", help="run the code that a hub model brings")
+    start.add_argument("--length", type=int, help=_of(StudyConfig.length, "tokens a sequence"))
+    small = SmallLlamaConfig
+    start.add_argument("--vocabulary-size", type=int, help=_of(small.vocabulary_size, "of the default model"))
+    start.add_argument("--base-steps", type=int, help=_of(small.steps, "full-precision steps of the default model"))
+    start.add_argument(
+        "--trust-remote-code", action="store_true", default=None, help="run code that a hub model brings"
+    )
     start.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
 
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, help="training steps")
-    training.add_argument("--batch-size", type=int, help="sequences a step")
-    training.add_argument("--lr", type=float, dest="learning_rate", help="peak learning rate")
-    training.add_argument("--schedule", help="constant, cosine or wsd: the comparison depends on it")
-    training.add_argument("--warmup", type=float, help="share of the steps with a rising learning rate")
-    training.add_argument("--weight-decay", type=float, help="on matrices, never on quantizer scales")
-    training.add_argument("--evaluate-every", type=int, help="steps between validation losses")
-    training.add_argument("--validation-sequences", type=int, help="sequences a validation loss is taken over")
-    training.add_argument("--seed", type=int, help="of the data order, the noise and the probes")
-
-    quantization = parser.add_argument_group("quantization and WinQ")
-    quantization.add_argument("--quantizer", help="auto, rtn, lsq, seq or binary (default: auto, by bit-width)")
-    quantization.add_argument("--skip", nargs="+", metavar="GLOB", help="modules to leave in full precision")
-    quantization.add_argument(
-        "--preset", help="WinQ's settings: paper (its text, the default) or released (its released code)"
+    training, given = parser.add_argument_group("training"), TrainConfig
+    training.add_argument("--steps", type=int, help=_of(given.steps, "training steps"))
+    training.add_argument("--batch-size", type=int, help=_of(given.batch_size, "sequences a step"))
+    training.add_argument(
+        "--lr",
+        type=float,
+        dest="learning_rate",
+        help=f"peak learning rate (default: {SMALL_LLAMA_RATE:g}, and {PRETRAINED_RATE:g} for a --model)",
     )
-    quantization.add_argument("--every", help="WinQ resets every so many steps, or this fraction of the run")
-    quantization.add_argument("--alpha", type=float, help="share of the way a reset moves toward the grid")
-    quantization.add_argument("--sigma", type=float, help="standard deviation of WinQ's weight noise")
+    training.add_argument("--schedule", help=_of(given.schedule, f"{', '.join(SCHEDULES)}: what wins can depend on it"))
+    training.add_argument("--warmup", type=float, help=_of(given.warmup, "share of the steps with a rising rate"))
+    training.add_argument("--weight-decay", type=float, help=_of(given.weight_decay, "on matrices, never on scales"))
+    training.add_argument(
+        "--evaluate-every", type=int, help="steps between validation losses (default: a twentieth of the run)"
+    )
+    training.add_argument(
+        "--validation-sequences",
+        type=int,
+        help=_of(StudyConfig.validation_sequences, "a validation loss is taken over"),
+    )
+    training.add_argument("--seed", type=int, help=_of(given.seed, "of the data order, the noise and the probes"))
+
+    quantization, winq = parser.add_argument_group("quantization and WinQ"), PRESETS["paper"]
+    quantization.add_argument(
+        "--quantizer", help=_of(StudyConfig.quantizer, f"auto (by bit-width), {', '.join(SUPPORTED_BITS)}")
+    )
+    quantization.add_argument("--skip", nargs="+", metavar="GLOB", help="modules to leave in full precision")
+    quantization.add_argument("--preset", help="WinQ as in the paper's text (paper, the default) or code (released)")
+    quantization.add_argument("--every", help=_of(winq.every, "WinQ resets every so many steps, or parts of the run"))
+    quantization.add_argument(
+        "--alpha", type=float, help=_of(winq.alpha, "how far a reset moves toward the grid, 0 to 1")
+    )
+    quantization.add_argument("--sigma", type=float, help=_of(winq.sigma, "standard deviation of WinQ's weight noise"))
 
     spectra = parser.add_argument_group("spectra")
-    spectra.add_argument("--modes", help="which Hessian: of ste, quantized, latent, noisy (default: ste)")
-    spectra.add_argument("--probes", type=int, help="random probes a spectrum; more narrow the intervals")
-    spectra.add_argument("--lanczos-steps", type=int, help="Lanczos steps a probe; more resolve finer")
-    spectra.add_argument("--measure-sequences", type=int, help="sequences that a spectrum's loss is taken over")
+    spectra.add_argument("--modes", help=f"which Hessians, of {','.join(MODES)} (default: {StudyConfig.modes[0]})")
+    spectra.add_argument("--probes", type=int, help=_of(StudyConfig.probes, "random probes; more narrow the intervals"))
+    spectra.add_argument(
+        "--lanczos-steps", type=int, help=_of(StudyConfig.lanczos_steps, "a probe; more resolve finer")
+    )
+    spectra.add_argument(
+        "--measure-sequences", type=int, help=_of(StudyConfig.measure_sequences, "a spectrum's loss is taken over")
+    )
+
+
+def _of(default: Any, meaning: str) -> str:
+    return f"{meaning} (default: {default})"
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -154,6 +189,8 @@ def _study_config(options: argparse.Namespace, **chosen: Any) -> StudyConfig:
     """The settings given, over the defaults of the configuration classes, which check them."""
     base = _given(options, vocabulary_size="vocabulary_size", base_steps="steps")
     training = _given(options, **{name: name for name in TRAINING_OPTIONS})
+    if options.model is not None:
+        training.setdefault("learning_rate", PRETRAINED_RATE)
     settings = _given(options, **{name: name for name in STUDY_OPTIONS})
     if options.modes is not None:
         settings["modes"] = _listed(options.modes)

@@ -105,7 +105,7 @@ def read_dataset(name: str) -> Text:
 def split_by_file(documents: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Train and validation documents. Whole files go to validation in the order of a hash of their path.
 
-    So a file stays on its side when others come or go. At most a tenth of the text goes there; when files are so uneven
+    So the order they are given in does not matter. At most a tenth of the text goes there; when files are so uneven
     that none fits, every file gives its tail instead.
     """
     total = sum(map(len, documents.values()))
@@ -126,7 +126,7 @@ def split_by_tail(documents: Sequence[str]) -> tuple[tuple[str, ...], tuple[str,
     """Of each document the first nine tenths to train on and the rest to validate on, cut at a line end if near."""
     train, validation = [], []
     for document in documents:
-        cut = round(len(document) * (1 - VALIDATION_SHARE))
+        cut = int(len(document) * (1 - VALIDATION_SHARE))
         newline = document.rfind("\n", int(cut * 0.98), cut)
         cut = newline + 1 if newline >= 0 else cut
         train.append(document[:cut])
@@ -159,10 +159,13 @@ def trained_tokenizer(text: Text, vocabulary_size: int = 1024):
 
 def tokenize(documents: Iterable[str], tokenizer) -> torch.Tensor:
     """All documents as one row of token ids, int64, each followed by the end-of-text token if there is one."""
+    documents = list(documents)
+    if not documents:
+        return torch.empty(0, dtype=torch.int64)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    encoded = tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)
     rows = [np.array([*tokens, *end], dtype=np.int64) for tokens in encoded["input_ids"]]
-    return torch.from_numpy(np.concatenate(rows)) if rows else torch.empty(0, dtype=torch.int64)
+    return torch.from_numpy(np.concatenate(rows))
 
 
 class Blocks(Dataset):

@@ -15,6 +15,7 @@ from qat.modes import MODES
 from qat.winq import reset_steps
 from spectra.errors import InputError
 
+SMALL_LLAMA_RATE, PRETRAINED_RATE = 3e-3, 2e-5  # a model trained on billions of tokens breaks at the first
 METHODS = ("baseline", "winq")
 SCHEDULES = ("constant", "cosine", "wsd")
 
@@ -28,10 +29,10 @@ class TrainConfig:
     evaluate_every: steps between two validation losses, 0 for a twentieth of the run.
     """
 
-    steps: int = 200
+    steps: int = 160
     batch_size: int = 16
-    learning_rate: float = 1e-3
-    schedule: str = "cosine"
+    learning_rate: float = SMALL_LLAMA_RATE
+    schedule: str = "constant"
     warmup: float = 0.0
     decay: float = 0.2
     weight_decay: float = 0.0
@@ -67,8 +68,8 @@ class SmallLlamaConfig:
     """The default model and how it is trained in full precision before anything is quantized."""
 
     vocabulary_size: int = 1024
-    hidden_size: int = 96
-    intermediate_size: int = 256
+    hidden_size: int = 64
+    intermediate_size: int = 176
     layers: int = 3
     heads: int = 4
     positions: int = 2048
@@ -116,8 +117,8 @@ class StudyConfig:
     validation_sequences: int = 64
     modes: tuple[str, ...] = ("ste",)
     probes: int = 4
-    lanczos_steps: int = 30
-    measure_sequences: int = 8
+    lanczos_steps: int = 24
+    measure_sequences: int = 4
     small_llama: SmallLlamaConfig = field(default_factory=SmallLlamaConfig)
 
     def __post_init__(self) -> None:

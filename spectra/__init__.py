@@ -16,6 +16,7 @@ from spectra.operators import DeflatedOperator, DenseOperator, DiagonalOperator,
 from spectra.parameters import ParameterSpace
 from spectra.probe import SpectrumProbe
 from spectra.records import Run, SpectrumRecord
+from spectra.resolution import resolve
 from spectra.stochastic_lanczos import slq
 from spectra.trace import trace
 
@@ -47,6 +48,7 @@ __all__ = [
     "lanczos",
     "plots",
     "report",
+    "resolve",
     "slq",
     "topk",
     "trace",

@@ -167,7 +167,7 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
         return
     from tqdm import tqdm
 
-    with tqdm(desc="measuring", unit="product", leave=False) as bar:
+    with tqdm(desc="measuring", unit=" products", leave=False) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

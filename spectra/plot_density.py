@@ -16,6 +16,7 @@ from spectra.plot_style import (
     INK,
     MOST_IN_LEGEND,
     PALETTE,
+    legend_outside,
     run_name,
     run_style,
     step_bar,
@@ -111,7 +112,7 @@ def _name_curves(ax: Axes, curves: Sequence[Curve], lines: list[Line2D]) -> None
     if any(paired):
         handles.append(Line2D([], [], color=INK, linewidth=1.5, linestyle=AFTER_RESET_LINE, label="after the reset"))
     if 0 < len(handles) <= MOST_IN_LEGEND + 1:
-        ax.legend(handles=handles, frameon=False, fontsize=8.5, loc="upper right")
+        legend_outside(ax, handles, [str(handle.get_label()) for handle in handles])
 
 
 def _of_run(run: Run, mode: str | None, steps: Steps, position: int | None) -> list[Curve]:
@@ -122,15 +123,17 @@ def _of_run(run: Run, mode: str | None, steps: Steps, position: int | None) -> l
     last = max(record.step for record in records)
     curves = []
     for record in records:
-        label, after = f"step {record.step}", record.label == AFTER_RESET
+        spectrum, label, after = run.density(record), f"step {record.step}", record.label == AFTER_RESET
+        if (zeros := spectrum.zero_share()) >= 0.02:  # a kernel hides them in the hill around zero
+            label += f", {zeros:.0%} at 0"
         if position is None:
             style = {"color": step_colour(record.step, last), "linestyle": AFTER_RESET_LINE if after else "-"}
-            curves.append(Curve(run.density(record), label, style, record.step, after))
+            curves.append(Curve(spectrum, label, style, record.step, after))
         else:
             faded = 0.35 + 0.65 * record.step / last if last else 1.0
             style = run_style(run, position) | {"alpha": faded}
             label = f"{run_name(run)}, {label}{' after the reset' if after else ''}"
-            curves.append(Curve(run.density(record), label, style))
+            curves.append(Curve(spectrum, label, style))
     return curves
 
 

@@ -33,17 +33,22 @@ def run_name(run: Run) -> str:
     return width + METHOD_NAMES.get(method, method)
 
 
+def is_reference(run: Run) -> bool:
+    """Whether the run is what others are compared with: one with a method but no bit-width, such as full precision."""
+    return isinstance(run.config.get("method"), str) and not isinstance(run.config.get("bits"), int | float)
+
+
 def run_style(run: Run, position: int = 0) -> dict[str, Any]:
     """Colour by bit-width and line style by method where the run's config has them, else colour by position.
 
-    A run that has a method and no bit-width is what the others are compared with, and black.
+    What the others are compared with is black.
     """
     bits, method = run.config.get("bits"), run.config.get("method")
     colour = PALETTE[position % len(PALETTE)]
-    if not isinstance(method, str):
+    if is_reference(run):
+        return {"color": REFERENCE, "linestyle": "-."}
+    if not isinstance(bits, int | float) or not isinstance(method, str):
         return {"color": colour, "linestyle": "-"}
-    if not isinstance(bits, int | float):
-        return {"color": REFERENCE, "linestyle": METHOD_LINES.get(method, "-.")}
     return {"color": BITS_COLOURS.get(bits, colour), "linestyle": METHOD_LINES.get(method, "-.")}
 
 
@@ -71,7 +76,7 @@ def new_figure(panels: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure for saving, which pyplot does not know and so need not be closed; panels in a row share their axes."""
     from matplotlib.figure import Figure
 
-    width = PANEL[0] if panels == 1 else 5.2 * panels
+    width = PANEL[0] if panels == 1 else 6.0 * panels
     figure = Figure(figsize=(width, PANEL[1]), layout="constrained")
     return figure, list(figure.subplots(1, panels, squeeze=False, sharex=True, sharey=True)[0])
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from spectra.errors import InputError
 from spectra.plot_density import curves_of, draw_densities
-from spectra.plot_style import INK, legend_outside, new_axes, run_name, run_style, tidy
+from spectra.plot_style import INK, is_reference, legend_outside, new_axes, run_name, run_style, tidy
 from spectra.records import Run
 from spectra.series import AFTER_RESET, Point, Series, Steps, as_runs, describe, series
 
@@ -56,14 +56,20 @@ def trajectory(runs: Any, quantity: str, *, ax: Axes | None = None, mode: str | 
 
     runs: a run, a study (all of its runs), the folder of either, or a list. quantity: an estimate such as "rms",
     "loss", or a key of the records' extras or of the telemetry. Colour stands for the bit-width and line style for
-    the method. A hollow marker is an unresolved estimate; a reset is a vertical dotted step from before to after it.
+    the method. A hollow marker is an unresolved estimate; a reset is a vertical dotted step from before to after it;
+    the one spectrum of a full-precision model is a level line across.
     A run without the quantity is left out of several. Raises InputError naming what there is where no run has it.
     """
     found = as_runs(runs)
     drawn = _all_series(found, quantity, mode)
     ax = new_axes() if ax is None else ax
     for position, (run, line) in enumerate(drawn):
-        _draw(ax, line.points, run_style(run, position), label=run_name(run), markers=line.measured)
+        style = run_style(run, position)
+        if is_reference(run) and len(line.points) == 1 and len(drawn) > 1:
+            _draw_level(ax, line.points[0], style, label=run_name(run))
+        else:
+            opacity = (0.16 if len(drawn) < 3 else 0.1) if line.measured else None
+            _draw(ax, line.points, style, label=run_name(run), opacity=opacity)
     points = [point for _, line in drawn for point in line.points]
     _limit_y(ax, quantity, points)
     ax.set_xlabel("training step")
@@ -97,7 +103,15 @@ def _axis_name(quantity: str, runs: Sequence[Run]) -> str:
     return f"{describe(quantity).name} (|λ| < {' or '.join(sorted(tolerances))})"
 
 
-def _draw(ax: Axes, points: Sequence[Point], style: dict[str, Any], *, label: str, markers: bool) -> None:
+def _draw_level(ax: Axes, point: Point, style: dict[str, Any], *, label: str) -> None:
+    estimate = point.estimate
+    ax.axhline(estimate.value, linewidth=1.2, label=label, **style)
+    if math.isfinite(estimate.low) and math.isfinite(estimate.high):
+        ax.axhspan(estimate.low, estimate.high, color=style["color"], alpha=0.06, linewidth=0)
+
+
+def _draw(ax: Axes, points: Sequence[Point], style: dict[str, Any], *, label: str, opacity: float | None) -> None:
+    """The line, and unless opacity is None its markers and bands of that opacity."""
     pieces: list[list[Point]] = [[]]
     for point in points:
         if point.label == AFTER_RESET and pieces[-1] and pieces[-1][-1].step == point.step:
@@ -111,16 +125,16 @@ def _draw(ax: Axes, points: Sequence[Point], style: dict[str, Any], *, label: st
         values = [point.estimate.value for point in piece]
         ax.plot(steps, values, linewidth=1.6 if len(points) < 100 else 1.0, label=label, **style)
         label = "_"  # one entry in the legend
-        if markers:
-            _intervals(ax, piece, style["color"])
+        if opacity is not None:
+            _intervals(ax, piece, style["color"], opacity)
 
 
-def _intervals(ax: Axes, piece: list[Point], colour: str) -> None:
+def _intervals(ax: Axes, piece: list[Point], colour: str, opacity: float) -> None:
     steps = [point.step for point in piece]
     lows, highs = (np.array([getattr(point.estimate, side) for point in piece]) for side in ("low", "high"))
     known = np.isfinite(lows) & np.isfinite(highs)
     if len(piece) > 1:
-        alpha = 0.16 if all(point.estimate.resolved for point in piece) else 0.07
+        alpha = opacity if all(point.estimate.resolved for point in piece) else opacity / 2
         ax.fill_between(steps, lows, highs, where=known, color=colour, alpha=alpha, linewidth=0)
     else:
         ax.vlines(np.array(steps)[known], lows[known], highs[known], color=colour, alpha=0.35, linewidth=3)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from spectra import plots
 from spectra.plot_density import curves_of, draw_densities
-from spectra.plot_style import new_figure, run_name
+from spectra.plot_style import is_reference, new_figure, run_name
 from spectra.records import Run
 from spectra.series import ESTIMATES, available, describe, modes, select, series
 
@@ -71,7 +71,8 @@ def trajectory_pictures(run: Run) -> list[Picture]:
         for mode in _modes(runs) if quantity in OF_A_MODE else [None]:
             moving = [single for single in runs if _steps(single, quantity, mode) > 1]
             if moving:
-                pictures.append(_trajectory(moving, quantity, mode))
+                levels = [single for single in runs if is_reference(single) and _steps(single, quantity, mode) == 1]
+                pictures.append(_trajectory(moving + levels, quantity, mode))
     return pictures
 
 
@@ -95,7 +96,9 @@ def _trajectory(runs: list[Run], quantity: str, mode: str | None) -> Picture:
     courses = []
     for single in runs:
         points = series(single, quantity, mode=mode).points
-        courses.append(f"{run_name(single)} from {points[0].estimate.value:.3g} to {points[-1].estimate.value:.3g}")
+        first, last = points[0].estimate.value, points[-1].estimate.value
+        course = f"from {first:.3g} to {last:.3g}" if len(points) > 1 else f"{first:.3g}"
+        courses.append(f"{run_name(single)} {course}")
     suffix = f"-{mode}" if mode else ""
     return Picture(f"trajectory-{quantity}{suffix}", figure, caption, f"{caption} {_listed(courses)}.")
 

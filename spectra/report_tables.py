@@ -93,12 +93,13 @@ def estimates_of_run(run: Run) -> Table:
 
 
 def number(value: float) -> str:
-    """Four digits, with an exponent only where it saves zeros."""
+    """Four digits, so that columns line up, with an exponent only where it saves zeros; whole numbers whole."""
     if not math.isfinite(value):
         return "∞" if value == math.inf else "−∞" if value == -math.inf else "not finite"
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e6):
         return f"{int(value):,}".replace("-", "−")
-    mantissa, _, exponent = f"{value:.4g}".partition("e")
+    mantissa, _, exponent = f"{value:#.4g}".partition("e")
+    mantissa = mantissa.removesuffix(".")
     if exponent:
         mantissa += "·10" + str(int(exponent)).translate(SUPERSCRIPTS)
     return mantissa.replace("-", "−")

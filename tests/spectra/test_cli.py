@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,12 @@ def test_a_study_is_drawn_by_its_last_spectra(tmp_path, capsys):
     study = run_folders.study_folder(tmp_path / "study", bits=(2,))
     assert main(["plot", str(study.folder)]) == 0
     assert (study.folder / "density.png").is_file()
+
+
+def test_a_terminal_gets_a_progress_bar(model, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("spectra.cli.on_terminal", lambda: True)
+    measure(model, text, tmp_path / "run")
+    assert re.search(r"measuring: +\d+%.*/12 \[.*products/s\]", capsys.readouterr().err)
 
 
 BAD = {

@@ -182,3 +182,25 @@ def test_unbounded_intervals_leave_no_band_and_no_infinite_axis(tmp_path):
     ax = plots.trajectory(run, "trace")
     ax.figure.canvas.draw()
     assert np.isfinite(ax.get_ylim()).all()
+
+
+def test_the_one_spectrum_of_a_full_precision_model_is_a_level_line(tmp_path):
+    study = run_folders.study_folder(tmp_path / "study", bits=(2,), reference=True)
+    ax = plots.trajectory(study, "lambda_max")
+    (value,) = [record.estimates["lambda_max"].value for run in study.runs[-1:] for record in run.records]
+    levels = [line for line in ax.lines if list(line.get_xdata()) == [0, 1] and line.get_color() == "#000000"]
+    assert [list(line.get_ydata()) for line in levels] == [[value, value]]
+    assert legend(ax)[-1] == "full precision"
+
+
+def test_eigenvalues_that_are_exactly_zero_are_told(tmp_path):
+    import torch
+
+    from spectra import DenseOperator, slq
+
+    run = run_folders.Run.create(tmp_path / "a")
+    spectrum = slq(DenseOperator(torch.diag(torch.tensor([0.0] * 15 + [1.0, 2.0, 3.0, 4.0, 5.0]).double())), probes=2)
+    assert spectrum.zero_share() == 0.75
+    run.append(run_folders.record(spectrum), spectrum)
+    run_folders.add(run, step=5)
+    assert legend(plots.density(run)) == ["step 0, 75% at 0", "step 5"]

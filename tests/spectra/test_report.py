@@ -93,7 +93,7 @@ def test_estimates_stand_with_their_intervals_and_unresolved_ones_with_their_rea
     rms = run.records[1].estimates["rms"]
     assert number(rms.value) in got.text
     assert f"[{number(rms.low)}, {number(rms.high)}]" in got.text or rms.low == rms.high
-    assert got.text.count("○ 0.4 [0.1, 0.8]") == 3
+    assert got.text.count("○ 0.4000 [0.1000, 0.8000]") == 3
     titles = [attributes["title"] for attributes in got.all("span") if "title" in attributes]
     assert titles.count(f"unresolved: {run_folders.UNRESOLVED.reason}") == 3
     assert f"3 of them, for example: {run_folders.UNRESOLVED.reason}" in got.text
@@ -108,8 +108,8 @@ def test_a_study_shows_its_table_by_row_and_its_estimates_at_start_and_end(tmp_p
     assert report.write(study, title="Bits & methods").read_text() == want  # the same, and the same again
     got = Page(want)
     assert got.text.startswith("Bits & methods")
-    assert "1 baseline 12.5 –" in got.text
-    assert "2 WinQ 12.5 –" in got.text
+    assert "1 baseline 12.50 –" in got.text
+    assert "2 WinQ 12.50 –" in got.text
     assert "Quantity 1-bit baseline 1-bit WinQ 2-bit baseline 2-bit WinQ" in got.text
     assert "nested.alpha 0.4" in got.text
     start = rows[0]["lambda_max_start"]["value"]
@@ -120,7 +120,7 @@ def test_estimates_of_a_table_may_be_objects(tmp_path, without_figures):
     study = run_folders.study_folder(tmp_path / "study", bits=(2,))
     rows = [{"bits": 2, "method": "winq", "rms_end": Estimate(0.5, 0.25, 0.75, False, "because")}]
     got = page(report.write(study, table=rows))
-    assert "○ 0.5 [0.25, 0.75]" in got.text
+    assert "○ 0.5000 [0.2500, 0.7500]" in got.text
     assert "1 of them: because" in got.text
 
 
@@ -157,8 +157,8 @@ def test_estimates_of_further_modes_are_named(tmp_path, without_figures):
     one, other = Estimate(0.5, 0.25, 0.75), Estimate(0.625, 0.5, 0.875)
     rows = [{"bits": 2, "method": "winq", "latent_negative_energy_share_end": one, "negative_energy_share_end": other}]
     got = page(report.write(study, table=rows))
-    first = got.text.index("0.625 [0.5, 0.875]")
-    assert 0 < first < got.text.index("Negative energy share, mode latent") < got.text.index("0.5 [0.25, 0.75]")
+    first = got.text.index("0.6250 [0.5000, 0.8750]")
+    assert 0 < first < got.text.index("Negative energy share, mode latent") < got.text.index("0.5000 [0.2500, 0.7500]")
 
 
 def test_every_mode_gets_its_figures(tmp_path, without_figures):
@@ -216,8 +216,10 @@ def test_a_damaged_table_is_named(tmp_path):
         (-2.0, "−2"),
         (123456, "123,456"),
         (0.43214, "0.4321"),
+        (4.15, "4.150"),
+        (4567.8, "4568"),
         (-1.2344e-7, "−1.234·10⁻⁷"),
-        (2.5e12, "2.5·10¹²"),
+        (2.5e12, "2.500·10¹²"),
         (float("nan"), "not finite"),
         (float("-inf"), "−∞"),
     ],
