@@ -15,6 +15,7 @@ from spectra.vectors import gaussian, norm
 
 WHICH = ("LM", "LA", "SA", "BE")
 DENSE_LIMIT = 4096  # up to this dimension a hard search may end by forming the matrix
+START_NOISE = 1e-2  # of a random direction beside guessed eigenvectors
 TRIAL_STEPS = 15  # a random start reveals a missed outlier within these: each step multiplies its share of the vector
 
 
@@ -40,6 +41,7 @@ def topk(
     basis: int | None = None,
     max_products: int | None = None,
     verify: bool = True,
+    start: torch.Tensor | None = None,
 ) -> Eigenpairs:
     """k extreme eigenpairs by thick-restart Lanczos with full reorthogonalisation.
 
@@ -48,6 +50,7 @@ def topk(
     basis: vectors held at once (default max(3k + 10, 40)). max_products: stop there, with what has not converged
     marked so (by default 100 * basis). verify: after convergence search the complement of the pairs found from a fresh
     random vector, because one Krylov space holds a single copy of a repeated eigenvalue; about as many products again.
+    start: (n, j) guesses of the eigenvectors, such as those of an earlier checkpoint; the search begins from their sum.
 
     The basis is kept orthonormal to rounding, so a converged value never comes back as a copy ("ghost"). Small
     operators (n <= max(4k, 64)), and those up to n = 4096 on which n products were not enough, are formed and
@@ -68,7 +71,7 @@ def topk(
         raise InputError(f"the basis must hold at least k + 2 = {k + 2} vectors, got {size}")
     hard = n if max_products is None and n <= DENSE_LIMIT else None  # products after which forming A is cheaper
     search = _Search(op, size, tol, seed, budget=max_products or hard or 100 * size)
-    values, vectors, residuals = search.run(k, which)
+    values, vectors, residuals = search.run(k, which, start=start)
     while verify and search.spent < search.budget:
         # The best of the complement at each end that was asked for; it joins if it beats what was found there.
         ends = [end for end in ("LA", "SA") if _asks_for(which, end, values)]
@@ -147,7 +150,13 @@ class _Search:
         return np.maximum(self.tol * np.abs(values), 10 * self.eps * self.radius)
 
     def run(
-        self, k: int, which: str, locked: torch.Tensor | None = None, beat: float | None = None
+        self,
+        k: int,
+        which: str,
+        *,
+        locked: torch.Tensor | None = None,
+        beat: float | None = None,
+        start: torch.Tensor | None = None,
     ) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
         """k wanted pairs orthogonal to the rows of `locked`: values (k,), vectors (k, n), residuals (k,).
 
@@ -160,6 +169,11 @@ class _Search:
         projected = np.zeros((size, size))
         filled = 0
         self._fresh(0, locked)
+        if start is not None:
+            # The random part keeps every direction within reach of the search.
+            guess = start.to(self.buffer).sum(dim=1)
+            self.buffer[0] = guess / norm(guess) + START_NOISE * self.buffer[0]
+            self.buffer[0] /= norm(self.buffer[0])
         while True:
             filled += 1
             column, beta = self._expand(filled - 1, locked)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from spectra.density import SpectralDensity
+from spectra.eigs import Eigenpairs
 from spectra.errors import InputError
 from spectra.estimates import Estimate
 from spectra.hessian import HessianOperator
@@ -21,7 +22,7 @@ from spectra.lanczos import choose_policy
 from spectra.objective import as_batches, tensors_of
 from spectra.parameters import Selection
 from spectra.records import Run, SpectrumRecord
-from spectra.stochastic_lanczos import slq
+from spectra.stochastic_lanczos import outliers, slq
 from spectra.vectors import norm
 
 NEAR_ZERO = 1.5e-3  # |lambda| under which the WinQ paper (arXiv 2605.17471) calls an eigenvalue near zero
@@ -46,7 +47,8 @@ class SpectrumProbe:
     (`spectra.Run`); without it the records stay in `probe.records`.
     modes: name -> builder of the operator to measure, called as builder(model, batches, params=, loss=, microbatch=)
     and returning a HessianOperator or a MeanOperator of them; by default {"full": HessianOperator}.
-    probes, steps, seed, reorthogonalize: see `spectra.slq`. near_zero_tol: |lambda| that counts as near zero.
+    probes, steps, seed, deflate, reorthogonalize: see `spectra.slq`; deflated vectors are found from those of the last
+    checkpoint. near_zero_tol: |lambda| that counts as near zero.
     extras: model -> numbers to store beside the spectrum. config: facts for the run's config.json.
     progress: called as progress(products done, products in all) during a measurement.
     Raises InputError for an `out` that holds another run, and whatever the operator refuses.
@@ -66,6 +68,7 @@ class SpectrumProbe:
         steps: int = 60,
         seed: int = 0,
         near_zero_tol: float = NEAR_ZERO,
+        deflate: int = 0,
         reorthogonalize: str = "auto",
         microbatch: int | None = None,
         extras: Callable[[nn.Module], Mapping[str, float]] | None = None,
@@ -76,16 +79,19 @@ class SpectrumProbe:
             raise InputError(f"every must be a whole number of steps, at least 1, got {every}")
         if probes < 1 or steps < 1:
             raise InputError(f"probes and steps must be at least 1, got probes={probes}, steps={steps}")
+        if deflate < 0:
+            raise InputError(f"deflate must be a number of eigenvalues, 0 or more, got {deflate}")
         if not near_zero_tol > 0:
             raise InputError(f"near_zero_tol must be positive, got {near_zero_tol}")
         self.model, self.batches, self.every = model, as_batches(batches), every
         self.modes = dict(modes) if modes is not None else {"full": HessianOperator}
         self.params, self.loss, self.microbatch = params, loss, microbatch
         self.probes, self.steps, self.seed = probes, steps, seed
-        self.near_zero_tol, self.reorthogonalize = near_zero_tol, reorthogonalize
+        self.near_zero_tol, self.deflate, self.reorthogonalize = near_zero_tol, deflate, reorthogonalize
         self.extras, self.progress = extras, progress
         self.records: list[SpectrumRecord] = []
         self._checks: dict[str, dict[str, float]] = {}
+        self._outliers: dict[str, torch.Tensor] = {}  # by mode, the last checkpoint's deflated vectors
         self.run = None if out is None else Run.create(out, {**self._settings(), **(config or {})})
 
     def step(self, i: int) -> list[SpectrumRecord]:
@@ -116,6 +122,7 @@ class SpectrumProbe:
                     probes=self.probes,
                     steps=self.steps,
                     seed=self.seed,
+                    deflate=self._deflated(op, mode),
                     reorthogonalize=policy,
                     progress=self.progress,
                 )
@@ -148,6 +155,13 @@ class SpectrumProbe:
         self.records.append(record)
         return record
 
+    def _deflated(self, op: Any, mode: str) -> Eigenpairs | int:
+        if not self.deflate or self.deflate + self.steps >= op.shape[0]:
+            return 0
+        pairs = outliers(op, self.deflate, seed=self.seed, start=self._outliers.get(mode))
+        self._outliers[mode] = pairs.vectors
+        return pairs
+
     def _settings(self) -> dict[str, Any]:
         """What config.json says of the measurement."""
         model = unwrap(self.model)
@@ -158,6 +172,7 @@ class SpectrumProbe:
             "batches": fingerprint(self.batches),
             "probes": self.probes,
             "lanczos_steps": self.steps,
+            "deflated": self.deflate,
             "probe_seed": self.seed,
             "near_zero_tol": self.near_zero_tol,
         }

@@ -78,7 +78,8 @@ def share_inside(measure: Measure, low: float, high: float) -> Estimate:
     steps = max(len(alphas) for alphas, _ in measure.jacobi)
     bracket_part = (at_high.high - at_high.low + at_low.high - at_low.low) / 2
     cause = (
-        f"{steps} steps leave {min(2 * bracket_part, 1):.2f} of the mass near the bounds unplaced: use more steps, or deflate"
+        f"{steps} steps leave {min(2 * bracket_part, 1):.2f} of the mass near the bounds unplaced: "
+        "use more steps, or deflate"
         if bracket_part > spread
         else f"{len(measure.jacobi)} probes of {n} eigenvalues leave +-{spread:.2f}: use more probes"
     )

@@ -152,6 +152,16 @@ class ProbeSpace:
         )
 
 
+def outliers(op: LinearOperator, k: int, *, seed: int = 0, start: torch.Tensor | None = None) -> Eigenpairs:
+    """The k eigenpairs of largest magnitude, as well as deflation needs them. start: see `topk`.
+
+    A copy of a repeated eigenvalue that is missed stays in the recurrence, where it is counted all the same, so
+    nothing is verified.
+    """
+    k = min(k, op.shape[0])
+    return topk(op, k, which="LM", tol=DEFLATION_TOLERANCE, seed=seed, verify=False, start=start)
+
+
 def _outliers(op: LinearOperator, deflate: int | Eigenpairs, seed: int) -> Eigenpairs | None:
     if isinstance(deflate, Eigenpairs):
         return deflate if len(deflate.values) else None
@@ -159,8 +169,7 @@ def _outliers(op: LinearOperator, deflate: int | Eigenpairs, seed: int) -> Eigen
         raise InputError(f"deflate must be a number of eigenvalues or the result of topk, got {deflate}")
     if deflate == 0:
         return None
-    # A copy that is missed stays in the recurrence, where it is counted all the same: no need to verify.
-    return topk(op, min(deflate, op.shape[0]), which="LM", tol=DEFLATION_TOLERANCE, seed=seed, verify=False)
+    return outliers(op, deflate, seed=seed)
 
 
 def _exact(op: LinearOperator, probes: int, steps: int, progress: Callable[[int, int], Any] | None) -> SpectralDensity:
