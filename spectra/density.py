@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from spectra import moments
 from spectra.errors import InputError
-from spectra.estimates import Estimate
+from spectra.estimates import RESOLVED_HALF_WIDTH, Estimate
 from spectra.quadrature import GaussRule, gauss_rule
 from spectra.shares import Measure, cumulative, share_inside
 
@@ -47,11 +47,14 @@ class SpectralDensity:
     def from_eigenvalues(
         cls, eigenvalues: np.ndarray, *, probes: int = 1, steps: int | None = None, noise: float = 0.0
     ) -> SpectralDensity:
-        """The density of known eigenvalues (n,): weight 1/n each, the same in every row, padded to `steps`."""
+        """The density of known eigenvalues (n,): weight 1/n each, the same in every row, padded to `steps`.
+
+        noise: how far rounding may have moved each of them; those that are exactly 0 are taken to be so.
+        """
         values = np.sort(np.asarray(eigenvalues, dtype=float))
-        n = len(values)
+        n, errors = len(values), np.where(values == 0, 0.0, noise)
         empty, lengths = np.zeros((probes, steps or n)), np.zeros(probes, dtype=int)
-        return cls(n, empty, empty, lengths, values, np.ones(n), np.zeros(n), noise=noise, exact=True)
+        return cls(n, empty, empty, lengths, values, np.ones(n), errors, noise=noise, exact=True)
 
     # -- the density as a curve
 
@@ -220,7 +223,7 @@ class SpectralDensity:
     @cached_property
     def _measure(self) -> Measure:
         jacobi = [(self.alphas[row, :m], self.betas[row, :m]) for row, m in enumerate(self.lengths) if m]
-        return Measure(jacobi, self._sampled, self.atoms, self.counts, self.noise)
+        return Measure(jacobi, self._sampled, self.atoms, self.counts, self.atom_residuals, self.noise)
 
     @cached_property
     def _residuals(self) -> list[np.ndarray]:
@@ -249,4 +252,7 @@ class SpectralDensity:
             return estimate
         shorter = [gauss_rule(a[: max(len(a) // 2, 1)], b) for a, b in self._measure.jacobi]
         drift = abs(moments.ratio_of_sums(part, whole, shorter, *known).value - estimate.value)
-        return moments.widened(estimate, drift, least=0.0, most=1.0)
+        estimate = moments.widened(estimate, drift, least=0.0, most=1.0)
+        if estimate.half_width <= RESOLVED_HALF_WIDTH:
+            return estimate
+        return replace(estimate, resolved=False, reason=f"{len(self.rules)} probes disagree: use more, or deflate")

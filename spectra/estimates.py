@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 CONFIDENCE = 0.95
+RESOLVED_HALF_WIDTH = 0.05  # of a share: wider than this and it is called unresolved
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def sampling_interval(mean: float, deviation: float, skewness: float, *, confide
     On each side the wider of the normal interval, mean +- z deviation, and Hall's interval for a skewed mean,
     mean - deviation * g(+-z) with g(z) = (3 / s) ((1 + s (z - s / 6))^(1/3) - 1) for skewness s (Hall, J. R. Stat.
     Soc. B 54, 1992). In simulations over spectra with few and many outliers the union covers 94 to 99 % from four
-    probes on, where Student's interval falls to 86 % (docs/trust.md).
+    probes on, where Student's interval falls to 86 %.
     """
     z = normal_quantile(confidence)
     low, high = mean - z * deviation, mean + z * deviation

@@ -14,10 +14,9 @@ from spectra import memory
 from spectra.density import SpectralDensity
 from spectra.eigs import Eigenpairs
 from spectra.errors import InputError
-from spectra.estimates import Estimate, normal_quantile
+from spectra.estimates import RESOLVED_HALF_WIDTH, Estimate, normal_quantile
 from spectra.lanczos import Recurrence
 from spectra.operators import LinearOperator
-from spectra.shares import RESOLVED_HALF_WIDTH
 from spectra.stochastic_lanczos import DEFLATION_TOLERANCE, ProbeSpace, slq
 from spectra.vectors import gaussian
 

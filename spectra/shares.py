@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from spectra.brackets import Bracket, bracket
-from spectra.estimates import Estimate, certain, normal_quantile
+from spectra.estimates import RESOLVED_HALF_WIDTH, Estimate, normal_quantile
 
-RESOLVED_HALF_WIDTH = 0.05
 SETTLED = 1.5  # a smooth measure halves its unplaced mass at every doubling of the steps, a ratio of 2
 
 
@@ -18,14 +17,16 @@ SETTLED = 1.5  # a smooth measure halves its unplaced mass at every doubling of 
 class Measure:
     """What several probes saw of an operator's spectrum, apart from what is known exactly.
 
-    jacobi: a pair (alphas, betas) a probe. dimension: of the space the probes were drawn from. atoms and counts:
-    eigenvalues known exactly and how many of each. noise: how far rounding may have moved an eigenvalue.
+    jacobi: a pair (alphas, betas) a probe. dimension: of the space the probes were drawn from. atoms, counts and
+    errors: eigenvalues known one by one, how many of each, and how far each may be off. noise: how far rounding may
+    have moved the others.
     """
 
     jacobi: list[tuple[np.ndarray, np.ndarray]]
     dimension: int
     atoms: np.ndarray
     counts: np.ndarray
+    errors: np.ndarray
     noise: float
 
     @property
@@ -55,12 +56,15 @@ def share_inside(measure: Measure, low: float, high: float) -> Estimate:
     whatever the finite recurrence has not seen; the noise of the products, by moving each bound outward and inward;
     and the spread of the probes, whose variance for probes uniform on the sphere is known,
     2 p (1 - p) / ((n + 2) k) for a share p of n eigenvalues and k probes. Resolved where its half-width is at most
-    .05. The value is the middle of the bracket, less what looks like an atom at the bound itself.
+    .05. The value is the difference of the brackets' middles, less what looks like an atom at a bound itself.
+    An eigenvalue known to an error that reaches across a bound widens the interval by its share.
     """
     n, total = measure.dimension, measure.total
-    known = float(measure.counts[(measure.atoms > low) & (measure.atoms < high)].sum())
+    known, surely, possibly = _known_inside(measure, low, high)
     if n == 0 or not measure.jacobi:
-        return certain(known / total)
+        return _judged(
+            Estimate(known / total, surely / total, possibly / total), "rounding hides the signs of the rest"
+        )
     at_low, at_high = (_crossing(measure, bound) for bound in (low, high))
     value = max(at_high.strictly - at_low.including, 0.0)
     least, most = max(at_high.low - at_low.high, 0.0), min(at_high.high - at_low.low, 1.0)
@@ -69,12 +73,8 @@ def share_inside(measure: Measure, low: float, high: float) -> Estimate:
     if math.isinf(low) and math.isinf(high):
         spread = 0.0
     least, most = max(least - spread, 0.0), min(most + spread, 1.0)
-    # A bound so close to an end that the share cannot be told from zero still has a width of one eigenvalue.
-    scaled = [(known + n * share) / total for share in (value, least, most)]
-    value, least, most = scaled[0], min(scaled[1], scaled[0]), max(scaled[2], scaled[0])
-    half = (most - least) / 2
-    if half <= RESOLVED_HALF_WIDTH:
-        return Estimate(value, least, most)
+    value = (known + n * value) / total
+    least, most = min((surely + n * least) / total, value), max((possibly + n * most) / total, value)
     steps = max(len(alphas) for alphas, _ in measure.jacobi)
     bracket_part = (at_high.high - at_high.low + at_low.high - at_low.low) / 2
     cause = (
@@ -83,7 +83,23 @@ def share_inside(measure: Measure, low: float, high: float) -> Estimate:
         if bracket_part > spread
         else f"{len(measure.jacobi)} probes of {n} eigenvalues leave +-{spread:.2f}: use more probes"
     )
-    return Estimate(value, least, most, False, cause)
+    return _judged(Estimate(value, least, most), cause)
+
+
+def _judged(estimate: Estimate, cause: str) -> Estimate:
+    """The estimate, marked unresolved for the cause given where its interval is too wide."""
+    if estimate.half_width <= RESOLVED_HALF_WIDTH:
+        return estimate
+    return replace(estimate, resolved=False, reason=cause)
+
+
+def _known_inside(measure: Measure, low: float, high: float) -> tuple[float, float, float]:
+    """How many of the atoms lie inside by their values, for certain, and possibly."""
+    atoms, errors = measure.atoms, measure.errors
+    inside = (atoms > low) & (atoms < high)
+    surely = (atoms - errors > low) & (atoms + errors < high) & inside
+    possibly = inside | ((errors > 0) & (atoms + errors > low) & (atoms - errors < high))
+    return tuple(float(measure.counts[chosen].sum()) for chosen in (inside, surely, possibly))  # type: ignore[return-value]
 
 
 def _crossing(measure: Measure, bound: float) -> _Crossing:

@@ -182,7 +182,11 @@ def _exact(op: LinearOperator, probes: int, steps: int, progress: Callable[[int,
         matrix[:, column] = (op @ unit).double().cpu().numpy()
         unit[column] = 0
         report.advance()
-    eigenvalues = scipy.linalg.eigvalsh((matrix + matrix.T) / 2)
+    touched = matrix.any(axis=1)  # the other rows, and so columns, are zero eigenvalues without rounding
+    reduced = matrix[np.ix_(touched, touched)]
+    eigenvalues = np.zeros(n)
+    if touched.any():
+        eigenvalues[touched] = scipy.linalg.eigvalsh((reduced + reduced.T) / 2)
     noise = ROUNDING_STEPS * torch.finfo(op.dtype).eps * float(np.abs(eigenvalues).max())
     return SpectralDensity.from_eigenvalues(eigenvalues, probes=probes, steps=steps, noise=noise)
 

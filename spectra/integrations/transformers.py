@@ -16,8 +16,8 @@ class SpectrumCallback(TrainerCallback):
     the end of training.
 
     every: optimizer steps between measurements. batches: what the loss is taken over; by default the first
-    `batch_count` batches of the evaluation data (of the training data where there is none), collated as the Trainer
-    does. out: the run folder, by default "spectra" in the Trainer's output folder. Other options are
+    `batch_count` batches of the training data, in the data set's own order, collated as the Trainer does.
+    out: the run folder, by default "spectra" in the Trainer's output folder. Other options are
     `spectra.SpectrumProbe`'s. After training `callback.probe.records` holds the records.
     """
 
@@ -34,8 +34,7 @@ class SpectrumCallback(TrainerCallback):
             return
         batches = self.batches
         if batches is None:
-            loader = kwargs.get("eval_dataloader") or kwargs["train_dataloader"]
-            batches = first_batches(loader, self.batch_count, rows=args.per_device_eval_batch_size)
+            batches = first_batches(kwargs["train_dataloader"], self.batch_count, rows=args.per_device_train_batch_size)
         out = self.out if self.out is not None else f"{args.output_dir}/spectra"
         self.probe = SpectrumProbe(kwargs["model"], batches, every=self.every, out=out, **self.options)
         self.probe.measure(state.global_step, "start")
