@@ -19,6 +19,7 @@ from qat.settings import (
     TrainConfig,
     choose_device,
 )
+from qat.threads import restart_with_patient_threads
 from qat.winq import PRESETS
 from spectra.command_line import run_command
 from spectra.errors import InputError
@@ -38,6 +39,7 @@ STUDY_OPTIONS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None: those of the process) and return its exit code."""
     options = _parser().parse_args(arguments)
+    options.restart = arguments is None  # when called from Python, the process is not ours to replace
     options.command(options)
     return 0
 
@@ -112,7 +114,7 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--warmup", type=float, help=_of(given.warmup, "share of the steps with a rising rate"))
     training.add_argument("--weight-decay", type=float, help=_of(given.weight_decay, "on matrices, never on scales"))
     training.add_argument(
-        "--evaluate-every", type=int, help="steps between validation losses (default: a twentieth of the run)"
+        "--evaluate-every", type=int, help="steps between validation losses (default: a sixteenth of the run)"
     )
     training.add_argument(
         "--validation-sequences",
@@ -150,6 +152,7 @@ def _of(default: Any, meaning: str) -> str:
 
 def _compare(options: argparse.Namespace) -> None:
     config = _study_config(options, bits=_listed(options.bits), methods=_listed(options.methods))
+    _start(options)
     from qat.study import compare
 
     compare(config, say=_say)
@@ -157,6 +160,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     config = _study_config(options, bits=(options.bits,), methods=(options.method,))
+    _start(options)
     from qat.study import train_one
 
     train_one(config, say=_say)
@@ -183,6 +187,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         f"perplexity {result.perplexity:.4f}, loss {result.loss:.5f} nats a token, over {result.tokens:,} tokens "
         f"in blocks of {result.block}"
     )
+
+
+def _start(options: argparse.Namespace) -> None:
+    """To be called when the options are known to be good, before anything slow."""
+    if options.restart:
+        restart_with_patient_threads()
 
 
 def _study_config(options: argparse.Namespace, **chosen: Any) -> StudyConfig:

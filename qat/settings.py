@@ -26,10 +26,10 @@ class TrainConfig:
 
     schedule: "constant"; "cosine", to 0 at the end; "wsd" (warmup, stable, decay), linearly to 0 over the last fifth.
     warmup: the share of the steps over which the rate rises linearly from 0, whatever the schedule.
-    evaluate_every: steps between two validation losses, 0 for a twentieth of the run.
+    evaluate_every: steps between two validation losses, 0 for a sixteenth of the run.
     """
 
-    steps: int = 160
+    steps: int = 128
     batch_size: int = 16
     learning_rate: float = SMALL_LLAMA_RATE
     schedule: str = "constant"
@@ -59,7 +59,7 @@ class TrainConfig:
 
     def evaluation_steps(self) -> tuple[int, ...]:
         """After which steps the validation loss is taken: 0, every evaluate_every, and the last."""
-        every = self.evaluate_every or max(1, self.steps // 20)
+        every = self.evaluate_every or max(1, self.steps // 16)
         return (*range(0, self.steps, every), self.steps)
 
 
@@ -73,7 +73,7 @@ class SmallLlamaConfig:
     layers: int = 3
     heads: int = 4
     positions: int = 2048
-    steps: int = 400
+    steps: int = 360
     batch_size: int = 16
     length: int = 128
     learning_rate: float = 4e-3
@@ -117,7 +117,7 @@ class StudyConfig:
     validation_sequences: int = 64
     modes: tuple[str, ...] = ("ste",)
     probes: int = 4
-    lanczos_steps: int = 24
+    lanczos_steps: int = 20
     measure_sequences: int = 4
     small_llama: SmallLlamaConfig = field(default_factory=SmallLlamaConfig)
 
