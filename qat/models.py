@@ -45,6 +45,7 @@ def small_llama(vocabulary_size: int, config: SmallLlamaConfig | None = None) ->
             num_key_value_heads=config.heads,
             max_position_embeddings=config.positions,
             tie_word_embeddings=True,
+            initializer_range=config.initializer_range,
             bos_token_id=0,
             eos_token_id=0,
         )

@@ -84,9 +84,9 @@ def compare(config: StudyConfig, *, say: Callable[[str], None] = print) -> list[
         say(f"full precision: validation loss {reference.loss:.4f}, perplexity {reference.perplexity:.2f}")
         heading = (
             f"Full precision before training: validation loss {reference.loss:.4f}, perplexity "
-            f"{reference.perplexity:.2f}. Trained {config.train.steps} steps at a peak learning rate of "
-            f"{config.train.learning_rate:g}, schedule {config.train.schedule}, seed {config.train.seed}: what wins can "
-            "depend on all of these."
+            f"{reference.perplexity:.2f}. Then {config.train.steps} steps at a learning rate of "
+            f"{config.train.learning_rate:g}, schedule {config.train.schedule}, seed {config.train.seed}: which method "
+            "wins can depend on all of these."
         )
         for bits, method, folder in plan:
             outcome = train_method(start, config, bits, method, folder)

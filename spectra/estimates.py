@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -100,6 +100,11 @@ def sampling_interval(mean: float, deviation: float, skewness: float, *, confide
         up, down = (3 / skewness * (np.cbrt(1 + skewness * (q - skewness / 6)) - 1) for q in (z, -z))
         low, high = min(low, mean - deviation * up), max(high, mean - deviation * down)
     return Estimate(float(mean), float(low), float(high))
+
+
+def union(first: Estimate, second: Estimate) -> Estimate:
+    """The first estimate with an interval that holds both."""
+    return replace(first, low=min(first.low, second.low), high=max(first.high, second.high))
 
 
 def normal_quantile(confidence: float = CONFIDENCE) -> float:

@@ -18,6 +18,7 @@ from spectra.quadrature import GaussRule
 
 Function = Callable[[np.ndarray], np.ndarray]
 ROUNDING = 1e-12  # relative error of sums in float64
+ENDS_ROUNDING = 16  # times the noise of one product: a recurrence and an eigensolver lie between
 RESOLVED_END = 0.05  # relative half-width under which an extreme eigenvalue counts as resolved
 
 
@@ -94,16 +95,16 @@ def largest(
 ) -> Estimate:
     """The largest eigenvalue. A Ritz value never passes the true end, so the lower bound is the largest one seen, less
     rounding. Above there is room for what has not converged: the node's own residual, and its distance to the typical
-    probe's end."""
-    candidates = [(float(atom), float(residual)) for atom, residual in zip(atoms, atom_residuals, strict=True)]
+    probe's end. A deflated eigenvalue is within its residual."""
+    rounding = ENDS_ROUNDING * noise
+    candidates = [(float(a), float(r), float(r)) for a, r in zip(atoms, atom_residuals, strict=True)]
     if rules:
         ends = np.array([rule.nodes[-1] for rule in rules])
         best = int(ends.argmax())
         room = max(float(residuals[best][-1]), float(ends[best] - np.median(ends)))
-        candidates.append((float(ends[best]), room))
-    value = max(value for value, _ in candidates)
-    high = max(value + room for value, room in candidates) + noise
-    low = value - noise
+        candidates.append((float(ends[best]), rounding, room + rounding))
+    value, below, _ = max(candidates)
+    low, high = value - below, max(value + room for value, _, room in candidates)
     scale = max([abs(value)] + [abs(float(rule.nodes[0])) for rule in rules] + [abs(float(a)) for a in atoms])
     if (high - low) / 2 <= max(RESOLVED_END * abs(value), 1e-6 * scale):
         return Estimate(value, low, high)

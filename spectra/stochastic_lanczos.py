@@ -131,7 +131,9 @@ class ProbeSpace:
             lengths[row] = result.steps
         atoms, counts, residuals = [], [], []
         if self.pairs is not None:
-            atoms, residuals = list(self.pairs.values), list(self.pairs.residuals)
+            atoms = list(self.pairs.values)
+            rounding = 16 * ROUNDING_STEPS * torch.finfo(self.op.dtype).eps * np.abs(self.pairs.values).max()
+            residuals = list(np.maximum(self.pairs.residuals, rounding))
             counts = [1] * len(atoms)
         if self.zero_count:
             atoms, counts, residuals = [*atoms, 0.0], [*counts, self.zero_count], [*residuals, 0.0]

@@ -8,11 +8,14 @@ import numpy as np
 import torch
 
 from spectra.errors import InputError
-from spectra.estimates import Estimate, certain, student_interval
+from spectra.estimates import Estimate, certain, sampling_interval, student_interval, union
 from spectra.operators import LinearOperator
-from spectra.vectors import dot, gaussian, probe
+from spectra.vectors import dot, gaussian, norm, probe
 
 METHODS = ("hutchinson", "hutch++", "xtrace")
+# XTrace's samples share a sketch, so their spread understates the error of their mean: Student's interval covered 88 %
+# over 2,800 spectra of benchmarks/trust.
+XTRACE_INFLATION = math.sqrt(2)
 
 
 def trace(op: LinearOperator, *, method: str = "hutchinson", probes: int = 30, seed: int = 0) -> Estimate:
@@ -51,26 +54,43 @@ def _exact(op: LinearOperator) -> Estimate:
 
 
 def _hutchinson(op: LinearOperator, probes: int, seed: int) -> Estimate:
-    n = op.shape[0]
-    samples = []
+    forms, squares = [], []
     for index in range(probes):
         v = probe(op, seed=seed, index=index)
-        samples.append(n * dot(v, op @ v))
-    return _with_products(student_interval(samples), probes)
+        image = op @ v
+        forms.append(dot(v, image))
+        squares.append(dot(image, image))
+    return _with_products(_sphere_interval(forms, squares, op.shape[0]), probes)
+
+
+def _sphere_interval(forms: list[float], squares: list[float], n: int) -> Estimate:
+    """n times the mean of v . A v over unit vectors, whose variance is 2 (mean ||A v||^2 - mean(v . A v)^2) / (n + 2).
+
+    The wider of Student's interval and the normal one with that variance: the first is too short where a single
+    eigenvalue dominates a few probes, the second knows the variance better than the samples' spread does.
+    """
+    samples = n * np.array(forms)
+    spread = max(float(np.mean(squares) - np.mean(forms) ** 2), 0.0)
+    known = sampling_interval(float(samples.mean()), n * math.sqrt(2 * spread / ((n + 2) * len(forms))), 0.0)
+    return known if len(forms) < 2 else union(known, student_interval(samples))
 
 
 def _hutch_plus_plus(op: LinearOperator, probes: int, seed: int) -> Estimate:
     n, sketch = op.shape[0], probes // 3
     range_basis = _orthonormal(op @ _test_matrix(op, sketch, seed, "sketch"))
     captured = float((range_basis * (op @ range_basis)).sum(dtype=torch.float64))
-    rest = []
+    forms, squares = [], []
     dimension_left = n - range_basis.shape[1]
     for index in range(probes - 2 * sketch):
         v = gaussian(op, seed=seed, index=index, stream="rest")
         for _ in range(2):
             v -= range_basis @ (range_basis.T @ v)
-        rest.append(dimension_left * dot(v, op @ v) / dot(v, v))
-    left = student_interval(rest)
+        v /= norm(v)
+        image = op @ v
+        forms.append(dot(v, image))
+        image -= range_basis @ (range_basis.T @ image)
+        squares.append(dot(image, image))
+    left = _sphere_interval(forms, squares, dimension_left)
     return Estimate(
         captured + left.value, captured + left.low, captured + left.high, left.resolved, left.reason, probes
     )
@@ -105,7 +125,9 @@ def _xtrace(op: LinearOperator, probes: int, seed: int) -> Estimate:
         captured = np.trace(h) - s[:, i] @ h @ s[:, i]
         residual = w[:, i] @ r[:, i] - 2 * (t[:, i] @ x) + x @ h @ x
         samples[i] = captured + (n - count + 1) * residual / (lengths[i] - x @ x)
-    return _with_products(student_interval(samples), 2 * count)
+    naive = student_interval(samples)
+    half = XTRACE_INFLATION * naive.half_width
+    return Estimate(naive.value, naive.value - half, naive.value + half, products=2 * count)
 
 
 def _test_matrix(op: LinearOperator, count: int, seed: int, stream: str) -> torch.Tensor:

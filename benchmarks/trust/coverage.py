@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import time
+import zlib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ import numpy as np
 from families import BULKS, ORDINARY, eigenvalues
 
 import spectra
-from spectra.stochastic_lanczos import outliers
 
 NEAR_ZERO = 1.5e-3
 BUDGET = 1500
@@ -43,20 +43,22 @@ def truths(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def estimates(values: np.ndarray, seed: int) -> dict[str, dict[str, spectra.Estimate]]:
+def estimates(values: np.ndarray, seed: int, ways: set[str]) -> dict[str, dict[str, spectra.Estimate]]:
     """By way of measuring: the default call, a deflated one, the adaptive share, and the three traces."""
     op = spectra.DiagonalOperator(values)
     found: dict[str, dict[str, spectra.Estimate]] = {}
-    found["slq 10 x 100"] = spectra.probe.summarize(spectra.slq(op, seed=seed), NEAR_ZERO)
-    pairs = outliers(op, 20, seed=seed)
-    deflated = spectra.slq(op, probes=4, steps=100, seed=seed, deflate=pairs)
-    found["slq 4 x 100, 20 deflated"] = spectra.probe.summarize(deflated, NEAR_ZERO)
-    found["resolve 1500"] = {
-        "negative_share": spectra.resolve(op, budget=BUDGET, seed=seed),
-        "near_zero_share": spectra.resolve(op, share="near_zero", tol=NEAR_ZERO, budget=BUDGET, seed=seed),
-    }
-    for method in ("hutchinson", "hutch++", "xtrace"):
-        found[f"{method} 60"] = {"trace": spectra.trace(op, method=method, probes=60, seed=seed)}
+    if "slq" in ways:
+        found["slq 10 x 100"] = spectra.probe.summarize(spectra.slq(op, seed=seed), NEAR_ZERO)
+        deflated = spectra.slq(op, probes=4, steps=100, seed=seed, deflate=20)
+        found["slq 4 x 100, 20 deflated"] = spectra.probe.summarize(deflated, NEAR_ZERO)
+    if "resolve" in ways:
+        found["resolve 1500"] = {
+            "negative_share": spectra.resolve(op, budget=BUDGET, seed=seed),
+            "near_zero_share": spectra.resolve(op, share="near_zero", tol=NEAR_ZERO, budget=BUDGET, seed=seed),
+        }
+    if "trace" in ways:
+        for method in ("hutchinson", "hutch++", "xtrace"):
+            found[f"{method} 60"] = {"trace": spectra.trace(op, method=method, probes=60, seed=seed)}
     return found
 
 
@@ -67,21 +69,26 @@ def hard_count(values: np.ndarray, *, probes: int, steps: int, seed: int, single
     return float(np.where(density.nodes < 0, density.weights, 0).sum(axis=1).mean())
 
 
-def run(seeds: int, dimension: int, bulks: list[str], radii: list[float], zero_shares: list[float]) -> dict[str, Any]:
+def run(
+    seeds: int, dimension: int, bulks: list[str], radii: list[float], zero_shares: list[float], ways: set[str]
+) -> dict[str, Any]:
     rows = []
     for bulk, radius, zeros in itertools.product(bulks, radii, zero_shares):
         for seed in range(seeds):
             values = eigenvalues(bulk, n=dimension, radius=radius, zeros=zeros, seed=seed)
             truth = truths(values)
+            probe_seed = zlib.crc32(f"{bulk} {radius} {zeros} {seed}".encode())  # the families' probes are independent
             case = {"bulk": bulk, "radius": radius, "zeros": zeros, "seed": seed}
-            for way, found in estimates(values, seed).items():
+            for way, found in estimates(values, probe_seed, ways).items():
                 for quantity, estimate in found.items():
                     rows.append(
                         {**case, "way": way, "quantity": quantity, "truth": truth[quantity], **estimate.to_dict()}
                     )
+            if "counts" not in ways:
+                continue
             counts = {
-                "hard count 10 x 150": hard_count(values, probes=10, steps=150, seed=seed, single=False),
-                "paper 20 x 60": hard_count(values, probes=20, steps=60, seed=seed, single=True),
+                "hard count 10 x 150": hard_count(values, probes=10, steps=150, seed=probe_seed, single=False),
+                "paper 20 x 60": hard_count(values, probes=20, steps=60, seed=probe_seed, single=True),
             }
             for way, value in counts.items():
                 rows.append(
@@ -127,6 +134,8 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
                 if (r["bulk"], r["radius"], r["zeros"], r["way"], r["quantity"])
                 == (bulk, radius, zeros, way, "negative_share")
             ]
+            if not group:
+                continue
             error = np.mean([abs(r["value"] - r["truth"]) for r in group])
             extra = (
                 f" ({np.mean([r['resolved'] for r in group]):.2f}, {np.mean([r['products'] for r in group]):.0f})"
@@ -144,11 +153,12 @@ def main() -> None:
     parser.add_argument("--bulks", default=",".join(BULKS))
     parser.add_argument("--radii", default="27,1000")
     parser.add_argument("--zeros", default="0,0.1,0.43")
+    parser.add_argument("--ways", default="slq,resolve,trace,counts")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     started = time.perf_counter()
     radii, zeros = ([float(x) for x in text.split(",")] for text in (options.radii, options.zeros))
-    result = run(options.seeds, options.dimension, options.bulks.split(","), radii, zeros)
+    result = run(options.seeds, options.dimension, options.bulks.split(","), radii, zeros, set(options.ways.split(",")))
     print_tables(result["rows"])
     ordinary = [
         r
