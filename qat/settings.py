@@ -117,7 +117,7 @@ class StudyConfig:
     winq: WinQConfig = field(default_factory=WinQConfig)
     validation_sequences: int = 64
     modes: tuple[str, ...] = ("ste",)
-    probes: int = 4
+    probes: int = 3
     lanczos_steps: int = 20
     measure_sequences: int = 4
     small_llama: SmallLlamaConfig = field(default_factory=SmallLlamaConfig)
