@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -19,8 +20,8 @@ from qat.settings import (
     TrainConfig,
     choose_device,
 )
-from qat.threads import restart_with_patient_threads
 from qat.winq import PRESETS
+from qat.workers import MOST_WORKERS, available_cores, threads
 from spectra.command_line import run_command
 from spectra.errors import InputError
 
@@ -31,7 +32,7 @@ TRAINING_OPTIONS = (
 )
 STUDY_OPTIONS = (
     *("out", "model", "tokenizer", "dataset", "trust_remote_code", "device", "quantizer", "length"),
-    *("validation_sequences", "probes", "lanczos_steps", "measure_sequences"),
+    *("validation_sequences", "probes", "lanczos_steps", "measure_sequences", "workers"),
 )
 
 
@@ -39,7 +40,6 @@ STUDY_OPTIONS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None: those of the process) and return its exit code."""
     options = _parser().parse_args(arguments)
-    options.restart = arguments is None  # when called from Python, the process is not ours to replace
     options.command(options)
     return 0
 
@@ -100,6 +100,9 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code", action="store_true", default=None, help="run code that a hub model brings"
     )
     start.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    start.add_argument(
+        "--workers", type=int, help="runs at once, a process each (default: one a core for the default model, else 1)"
+    )
 
     training, given = parser.add_argument_group("training"), TrainConfig
     training.add_argument("--steps", type=int, help=_of(given.steps, "training steps"))
@@ -152,18 +155,18 @@ def _of(default: Any, meaning: str) -> str:
 
 def _compare(options: argparse.Namespace) -> None:
     config = _study_config(options, bits=_listed(options.bits), methods=_listed(options.methods))
-    _start(options)
     from qat.study import compare
 
-    compare(config, say=_say)
+    with _threads_for(config):
+        compare(config, say=_say)
 
 
 def _train(options: argparse.Namespace) -> None:
     config = _study_config(options, bits=(options.bits,), methods=(options.method,))
-    _start(options)
     from qat.study import train_one
 
-    train_one(config, say=_say)
+    with _threads_for(config):
+        train_one(config, say=_say)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -189,10 +192,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
 
 
-def _start(options: argparse.Namespace) -> None:
-    """To be called when the options are known to be good, before anything slow."""
-    if options.restart:
-        restart_with_patient_threads()
+def _threads_for(config: StudyConfig) -> contextlib.AbstractContextManager[None]:
+    """One thread for the small Llama on a CPU, which gains little from more; else one for each core we may use."""
+    return threads(1 if _is_small(config.model, config.device) else available_cores())
+
+
+def _is_small(model: str | None, device: str | None) -> bool:
+    return model is None and choose_device(device).type == "cpu"
 
 
 def _study_config(options: argparse.Namespace, **chosen: Any) -> StudyConfig:
@@ -202,6 +208,8 @@ def _study_config(options: argparse.Namespace, **chosen: Any) -> StudyConfig:
     if options.model is not None:
         training.setdefault("learning_rate", PRETRAINED_RATE)
     settings = _given(options, **{name: name for name in STUDY_OPTIONS})
+    if settings.get("workers") is None:
+        settings["workers"] = min(available_cores(), MOST_WORKERS) if _is_small(options.model, options.device) else 1
     if options.modes is not None:
         settings["modes"] = _listed(options.modes)
     return StudyConfig(

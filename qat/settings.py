@@ -98,7 +98,9 @@ class StudyConfig:
 
     model: a hub name or a folder; None is the small Llama trained here. tokenizer: another than the model's own.
     text, dataset: files or a hub dataset; neither is the standard library's source. modes: see `qat.hessian_mode`.
-    measure_sequences: how many training sequences a spectrum's loss is the mean of.
+    measure_sequences: how many training sequences a spectrum's loss is the mean of. workers: how many runs are trained
+    at once, each in a process of its own on one thread; a script that asks for more than 1 needs the usual
+    `if __name__ == "__main__":`.
     """
 
     out: str
@@ -120,6 +122,7 @@ class StudyConfig:
     probes: int = 3
     lanczos_steps: int = 20
     measure_sequences: int = 4
+    workers: int = 1
     small_llama: SmallLlamaConfig = field(default_factory=SmallLlamaConfig)
 
     def __post_init__(self) -> None:
@@ -133,7 +136,14 @@ class StudyConfig:
         for name in ("bits", "methods", "modes"):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty: give at least one, separated by commas")
-        least = {"length": 2, "validation_sequences": 1, "probes": 1, "lanczos_steps": 1, "measure_sequences": 1}
+        least = {
+            "length": 2,
+            "validation_sequences": 1,
+            "probes": 1,
+            "lanczos_steps": 1,
+            "measure_sequences": 1,
+            "workers": 1,
+        }
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise InputError(f"{name} is {smallest} or more, got {getattr(self, name)}")

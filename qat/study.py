@@ -31,10 +31,12 @@ from qat.models import (
     trained_small_llama,
 )
 from qat.modes import hessian_operator
+from qat.progress import MeasuringBar
 from qat.settings import StudyConfig, choose_device
 from qat.table import Curve, Row, for_report, spectrum_columns, terminal, with_steps_to_baseline, write_table
 from qat.telemetry import Telemetry
 from qat.training import TrainResult, train
+from qat.workers import run_jobs
 from spectra import HessianOperator, Run, SpectrumProbe, report
 from spectra.errors import InputError
 from spectra.loading import quiet_transformers
@@ -58,11 +60,15 @@ class Start:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trained model, how its training went, and its row of the table but for the steps to the baseline's loss."""
+    """A trained model, how its training went, its row of the table but for the steps to the baseline's loss, its spectra.
 
-    model: nn.Module
+    The model is left out where a worker trained it.
+    """
+
+    model: nn.Module | None
     result: TrainResult
     row: Row
+    spectra: int
 
 
 def compare(config: StudyConfig, *, say: Callable[[str], None] = print) -> list[Row]:
@@ -77,7 +83,7 @@ def compare(config: StudyConfig, *, say: Callable[[str], None] = print) -> list[
         check_free(folder)
     start = prepare(config, say=say)
     study = Run.create(out, {"study": "compare", **asdict(config), **start.facts})
-    outcomes: list[Outcome] = []
+    outcomes: dict[int, Outcome] = {}
     heading = ""
     try:
         reference = measure_full_precision(start, config, out / "full-precision")
@@ -88,13 +94,10 @@ def compare(config: StudyConfig, *, say: Callable[[str], None] = print) -> list[
             f"{config.train.learning_rate:g}, schedule {config.train.schedule}, seed {config.train.seed}: which method "
             "wins can depend on all of these."
         )
-        for bits, method, folder in plan:
-            outcome = train_method(start, config, bits, method, folder)
-            outcomes.append(outcome)
-            say(
-                f"{bits:g} bit, {method}: validation loss {outcome.result.validation_loss:.4f} after "
-                f"{outcome.result.steps} steps and {len(Run(folder).records)} spectra, {outcome.result.seconds:.0f} s"
-            )
+        jobs = [(config, *run) for run in plan]
+        for index, outcome in run_jobs(_train_alone, start, jobs, workers=config.workers):
+            outcomes[index] = outcome
+            say(_outcome_line(outcome))
     except InputError:
         with contextlib.suppress(InputError):  # what is there is shown, and the error that stopped us is the one told
             _write_results(study, outcomes, heading)
@@ -122,6 +125,7 @@ def train_one(config: StudyConfig, *, save_model: bool = True, say: Callable[[st
         raise
     _write_report(Run(out))
     if save_model:
+        assert outcome.model is not None
         dequantized(outcome.model, start.model).save_pretrained(out / "model")  # type: ignore[operator]
         start.tokenizer.save_pretrained(out / "model")
     say(terminal([outcome.row]))
@@ -175,7 +179,10 @@ def measure_full_precision(start: Start, config: StudyConfig, folder: Path) -> E
     quantize_model(quantized, config.quantization(config.bits[0]))
     names = frozenset(weight_names(quantized))
     model = copy.deepcopy(start.model).to(start.device)
-    probe = _probe(model, start, config, folder, {"full": HessianOperator}, {"method": "full precision"}, names=names)
+    settings = {"method": "full precision", **start.facts}
+    probe = _probe(
+        model, start, config, folder, {"full": HessianOperator}, settings, name="full precision", names=names
+    )
     probe.measure(0, "start")
     return evaluate(model, start.validation, batch_size=config.train.batch_size)
 
@@ -200,12 +207,12 @@ def train_method(start: Start, config: StudyConfig, bits: float, method: str, fo
         mode: partial(hessian_operator, mode=mode, sigma=config.winq.sigma or None, draws=NOISE_DRAWS)
         for mode in config.modes
     }
-    probe = _probe(model, start, config, folder, modes, settings)
+    name = f"{bits:g} bit, {method}"
+    probe = _probe(model, start, config, folder, modes, settings, name=name)
     measure = _MeasuringCallback(probe, config.measuring_steps())
     callbacks: list[TrainerCallback] = [measure]
     if method == "winq":
         callbacks = [WinQCallback(**asdict(config.winq), around_reset=measure.around_reset), measure]
-    name = f"{bits:g} bit, {method}"
     measure(0, "start")
     result = train(
         model,
@@ -229,7 +236,7 @@ def train_method(start: Start, config: StudyConfig, bits: float, method: str, fo
         "mode": config.modes[0],
         **spectrum_columns(probe.records),
     }
-    return Outcome(model, result, row)
+    return Outcome(model, result, row, len(probe.records))
 
 
 def dequantized(trained: nn.Module, full_precision: nn.Module) -> nn.Module:
@@ -270,6 +277,7 @@ def _probe(
     modes: dict[str, Any],
     settings: dict[str, Any],
     *,
+    name: str,
     names: frozenset[str] | None = None,
 ) -> SpectrumProbe:
     return SpectrumProbe(
@@ -282,6 +290,7 @@ def _probe(
         steps=config.lanczos_steps,
         seed=config.train.seed,
         config=settings,
+        progress=MeasuringBar(name),
     )
 
 
@@ -289,10 +298,24 @@ def _batches(blocks: Blocks, batch_size: int, device: torch.device) -> list[dict
     return [{"input_ids": rows.to(device), "labels": rows.to(device)} for rows in blocks.blocks.split(batch_size)]
 
 
-def _write_results(study: Run, outcomes: Sequence[Outcome], heading: str) -> list[Row]:
+def _train_alone(*given: Any) -> Outcome:
+    """`train_method` without the model, which need not travel from a worker's process."""
+    return replace(train_method(*given), model=None)
+
+
+def _outcome_line(outcome: Outcome) -> str:
+    row, result = outcome.row, outcome.result
+    return (
+        f"{row['bits']:g} bit, {row['method']}: validation loss {result.validation_loss:.4f} after {result.steps} steps "
+        f"and {outcome.spectra} spectra, {result.seconds:.0f} s"
+    )
+
+
+def _write_results(study: Run, outcomes: dict[int, Outcome], heading: str) -> list[Row]:
     """Table, figures and report of what there is: all of it at the end, or what an error left."""
-    curves: list[Curve] = [outcome.result.curve for outcome in outcomes]
-    rows = with_steps_to_baseline([outcome.row for outcome in outcomes], curves)
+    finished = [outcomes[index] for index in sorted(outcomes)]
+    curves: list[Curve] = [outcome.result.curve for outcome in finished]
+    rows = with_steps_to_baseline([outcome.row for outcome in finished], curves)
     if rows:
         write_table(rows, study.folder, heading=heading)
     _write_report(study, table=for_report(rows))

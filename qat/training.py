@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from qat.corpus import Blocks
 from qat.evaluate import evaluate
 from qat.linear import decay_exempt
+from qat.progress import progress_bar
 from qat.settings import TrainConfig
-from spectra.command_line import on_terminal
 from spectra.errors import NonFiniteError
 from spectra.records import Run
 
@@ -164,7 +163,7 @@ class _Watch(TrainerCallback):
         self.loss = math.nan
         self.curve: list[tuple[int, float]] = []
         self.measured: dict[str, float] = {}
-        self.bar = tqdm(total=config.steps, desc=name, unit="step", disable=not on_terminal(), leave=False)
+        self.bar = progress_bar(config.steps, name, "step")
 
     def finite(self, loss: float, what: str, step: int) -> float:
         if math.isfinite(loss):
