@@ -32,7 +32,7 @@ TRAINING_OPTIONS = (
 )
 STUDY_OPTIONS = (
     *("out", "model", "tokenizer", "dataset", "trust_remote_code", "device", "quantizer", "length"),
-    *("validation_sequences", "probes", "lanczos_steps", "measure_sequences", "workers"),
+    *("validation_sequences", "probes", "lanczos_steps", "measure_sequences"),
 )
 
 
@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(command=_compare)
     compare.add_argument("--bits", default="1,2,4", help=f"of {LISTED_BITS} (default: 1,2,4)")
     compare.add_argument("--methods", default=",".join(METHODS), help=f"default: {','.join(METHODS)}")
+    compare.add_argument(
+        "--workers", type=int, help="runs at once, a process each (default: one a core for the default model, else 1)"
+    )
     _add_study_options(compare)
 
     train = commands.add_parser("train", help="train by one method at one bit-width")
@@ -100,9 +103,6 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code", action="store_true", default=None, help="run code that a hub model brings"
     )
     start.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    start.add_argument(
-        "--workers", type=int, help="runs at once, a process each (default: one a core for the default model, else 1)"
-    )
 
     training, given = parser.add_argument_group("training"), TrainConfig
     training.add_argument("--steps", type=int, help=_of(given.steps, "training steps"))
@@ -154,7 +154,10 @@ def _of(default: Any, meaning: str) -> str:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    config = _study_config(options, bits=_listed(options.bits), methods=_listed(options.methods))
+    workers = options.workers
+    if workers is None:
+        workers = min(available_cores(), MOST_WORKERS) if _is_small(options.model, options.device) else 1
+    config = _study_config(options, bits=_listed(options.bits), methods=_listed(options.methods), workers=workers)
     from qat.study import compare
 
     with _threads_for(config):
@@ -208,8 +211,6 @@ def _study_config(options: argparse.Namespace, **chosen: Any) -> StudyConfig:
     if options.model is not None:
         training.setdefault("learning_rate", PRETRAINED_RATE)
     settings = _given(options, **{name: name for name in STUDY_OPTIONS})
-    if settings.get("workers") is None:
-        settings["workers"] = min(available_cores(), MOST_WORKERS) if _is_small(options.model, options.device) else 1
     if options.modes is not None:
         settings["modes"] = _listed(options.modes)
     return StudyConfig(

@@ -38,7 +38,7 @@ from qat.telemetry import Telemetry
 from qat.training import TrainResult, train
 from qat.workers import run_jobs
 from spectra import HessianOperator, Run, SpectrumProbe, report
-from spectra.errors import InputError
+from spectra.errors import InputError, NonFiniteError
 from spectra.loading import quiet_transformers
 from spectra.records import check_free
 
@@ -60,7 +60,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trained model, how its training went, its row of the table but for the steps to the baseline's loss, its spectra.
+    """A trained model, its training, its row of the table but for the steps to the baseline's loss, how many spectra.
 
     The model is left out where a worker trained it.
     """
@@ -258,7 +258,10 @@ class _MeasuringCallback(TrainerCallback):
         self.resets: set[int] = set()
 
     def __call__(self, step: int, label: str) -> None:
-        self.probe.measure(step, label)
+        try:
+            self.probe.measure(step, label)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"at step {step}, {error}; a lower learning rate may help") from None
 
     def around_reset(self, event: str, step: int) -> None:
         self.resets.add(step)
@@ -306,8 +309,8 @@ def _train_alone(*given: Any) -> Outcome:
 def _outcome_line(outcome: Outcome) -> str:
     row, result = outcome.row, outcome.result
     return (
-        f"{row['bits']:g} bit, {row['method']}: validation loss {result.validation_loss:.4f} after {result.steps} steps "
-        f"and {outcome.spectra} spectra, {result.seconds:.0f} s"
+        f"{row['bits']:g} bit, {row['method']}: validation loss {result.validation_loss:.4f} "
+        f"after {result.steps} steps and {outcome.spectra} spectra, {result.seconds:.0f} s"
     )
 
 

@@ -44,7 +44,7 @@ def run_jobs(
             yield index, job(shared, *given)
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit locks that threads of libraries hold
-    setup = (pickle.dumps(shared), tqdm.get_lock(), context.Value("i", 0))
+    setup = (pickle.dumps(shared), context.RLock(), context.Value("i", 0))
     with ProcessPoolExecutor(min(workers, len(arguments)), context, initializer=_set_up, initargs=setup) as pool:
         futures = {pool.submit(_in_worker, job, given): index for index, given in enumerate(arguments)}
         try:

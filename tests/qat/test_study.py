@@ -58,7 +58,7 @@ def test_a_row_for_each_bit_width_and_method(study):
         for quantity in QUANTITIES:
             for when in ("start", "end"):
                 estimate = row[f"{quantity}_{when}"]
-                assert estimate["low"] <= estimate["value"] <= estimate["high"]
+                assert estimate.low <= estimate.value <= estimate.high
     table = json.loads((run.folder / "table.json").read_text())
     assert [row["validation_loss"] for row in table] == [row["validation_loss"] for row in rows]
     assert (run.folder / "table.md").read_text().count("\n| ") >= 4
