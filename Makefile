@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/qat compare --bits 1,2,4 --methods baseline,winq --out runs/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
