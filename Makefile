@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint bench bench-trust clean
 
 demo: $(INSTALLED)
 	$(BIN)/qat compare --bits 1,2,4 --methods baseline,winq --out runs/demo
@@ -15,6 +15,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+bench: bench-trust
+
+bench-trust: $(INSTALLED)
+	$(BIN)/python benchmarks/trust/coverage.py --out benchmarks/trust/coverage.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
