@@ -1,140 +1,305 @@
-"""The commands as a person types them: a real run, and every kind of bad input in one line with exit code 2."""
+"""The command line: what it does with good options, and one line with exit code 2 for every kind of bad one."""
 
+import json
+import math
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import saved_models
 import texts
+import torch
 
-from qat.cli import main
-from spectra import Run
+from qat import cli
+from qat.settings import SMALL_LLAMA_RATE, SmallLlamaConfig, StudyConfig, TrainConfig
+from spectra.records import Run
 
-TINY = (
-    *("--steps", "6", "--batch-size", "4", "--length", "24", "--probes", "2", "--lanczos-steps", "5"),
-    *("--measure-sequences", "2", "--validation-sequences", "4"),
-)
-SMALL_MODEL = ("--vocabulary-size", "300", "--base-steps", "4")
+QUICK = [
+    "--steps",
+    "4",
+    "--batch-size",
+    "2",
+    "--length",
+    "8",
+    "--probes",
+    "1",
+    "--lanczos-steps",
+    "3",
+    "--measure-sequences",
+    "2",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QAT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli")
-    texts.write(folder, texts.prose(40_000), "", "too short")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QAT_CACHE", str(folder / "cache"))
-        yield folder
+def llama(tmp_path_factory):
+    """`--model FOLDER --text FILE` of a tiny model."""
+    folder = tmp_path_factory.mktemp("llama")
+    return ["--model", str(saved_models.save(folder / "model")), "--text", str(saved_models.write_text(folder))]
 
 
-def text(place, index=0):
-    return ("--text", str(place / f"text-{index}.txt"))
+def refused(capfd, *arguments):
+    """The one line that the command ends with; it says nothing else on stderr and exits with 2."""
+    capfd.readouterr()
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("qat: error: ")
+    return line
 
 
-def compare(place, name, *more, bits="2"):
-    return main(["compare", "--bits", bits, "--out", str(place / name), *TINY, *more])
+def in_a_process(*arguments):
+    command = [sys.executable, "-m", "qat.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ})
 
 
-def refused(capsys, code):
-    """The one line of an error."""
-    error = capsys.readouterr().err.strip()
-    assert code == 2
-    assert "\n" not in error, error
-    assert error.startswith("qat: error: ")
-    assert "Traceback" not in error
-    return error
+def test_compare_leaves_what_it_says(capfd, llama, tmp_path):
+    out = tmp_path / "out"
+    assert cli.main(["compare", "--bits", "1.58,4", "--out", str(out), "--lr", "0.01", *QUICK, *llama]) == 0
+    shown = capfd.readouterr()
+    assert shown.err == ""
+    assert f"written to {out}" in shown.out
+    rows = json.loads((out / "table.json").read_text())
+    kinds = [(row["bits"], row["method"]) for row in rows]
+    assert kinds == [(1.58, "baseline"), (1.58, "winq"), (4, "baseline"), (4, "winq")]
+    for row in rows:
+        assert f"{row['validation_loss']:.4f}" in shown.out
+        assert math.isfinite(row["rms_end"]["value"])
+    assert (out / "report.html").exists()
+    assert {run.folder.name for run in Run(out).runs} == {
+        *("full-precision", "1.58bit-baseline", "1.58bit-winq", "4bit-baseline", "4bit-winq")
+    }
 
 
-def test_compare_on_a_text_of_ours(place, capsys):
-    assert compare(place, "run", *text(place), *SMALL_MODEL) == 0
-    said = capsys.readouterr()
-    assert "winq" in said.out
-    assert "perplexity" in said.out
-    assert str(place / "run") in said.out
-    run = Run(place / "run")
-    assert len([record for single in run.runs for record in single.records]) >= 10
-    assert (place / "run" / "report.html").is_file()
-
-
-@pytest.mark.parametrize("architecture", ["qwen3", "gpt-neox", "opt", "gpt2", "llama-tied"])
-def test_a_model_folder_of_any_architecture(place, capsys, architecture):
-    model = saved_models.save(place / f"model-{architecture}", architecture)
-    path = saved_models.write_text(place)
-    code = compare(
-        place, f"of-{architecture}", "--model", str(model), "--text", str(path), "--length", "12", "--methods", "winq"
+def test_every_option_reaches_the_study(monkeypatch, llama, tmp_path):
+    seen = []
+    monkeypatch.setattr("qat.study.compare", lambda config, say: seen.append(config))
+    options = """--bits 2 --methods winq --out OUT --tokenizer some/name --length 9 --trust-remote-code --device cpu
+        --steps 7 --batch-size 3 --lr 0.5 --schedule wsd --warmup 0.1 --weight-decay 0.2 --evaluate-every 2
+        --validation-sequences 5 --seed 11 --quantizer rtn --skip a b --preset released --every 3 --sigma 0.25
+        --modes latent,noisy --probes 6 --lanczos-steps 8 --measure-sequences 4 --workers 2"""
+    assert cli.main(["compare", *options.split(), *llama]) == 0
+    (config,) = seen
+    folder, text = llama[1], llama[3]
+    assert config == StudyConfig(
+        out="OUT",
+        bits=(2,),
+        methods=("winq",),
+        model=folder,
+        text=(text,),
+        length=9,
+        tokenizer="some/name",
+        trust_remote_code=True,
+        device="cpu",
+        quantizer="rtn",
+        skip=("a", "b"),
+        validation_sequences=5,
+        modes=("latent", "noisy"),
+        probes=6,
+        lanczos_steps=8,
+        measure_sequences=4,
+        workers=2,
+        train=TrainConfig(
+            steps=7,
+            batch_size=3,
+            learning_rate=0.5,
+            schedule="wsd",
+            warmup=0.1,
+            weight_decay=0.2,
+            evaluate_every=2,
+            seed=11,
+        ),
+        winq=cli.WinQConfig(every=3, alpha=0.8, sigma=0.25, noise_scales=True),
     )
-    assert code == 0, capsys.readouterr().err
-    assert "2" in capsys.readouterr().out
 
 
-def test_evaluate_prints_a_perplexity(place, capsys):
-    model = saved_models.save(place / "model-evaluated")
-    assert main(["evaluate", str(model), "--text", str(saved_models.write_text(place)), "--block", "12"]) == 0
-    assert "perplexity" in capsys.readouterr().out
+def test_without_options_the_defaults_are_those_of_the_settings(monkeypatch):
+    seen = []
+    monkeypatch.setattr("qat.study.compare", lambda config, say: seen.append(config))
+    monkeypatch.setattr(cli, "available_cores", lambda: 3)
+    assert cli.main(["compare", "--out", "OUT", "--device", "cpu"]) == 0
+    assert cli.main(["compare", "--out", "OUT", "--device", "cpu", "--model", "some/name"]) == 0
+    assert seen[0] == StudyConfig(out="OUT", workers=3, device="cpu")
+    assert seen[0].train.learning_rate == SMALL_LLAMA_RATE
+    assert seen[1].workers == 1
+    assert seen[1].train.learning_rate < 1e-4  # a pretrained model would not survive the other
+
+
+def test_the_options_of_the_default_model_reach_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr("qat.study.train_one", lambda config, say: seen.append(config))
+    arguments = "train --out OUT --vocabulary-size 500 --base-steps 30 --method baseline --bits 1.58 --device cpu"
+    assert cli.main(arguments.split()) == 0
+    assert seen[0].small_llama == SmallLlamaConfig(vocabulary_size=500, steps=30)
+    assert (seen[0].methods, seen[0].bits) == (("baseline",), (1.58,))
+
+
+def test_help_names_the_defaults(capfd):
+    assert cli.main(["compare", "--help"]) == 0
+    text = " ".join(capfd.readouterr().out.split())
+    assert f"training steps (default: {TrainConfig().steps})" in text
+    assert f"tokens a sequence (default: {StudyConfig(out='x').length})" in text
+
+
+def test_a_trained_model_can_be_evaluated(capfd, llama, tmp_path):
+    out = tmp_path / "out"
+    assert cli.main(["train", "--bits", "2", "--method", "baseline", "--out", str(out), *QUICK, *llama]) == 0
+    assert f"written to {out}" in capfd.readouterr().out
+    assert [record.label for record in Run(out).records] == ["start", "quarter", "quarter", "quarter", "end"]
+    assert cli.main(["evaluate", str(out / "model"), "--block", "8", *llama[2:], "--device", "cpu"]) == 0
+    shown = capfd.readouterr()
+    found = re.fullmatch(
+        r"perplexity ([\d.]+), loss ([\d.]+) nats a token, over ([\d,]+) tokens in blocks of 8\n", shown.out
+    )
+    assert found
+    assert float(found[1]) == pytest.approx(math.exp(float(found[2])), rel=1e-3)
+
+
+def test_evaluate_gives_the_mean_over_blocks_of_the_whole_text(capfd, llama):
+    assert cli.main(["evaluate", llama[1], *llama[2:], "--device", "cpu"]) == 0
+    shown = capfd.readouterr().out
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(llama[1])
+    with open(llama[3], encoding="utf-8") as file:
+        tokens = torch.tensor(AutoTokenizer.from_pretrained(llama[1])(file.read())["input_ids"])
+    blocks = tokens[: len(tokens) // 16 * 16].view(-1, 16)  # the model's longest
+    with torch.no_grad():
+        loss = model(input_ids=blocks, labels=blocks).loss.item()
+    assert f"loss {loss:.4f}" in shown
+    assert "in blocks of 16" in shown
+
+
+def test_the_console_prints_help_without_loading_what_trains():
+    code = "import sys, qat.cli; print(sorted({'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert shown.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
-        (("--bits", "7.3"), ("7.3", "1.58")),
-        (("--bits", "two"), ("two",)),
-        (("--methods", "sgd"), ("sgd", "winq")),
-        (("--modes", "third"), ("third", "ste")),
-        (("--schedule", "sawtooth"), ("sawtooth", "cosine")),
-        (("--preset", "mine"), ("mine", "paper")),
-        (("--quantizer", "gptq"), ("gptq", "lsq")),
-        (("--alpha", "3"), ("alpha", "3")),
-        (("--steps", "0"), ("steps", "0")),
-        (("--steps", "many"), ("many",)),
-        (("--device", "tpu"), ("tpu",)),
-        (("--no-such-option",), ("no-such-option",)),
-        (("--text", "no/such/file.txt"), ("no/such/file.txt",)),
-        (("--model", "no/such/folder/at/all"), ("no/such/folder",)),
-        (("--model", "nobody/no-such-model"), ("nobody/no-such-model",)),
-        (("--dataset", "nobody/no-such-data"), ("nobody/no-such-data",)),
+        ("--bits 5", "bits must be one of 1, 1.58, 2, 3, 4, 8; got 5"),
+        ("--bits two", "bits must be one of 1, 1.58, 2, 3, 4, 8; got two"),
+        ("--bits ,", "bits is empty"),
+        ("--methods baseline,magic", "unknown method 'magic': choose from baseline, winq"),
+        ("--modes ste,fisher", "unknown mode 'fisher': choose from ste, quantized, latent, noisy"),
+        ("--schedule linear", "unknown schedule 'linear': choose one of constant, cosine, wsd"),
+        ("--quantizer magic", "quantizer must be one of auto"),
+        ("--preset mine", "unknown preset 'mine': choose from paper, released"),
+        ("--every never", "--every is a number of steps or a fraction of the run, got 'never'"),
+        ("--every 1.5", "every must be a whole number of steps"),
+        ("--alpha 2", "alpha must lie between 0 (no reset) and 1 (onto the grid); got 2.0"),
+        ("--sigma nan", "sigma must be 0 (no noise) or a finite positive number"),
+        ("--lr 0", "learning_rate is a number above 0, got 0.0"),
+        ("--lr fast", "argument --lr: invalid float value: 'fast'"),
+        ("--steps 0", "steps is 1 or more, got 0"),
+        ("--length 1", "length is 2 or more, got 1"),
+        ("--seed -3", "a seed is a whole number"),
+        ("--device tpu", "unknown device 'tpu': choose cpu or cuda"),
+        ("--workers 0", "workers is 1 or more, got 0"),
+        ("--base-steps 0", "steps is 1 or more, got 0"),
+        ("--vocabulary-size 9", "a byte-level vocabulary has 257 tokens or more, got 9"),
+        ("--magic", "unrecognized arguments: --magic"),
+        ("--model ./no/such/folder", "there is no model folder ./no/such/folder"),
+        ("--text no-such-file.txt", "there is no file no-such-file.txt"),
     ],
 )
-def test_bad_options_end_in_one_line(place, capsys, options, words):
-    line = refused(capsys, compare(place, "refused", *options))
-    for word in words:
-        assert word in line
-    assert not (place / "refused" / "records.jsonl").exists()
+def test_an_option_that_cannot_be_used_is_refused(options, message, capfd, tmp_path):
+    assert message in refused(capfd, "compare", "--out", tmp_path / "out", *options.split())
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("index", "word"), [(1, "empty"), (2, "token")])
-def test_an_empty_or_short_text(place, capsys, index, word):
-    line = refused(capsys, compare(place, "short", *text(place, index), *SMALL_MODEL))
-    assert word in line
-    assert f"text-{index}.txt" in line or "token" in line
+def test_options_that_are_missing_are_named(capfd):
+    assert "the following arguments are required: --out" in refused(capfd, "compare")
+    assert "COMMAND" in refused(capfd)
+    assert "invalid choice: 'compress'" in refused(capfd, "compress")
 
 
-def test_nothing_to_quantize(place, capsys):
-    line = refused(capsys, compare(place, "nothing", *text(place), *SMALL_MODEL, "--skip", "*"))
-    assert "quantize" in line
+def test_a_missing_text_is_refused(capfd, tmp_path):
+    line = refused(capfd, "compare", "--out", tmp_path / "out", "--text", tmp_path / "nothing.txt")
+    assert f"there is no file {tmp_path / 'nothing.txt'}" in line
 
 
-def test_a_folder_that_holds_another_run(place, capsys):
-    (place / "taken").mkdir()
-    (place / "taken" / "config.json").write_text("{}")
-    line = refused(capsys, compare(place, "taken", *text(place), *SMALL_MODEL))
-    assert "taken" in line
-    assert (place / "taken" / "config.json").read_text() == "{}"
+def test_an_empty_text_is_refused(capfd, tmp_path):
+    (path,) = texts.write(tmp_path, " \n\n")
+    assert f"{path} is empty" in refused(capfd, "compare", "--out", tmp_path / "out", "--text", path)
 
 
-def test_a_loss_that_is_not_finite(place, capsys):
-    code = compare(place, "broken", *text(place), *SMALL_MODEL, "--methods", "baseline", "--lr", "1e30")
-    line = refused(capsys, code)
-    assert "step" in line
-    assert "learning rate" in line
-    assert any(single.records for single in Run(place / "broken").runs)
+def test_a_text_that_is_too_short_is_refused_with_both_counts(capfd, tmp_path):
+    (path,) = texts.write(tmp_path, texts.prose(3000))
+    line = refused(capfd, "compare", "--out", tmp_path / "out", "--text", path)
+    needed = TrainConfig().batch_size * StudyConfig(out="x").length
+    assert re.search(rf"has \d+ tokens and {needed} are needed .*give more text, or a smaller --length", line)
+    assert not (tmp_path / "out").exists()
 
 
-def test_the_installed_command_in_a_process_of_its_own(place):
-    """With no terminal: no progress bar, no traceback, exit code 2."""
-    command = [str(Path(sys.executable).with_name("qat")), "compare", "--bits", "7.3", "--out", str(place / "process")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+def test_a_folder_that_holds_another_run_is_refused(capfd, llama, tmp_path):
+    Run.create(tmp_path / "out", {"mine": True})
+    line = refused(capfd, "compare", "--out", tmp_path / "out", *llama)
+    assert f"{tmp_path / 'out'} already holds a run: choose another --out" in line
+    assert Run(tmp_path / "out").config == {"mine": True}
+
+
+def test_a_model_with_nothing_to_quantize_is_refused_before_it_is_trained(capfd, tmp_path):
+    (path,) = texts.write(tmp_path, texts.prose(30_000))
+    line = refused(capfd, "compare", "--out", tmp_path / "out", "--text", path, "--skip", "*")
+    assert "has nothing to quantize" in line
+    assert not list((tmp_path / "cache").glob("small-llama*"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--model", "--dataset"])
+def test_a_hub_name_without_network_is_refused(option, capfd, tmp_path):
+    line = refused(capfd, "compare", "--out", tmp_path / "out", option, "nobody/nothing")
+    assert "nobody/nothing" in line
+    assert "no network" in line
+
+
+def test_a_model_folder_without_its_tokenizer_says_how_to_give_one(capfd, llama, tmp_path):
+    folder = saved_models.save(tmp_path / "model", with_tokenizer=False)
+    line = refused(capfd, "compare", "--out", tmp_path / "out", "--model", folder, *llama[2:])
+    assert "give --tokenizer NAME_OR_FOLDER" in line
+    assert "longest" not in line
+
+
+def test_a_length_that_the_model_does_not_take_is_refused(capfd, llama, tmp_path):
+    line = refused(capfd, "compare", "--out", tmp_path / "out", *llama, "--length", 40, "--batch-size", 2)
+    assert "at most 16 tokens, got --length 40" in line
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_recorded(workers, llama, tmp_path):
+    """In a process of its own: nothing of a traceback may come from anywhere."""
+    out = tmp_path / "out"
+    done = in_a_process("compare", "--bits", 2, "--out", out, *QUICK, *llama, "--lr", "1e30", "--workers", workers)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    found = re.search(r"2 bit, \w+: the (training|validation) loss is \w+ at step (\d) of 4: use a learning rate", line)
+    assert found
+    assert str(out) in line
+    run = Run(out / "2bit-baseline")
+    assert [record.label for record in run.records][0] == "start"
+    assert run.telemetry[0]["validation_loss"] > 0
+    assert max(telemetry["step"] for telemetry in run.telemetry) == int(found[2])
+    assert (out / "report.html").exists()
+
+
+def test_a_refusal_in_a_process_of_its_own_is_one_line(tmp_path):
+    done = in_a_process("compare", "--bits", "1,7", "--out", tmp_path / "out")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("qat: error: ")
-    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr == "qat: error: bits must be one of 1, 1.58, 2, 3, 4, 8; got 7\n"
+
+
+def test_evaluating_what_is_not_there_is_refused(capfd, llama, tmp_path):
+    (path,) = texts.write(tmp_path, "a")
+    assert "two tokens or more" in refused(capfd, "evaluate", llama[1], "--text", path)
+    assert "no model folder" in refused(capfd, "evaluate", tmp_path / "nothing", "--text", path)

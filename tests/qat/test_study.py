@@ -278,7 +278,7 @@ def test_a_broken_training_stops_the_study_and_all_that_was_recorded_is_kept(lla
 
     monkeypatch.setattr(study, "WinQCallback", Broken)
     out = tmp_path / "out"
-    with pytest.raises(NonFiniteError, match="1 bit, winq: the .* loss is nan at step [56] of 8") as stopped:
+    with pytest.raises(NonFiniteError, match=r"1 bit, winq: the .* loss is nan at step [56] of 8") as stopped:
         study.compare(tiny(llama, out), say=lambda line: None)
     assert "\n" not in str(stopped.value)
     assert [(row["bits"], row["method"]) for row in json.loads((out / "table.json").read_text())] == [(1, "baseline")]

@@ -126,13 +126,14 @@ def test_estimates_of_a_table_may_be_objects(tmp_path, without_figures):
 
 def test_the_figures_of_a_study_by_name(tmp_path):
     study = run_folders.study_folder(tmp_path / "study")
+    open_before = plt.get_fignums()
     got = report.figures(study)
     assert {"density-1bit", "density-2bit", "density-last", "trajectory-rms", "trajectory-validation_loss"} <= set(got)
     assert [ax.get_title(loc="left") for ax in got["density-1bit"].axes] == ["1-bit baseline", "1-bit WinQ"]
     assert len({ax.get_xlim() + ax.get_ylim() for ax in got["density-1bit"].axes}) == 1
     assert "trajectory-repeatability" not in got
     got["density-last"].savefig(tmp_path / "last.png")
-    assert plt.get_fignums() == []  # nothing for the caller to close
+    assert plt.get_fignums() == open_before  # nothing for the caller to close
 
 
 def test_what_the_runs_are_compared_with_is_drawn_beside_them(tmp_path):
