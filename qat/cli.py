@@ -6,6 +6,7 @@ import argparse
 import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 from qat.config import BITS, SUPPORTED_BITS, WinQConfig
@@ -36,7 +37,7 @@ STUDY_OPTIONS = (
 )
 
 
-@run_command
+@partial(run_command, name="qat")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None: those of the process) and return its exit code."""
     options = _parser().parse_args(arguments)

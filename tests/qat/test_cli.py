@@ -286,7 +286,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_recorded(workers, ll
     assert found
     assert str(out) in line
     run = Run(out / "2bit-baseline")
-    assert [record.label for record in run.records][0] == "start"
+    assert run.records[0].label == "start"
     assert run.telemetry[0]["validation_loss"] > 0
     assert max(telemetry["step"] for telemetry in run.telemetry) == int(found[2])
     assert (out / "report.html").exists()
