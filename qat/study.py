@@ -261,7 +261,8 @@ class _MeasuringCallback(TrainerCallback):
         try:
             self.probe.measure(step, label)
         except NonFiniteError as error:
-            raise NonFiniteError(f"at step {step}, {error}; a lower learning rate may help") from None
+            kept = "" if self.probe.run is None else f"; what was recorded is in {self.probe.run.folder}"
+            raise NonFiniteError(f"at step {step}, {error}, and use a lower learning rate{kept}") from None
 
     def around_reset(self, event: str, step: int) -> None:
         self.resets.add(step)
