@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/peers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint bench bench-trust clean
+.PHONY: demo test test-slow lint bench bench-trust bench-speed clean
 
 demo: $(INSTALLED)
 	$(BIN)/qat compare --bits 1,2,4 --methods baseline,winq --out runs/demo
@@ -16,10 +17,19 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
-bench: bench-trust
+bench: bench-trust bench-speed
 
-bench-trust: $(INSTALLED)
-	$(BIN)/python benchmarks/trust/coverage.py --out benchmarks/trust/coverage.json
+bench-trust: $(INSTALLED) $(PEERS)/.installed
+	PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/trust/coverage.py --out benchmarks/trust/coverage.json
+
+bench-speed: $(INSTALLED) $(PEERS)/.installed
+	PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/speed/speed.py
+
+# The libraries compared with lie in a folder of their own, which only the benchmarks see.
+$(PEERS)/.installed: benchmarks/peers.txt $(INSTALLED)
+	rm -rf $(PEERS)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(PEERS) --requirement benchmarks/peers.txt
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

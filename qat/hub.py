@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 TIMEOUT_SECONDS = 5.0
@@ -31,15 +33,17 @@ def hub_reachable(timeout: float = TIMEOUT_SECONDS) -> bool:
 @contextlib.contextmanager
 def offline_unless_reachable() -> Iterator[bool]:
     """Without a network, the hub's clients inside look only at what is on this machine. Yields whether there is one."""
-    from datasets import config as datasets_config
     from huggingface_hub import constants
 
+    settings: list[Any] = [constants]
+    if importlib.util.find_spec("datasets") is not None:  # only names from the hub need it; it copies the setting
+        settings.append(importlib.import_module("datasets.config"))
+    before = [module.HF_HUB_OFFLINE for module in settings]
     reachable = hub_reachable()
-    before = constants.HF_HUB_OFFLINE, datasets_config.HF_HUB_OFFLINE
-    if not reachable:
-        constants.HF_HUB_OFFLINE = True
-        datasets_config.HF_HUB_OFFLINE = True
     try:
+        for module in settings:
+            module.HF_HUB_OFFLINE = module.HF_HUB_OFFLINE or not reachable
         yield reachable
     finally:
-        constants.HF_HUB_OFFLINE, datasets_config.HF_HUB_OFFLINE = before
+        for module, offline in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = offline
