@@ -30,7 +30,8 @@ class SpectralDensity:
     probe with the atoms put back at their exact weights: ascending nodes, weights that sum to 1 in each row; unused
     columns repeat a node with weight 0.
     With A the operator, the mean over probes of sum_i w_i theta_i^k estimates tr(A^k) / n.
-    exact: nothing was sampled, every eigenvalue is an atom. Estimates carry 95 % intervals.
+    exact: nothing was sampled, every eigenvalue is an atom. seed: of the probes, None where it is not known; two
+    densities from the probes of one seed can be compared in pairs (`spectra.compare`). Estimates carry 95 % intervals.
     """
 
     dimension: int
@@ -42,6 +43,7 @@ class SpectralDensity:
     atom_residuals: np.ndarray = field(default_factory=lambda: NOTHING)
     noise: float = 0.0
     exact: bool = False
+    seed: int | None = None
 
     @classmethod
     def from_eigenvalues(
@@ -199,6 +201,8 @@ class SpectralDensity:
         arrays["lengths"] = np.array(self.lengths, dtype=np.int64)
         arrays["dimension"], arrays["exact"] = np.array([self.dimension]), np.array([int(self.exact)])
         arrays["noise"] = np.array([self.noise], dtype=np.float64)
+        if self.seed is not None:  # as 64 bits, which is what probes depend on
+            arrays["seed"] = np.array([self.seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64).view(np.int64)
         return arrays
 
     @classmethod
@@ -210,6 +214,7 @@ class SpectralDensity:
             lengths=np.asarray(arrays["lengths"]),
             noise=float(arrays["noise"][0]),
             exact=bool(arrays["exact"][0]),
+            seed=int(arrays["seed"][0]) if "seed" in arrays else None,  # older files have none
             **real,
         )
 

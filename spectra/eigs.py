@@ -66,7 +66,7 @@ def topk(
         raise InputError(f"the tolerance must be positive, got {tol}")
     if n <= max(4 * k, 64):
         return _dense(op, k, which)
-    size = min(basis or max(3 * k + 10, 40), n)
+    size = min(basis or default_basis(k), n)
     if size < k + 2:
         raise InputError(f"the basis must hold at least k + 2 = {k + 2} vectors, got {size}")
     hard = n if max_products is None and n <= DENSE_LIMIT else None  # products after which forming A is cheaper
@@ -91,6 +91,11 @@ def topk(
     return Eigenpairs(
         values[order], vectors[torch.as_tensor(order)].T.contiguous(), residuals[order], converged[order], search.spent
     )
+
+
+def default_basis(k: int) -> int:
+    """Vectors that a search for k pairs holds at once."""
+    return max(3 * k + 10, 40)
 
 
 def select(

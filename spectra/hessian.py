@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from spectra import memory
+from spectra import engines, memory
+from spectra.engine_pick import EnginePick
 from spectra.errors import InputError, NonFiniteError
 from spectra.isolation import differentiating, isolated, random_states_kept, requiring_grad, unwrap
 from spectra.objective import Objective, Piece
@@ -35,12 +36,15 @@ class HessianOperator(LinearOperator):
     context: called for a context manager entered around every forward pass.
     graph: "keep" the graph of every piece between products, "rebuild" it at each (three gradients instead of two,
     the memory of one piece), or "auto": keep as many as fit in half of the memory that is free.
+    engine: how several vectors at once are multiplied, see `spectra.engines`; "auto" times the likely ones at the
+    first block and keeps the fastest (`engine_used` names it). All give the same numbers to rounding.
     precision: "float32" or "float64" measures a copy of the model in that precision. Without it a model with bf16 or
     fp16 weights is refused: their rounding is larger than most eigenvalues.
 
     Weights changed in place, as optimizers do, are noticed and the graph is rebuilt; after writing through `.data`
     call `refresh()`. `close()` (or a `with` block) gives the memory of the graphs back.
-    Attributes: shape (n, n), dtype, device, space, objective, products.
+    Attributes: shape (n, n), dtype, device, space, objective, products, and notes (list of str): what a reader of the
+    numbers should know of how they were computed.
     Raises InputError for what it cannot measure, NonFiniteError naming batch and parameter for NaN or infinity.
     """
 
@@ -56,21 +60,30 @@ class HessianOperator(LinearOperator):
         training: bool = False,
         context: Callable[[], AbstractContextManager[Any]] | None = None,
         graph: str = "auto",
+        engine: str = "auto",
         precision: str | None = None,
     ):
         if graph not in GRAPHS:
             raise InputError(f"graph must be one of {', '.join(GRAPHS)}, got {graph!r}")
-        model = _in_precision(unwrap(model), precision)
+        given = unwrap(model)
+        model = _in_precision(given, precision)
         self.model, self.training, self.graph = model, training, graph
         self.space = ParameterSpace(model, params)
         self.dtype = _one_dtype(model, self.space)
+        self.notes = _lifted(given, self.space, self.dtype)  # what a record should say of how this was measured
         self.device = self.space.parameters[0].device
+        self._engine = EnginePick(self, engine)
+        # a graph that is to be captured has to be built on the stream that it is captured on
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.shape = (self.space.dimension, self.space.dimension)
         cast = None if precision is None else self.dtype  # a copy in another precision takes inputs in it
         self.objective = Objective(model, batches, loss, microbatch=microbatch, weight=weight, cast=cast)
         self._context = context or contextlib.nullcontext
         self._kept: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._forward: dict[int, engines.ForwardOverReverse] = {}
+        self._graph_bytes: int | None = None
         self._loss: float | None = None
+        self._linearity_gap: float | None = None
         self._gradient: torch.Tensor | None = None
         self._versions: tuple[tuple[int, int], ...] = ()
 
@@ -87,7 +100,7 @@ class HessianOperator(LinearOperator):
         return self._gradient.clone()
 
     def preflight(self) -> Preflight:
-        """Check that the loss is a deterministic function and its Hessian symmetric; four products or so.
+        """Check that the loss is a deterministic function and its Hessian symmetric; seven products.
 
         Raises InputError where two evaluations of the gradient differ by more than a hundredth.
         """
@@ -100,12 +113,26 @@ class HessianOperator(LinearOperator):
                 f"the loss is not a deterministic function: its gradient changed by {repeatability:.1%} between two "
                 "evaluations; switch off sampling in the forward pass or measure with training=False"
             )
-        return Preflight(symmetry_gap=self.symmetry_gap(), repeatability=repeatability)
+        return Preflight(self.symmetry_gap(), self.linearity_gap(), repeatability)
+
+    def linearity_gap(self, *, seed: int = 0) -> float:
+        """See `LinearOperator.linearity_gap`; measured once at the current weights."""
+        self._prepare()
+        if self._linearity_gap is None:
+            self._linearity_gap = super().linearity_gap(seed=seed)
+        return self._linearity_gap
+
+    @property
+    def engine_used(self) -> str:
+        """The engine that multiplied last, "" before the first product."""
+        return self._engine.used
 
     def refresh(self) -> None:
         """Forget everything computed at earlier weights."""
+        self._engine.forget()
         self._kept.clear()
-        self._loss = self._gradient = None
+        self._forward.clear()
+        self._loss = self._gradient = self._linearity_gap = None
 
     def close(self) -> None:
         """Give back the memory of the kept graphs; the operator stays usable and rebuilds them when asked."""
@@ -117,39 +144,100 @@ class HessianOperator(LinearOperator):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
+    def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
         self._prepare()
-        pieces = self.space.unflatten(vector)
-        total = torch.zeros_like(vector)
+        return self._engine(vectors)
+
+    def multiply(self, vectors: torch.Tensor, way: str) -> torch.Tensor:
+        """The products of the rows of `vectors` (k, n) by one engine, "reverse", "batched" or "forward": what `@`
+        calls with the engine it has picked."""
+        self._prepare()
+        with self._on_stream():
+            return self._sum_over_pieces(vectors, way)
+
+    def capture(self, example: torch.Tensor, way: str) -> engines.CapturedProducts:
+        """The products of blocks like `example` (k, n), recorded as a CUDA graph at the current weights."""
+        self._prepare()
+        if self._stream is None or not self.keeps_every_graph:
+            raise InputError("a product can be captured on a CUDA device with every graph kept: use engine='auto'")
+        return engines.CapturedProducts(lambda vectors: self._sum_over_pieces(vectors, way), example, self._stream)
+
+    @property
+    def keeps_every_graph(self) -> bool:
+        """Whether no product has to build a graph again."""
+        return len(self._kept) == len(self.objective.pieces)
+
+    def graph_bytes(self) -> int:
+        """Memory of the largest piece's graph, measured once by building it."""
+        if self._graph_bytes is None:
+            with random_states_kept(self.device), self._on_stream(), memory.metering() as meter:
+                self._build(max(self.objective.pieces, key=lambda piece: piece.share))
+            self._graph_bytes = meter.bytes
+        return self._graph_bytes
+
+    def lighten(self) -> str:
+        """Need less memory from here on: rebuild graphs instead of keeping them, then halve the microbatches. What
+        changed, in words; "" where nothing is left to do."""
+        rows = self.objective.largest_rows
+        if self.graph != "rebuild":
+            self.graph, change = "rebuild", "graphs rebuilt at every product"
+        elif rows > 1:
+            half = (rows + 1) // 2
+            self.objective, change = self.objective.with_microbatch(half), f"{half} rows at a time"
+        else:
+            return ""
+        self._graph_bytes = None
+        self.refresh()
+        return change
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """On a GPU, work on the operator's own stream, in order with the caller's."""
+        if self._stream is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+    def _sum_over_pieces(self, vectors: torch.Tensor, way: str) -> torch.Tensor:
+        total = None
         for index, piece in enumerate(self.objective.pieces):
-            total += self._piece_product(index, piece, pieces)
-        # One sum meets every NaN and infinity; only if it does is the culprit looked for.
-        if not torch.isfinite(total.sum(dtype=torch.float64)):
-            self._name_the_culprit(pieces)
+            products = self._piece_products(index, piece, vectors, way)
+            total = products if total is None else total.add_(products)
+        assert total is not None  # an objective has at least one piece
         return total
 
-    def _piece_product(self, index: int, piece: Piece, vector: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        if index in self._kept:
-            return self._differentiate(self._kept[index], vector, keep=True)
-        _, gradient = self._build(piece)
-        return self._differentiate(gradient, vector, keep=False)
+    def blame(self, vectors: torch.Tensor) -> NoReturn:
+        """Raise the NonFiniteError that names the batch and the parameter where a product is not finite."""
+        for index, piece in enumerate(self.objective.pieces):
+            products = self._piece_products(index, piece, vectors, "reverse")
+            for product in products:
+                self._check_finite(product, f"the Hessian product of {piece.name}")
+        raise NonFiniteError("the sum of the Hessian products over batches overflows; measure with precision='float64'")
 
-    def _differentiate(
-        self, gradient: tuple[torch.Tensor, ...], vector: tuple[torch.Tensor, ...], *, keep: bool
-    ) -> torch.Tensor:
-        outputs = [(g, v) for g, v in zip(gradient, vector, strict=True) if g.requires_grad]
-        parameters = self.space.parameters
-        if not outputs:  # a loss linear in the parameters
-            return torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-        with requiring_grad(self.model, parameters), differentiating(self.device):
-            products = torch.autograd.grad(
-                [g for g, _ in outputs],
-                parameters,
-                [v for _, v in outputs],
-                retain_graph=keep,
-                materialize_grads=True,
+    def _piece_products(self, index: int, piece: Piece, vectors: torch.Tensor, way: str) -> torch.Tensor:
+        if way == "forward":
+            return self._forward_over_reverse(index, piece, vectors)
+        keep = index in self._kept
+        gradient = self._kept[index] if keep else self._build(piece)[1]
+        multiply = engines.batched if way == "batched" else engines.reverse
+        with requiring_grad(self.model, self.space.parameters), differentiating(self.device):
+            return multiply(gradient, self.space, vectors, keep=keep)
+
+    def _forward_over_reverse(self, index: int, piece: Piece, vectors: torch.Tensor) -> torch.Tensor:
+        if index not in self._forward:
+            self._forward[index] = engines.ForwardOverReverse(
+                self.model, self.space, lambda: self.objective.evaluate(piece, self.device) * piece.share
             )
-        return self.space.flatten(products)
+        with (
+            isolated(self.model, training=self.training, attention=("eager",)),
+            self._context(),
+            torch.compiler.set_stance("default"),
+        ):
+            return self._forward[index](vectors)
 
     def _build(self, piece: Piece) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """The piece's weighted loss, and its gradient with a graph that can be differentiated again."""
@@ -170,8 +258,8 @@ class HessianOperator(LinearOperator):
         if self._loss is not None:
             return
         loss, total = 0.0, torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-        with random_states_kept(self.device):
-            room = self._pieces_that_fit()
+        room = self._pieces_that_fit()
+        with random_states_kept(self.device), self._on_stream():
             for index, piece in enumerate(self.objective.pieces):
                 value, gradient = self._build(piece)
                 flat = self.space.flatten([g.detach() for g in gradient])
@@ -188,9 +276,7 @@ class HessianOperator(LinearOperator):
             return 0
         if self.graph == "keep" or len(pieces) == 1:  # a single graph has to fit whether it is kept or not
             return len(pieces)
-        with memory.metering() as meter:
-            self._build(max(pieces, key=lambda piece: piece.share))
-        return int(memory.available(self.device) // 2 // max(meter.bytes, 1))
+        return int(memory.available(self.device) // 2 // max(self.graph_bytes(), 1))
 
     def _check_finite(self, flat: torch.Tensor, what: str) -> None:
         bad = ~torch.isfinite(flat)
@@ -201,12 +287,6 @@ class HessianOperator(LinearOperator):
                 "check the model's weights, or measure in float64 with precision='float64'"
             )
 
-    def _name_the_culprit(self, vector: tuple[torch.Tensor, ...]) -> None:
-        for index, piece in enumerate(self.objective.pieces):
-            product = self._piece_product(index, piece, vector)
-            self._check_finite(product, f"the Hessian product of {piece.name}")
-        raise NonFiniteError("the sum of the Hessian products over batches overflows; measure with precision='float64'")
-
 
 def _in_precision(model: nn.Module, precision: str | None) -> nn.Module:
     if precision is None:
@@ -214,6 +294,15 @@ def _in_precision(model: nn.Module, precision: str | None) -> nn.Module:
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)} or None, got {precision!r}")
     return copy.deepcopy(model).to(PRECISIONS[precision])
+
+
+def _lifted(given: nn.Module, space: ParameterSpace, dtype: torch.dtype) -> list[str]:
+    """Says so where the measured parameters are copies in another precision than the model's own."""
+    own = dict(given.named_parameters())
+    before = {str(own[name].dtype).removeprefix("torch.") for name in space.names} - {str(dtype).removeprefix("torch.")}
+    if not before:
+        return []
+    return [f"{', '.join(sorted(before))} weights, measured in a {str(dtype).removeprefix('torch.')} copy"]
 
 
 def _one_dtype(model: nn.Module, space: ParameterSpace) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -27,19 +27,21 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def isolated(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+def isolated(
+    model: nn.Module, *, training: bool = False, attention: Sequence[str] = TWICE_DIFFERENTIABLE
+) -> Iterator[None]:
     """Run the model for measurement: gradients on, twice-differentiable attention, no autocast, no compilation.
 
     On exit restores, bit for bit: training flags of every module, buffers, random states (Python, NumPy, torch on
     every device in use), gradient checkpointing and the attention implementation. Parameters and their `.grad` are
-    never written.
+    never written. attention: the implementations that will do; the first of them replaces any other.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_states_kept(device))
         stack.enter_context(_modes_kept(model, training))
         stack.enter_context(_buffers_kept(model))
-        stack.enter_context(_attention_differentiable(model))
+        stack.enter_context(_attention_in(model, attention))
         stack.enter_context(differentiating(device))
         yield
 
@@ -116,13 +118,13 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _attention_differentiable(model: nn.Module) -> Iterator[None]:
+def _attention_in(model: nn.Module, allowed: Sequence[str]) -> Iterator[None]:
     setter = getattr(model, "set_attn_implementation", None)
     current = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if setter is None or current is None or current in TWICE_DIFFERENTIABLE:
+    if setter is None or current is None or current in allowed:
         yield
         return
-    setter("eager")
+    setter(allowed[0])
     try:
         yield
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,12 +9,12 @@ import numpy as np
 import torch
 
 from spectra import memory
-from spectra.errors import InputError, NonFiniteError
+from spectra.errors import InputError
 from spectra.operators import LinearOperator
-from spectra.vectors import dot, norm
+from spectra.vectors import row_dots
 
 POLICIES = ("auto", "full", "none")
-BASIS_LIMIT = 1 << 30  # bytes of basis that "auto" is willing to hold
+BASIS_LIMIT = 32 << 20  # bytes of basis up to which reorthogonalising costs next to nothing, as it stays in a cache
 
 
 @dataclass(frozen=True)
@@ -37,31 +36,46 @@ class Tridiagonal:
 
 
 class Recurrence:
-    """The three-term recurrence from one start vector, to be advanced as far as it is worth.
+    """Three-term recurrences from several start vectors, advanced together as far as it is worth.
 
     beta_j q_{j+1} = A q_j - alpha_j q_j - beta_{j-1} q_{j-1}, with scalars in float64 and vectors in the operator's
-    dtype, one product a step. keep_basis: how many basis vectors to hold and reorthogonalise against (0: none).
-    first_image: A times `start`, where the caller has it already.
-    `broken` tells that the residual fell to rounding level relative to the norm of T: no further step is possible.
+    dtype. A step costs a product for each start vector, all asked for at once, and waits for the device once.
+    starts: (k, n), or (n,) for one. keep_basis: how many basis vectors of each to hold and reorthogonalise against (0:
+    none). first_images: A applied to `starts`, (k, n), where the caller has it already.
+    `broken` tells that every residual fell to rounding level relative to the norm of its T: no further step is
+    possible. A single one that did so rests, as a vector of zeros, while the others go on.
     """
 
     def __init__(
-        self, op: LinearOperator, start: torch.Tensor, *, keep_basis: int = 0, first_image: torch.Tensor | None = None
+        self,
+        op: LinearOperator,
+        starts: torch.Tensor,
+        *,
+        keep_basis: int = 0,
+        first_images: torch.Tensor | None = None,
     ):
-        length = norm(start)
-        if not (length > 0 and math.isfinite(length)):
-            raise InputError(f"the start vector must be finite and not zero, its norm is {length}")
-        self.op, self.broken = op, False
-        self._vector, self._previous = start / length, None
-        self._first_image = None if first_image is None else first_image / length
-        self._alphas: list[float] = []
-        self._betas: list[float] = []
-        self._scale = 0.0
-        size = min(keep_basis, op.shape[0])
-        self._basis = torch.empty(size, op.shape[0], dtype=op.dtype, device=op.device) if size else None
+        starts = torch.atleast_2d(starts)
+        lengths = row_dots(starts, starts).sqrt()
+        if not bool((lengths > 0).all() and torch.isfinite(lengths).all()):
+            raise InputError(f"the start vectors must be finite and not zero, their norms are {lengths.tolist()}")
+        self.op = op
+        scale = lengths[:, None].to(starts.dtype)
+        self._vectors, self._previous = starts / scale, None
+        self._first_images = None if first_images is None else torch.atleast_2d(first_images) / scale
+        count, size = len(starts), min(keep_basis, op.shape[0])
+        self._alphas: list[np.ndarray] = []  # of every start vector, a step each
+        self._betas: list[np.ndarray] = []
+        self._scales, self._lengths = np.zeros(count), np.zeros(count, dtype=int)
+        self._going = np.ones(count, dtype=bool)
+        self._beta = torch.zeros(count, 1, dtype=op.dtype, device=op.device)
+        self._basis = torch.empty(count, size, op.shape[0], dtype=op.dtype, device=op.device) if size else None
+
+    @property
+    def broken(self) -> bool:
+        return not self._going.any()
 
     def advance(self, steps: int, *, on_step: Callable[[], None] | None = None) -> None:
-        """Take `steps` more steps, or fewer where the recurrence ends."""
+        """Take `steps` more steps, or fewer where the recurrences end."""
         for _ in range(steps):
             if self.broken or len(self._alphas) >= self.op.shape[0]:
                 return
@@ -69,40 +83,48 @@ class Recurrence:
             if on_step is not None:
                 on_step()
 
-    def tridiagonal(self) -> Tridiagonal:
-        """What has been found so far."""
-        basis = None if self._basis is None else self._basis[: len(self._alphas)]
-        return Tridiagonal(np.array(self._alphas), np.array(self._betas), basis)
+    def tridiagonals(self) -> list[Tridiagonal]:
+        """What has been found so far, for each start vector."""
+        alphas, betas = np.array(self._alphas), np.array(self._betas)
+        return [
+            Tridiagonal(alphas[:m, row], betas[:m, row], None if self._basis is None else self._basis[row, :m])
+            for row, m in enumerate(self._lengths)
+        ]
 
     def _step(self) -> None:
-        step, vector = len(self._alphas), self._vector
+        step, vectors = len(self._alphas), self._vectors
         if self._basis is not None:
-            if step >= len(self._basis):
-                raise InputError(f"the basis was planned for {len(self._basis)} steps; plan for more")
-            self._basis[step] = vector
-        if step == 0 and self._first_image is not None:
-            residual, self._first_image = self._first_image, None
+            if step >= self._basis.shape[1]:
+                raise InputError(f"the basis was planned for {self._basis.shape[1]} steps; plan for more")
+            self._basis[:, step] = vectors
+        if step == 0 and self._first_images is not None:
+            residuals, self._first_images = self._first_images, None
         else:
-            residual = self.op @ vector
-        previous_beta = 0.0
+            residuals = self.op.rows(vectors)
         if self._previous is not None:
-            previous_beta = self._betas[-1]
-            residual.sub_(self._previous, alpha=previous_beta)
-        alpha = dot(residual, vector)
-        residual.sub_(vector, alpha=alpha)
+            residuals.addcmul_(self._previous, self._beta, value=-1)
+        alpha = row_dots(residuals, vectors)
+        residuals.addcmul_(vectors, alpha[:, None].to(vectors.dtype), value=-1)
         if self._basis is not None:
-            orthogonalize_(residual, self._basis[: step + 1])
-        beta = norm(residual)
-        if not math.isfinite(alpha + beta):
-            raise NonFiniteError(
-                f"the operator's product is not finite at Lanczos step {step}; check what it multiplies"
-            )
-        self._scale = max(self._scale, abs(alpha) + beta + previous_beta)
-        self.broken = beta <= 10 * torch.finfo(self.op.dtype).eps * self._scale
-        self._alphas.append(alpha)
-        self._betas.append(0.0 if self.broken else beta)
-        if not self.broken:
-            self._previous, self._vector = vector, residual.div_(beta)
+            for residual, basis in zip(residuals, self._basis, strict=True):
+                orthogonalize_(residual, basis[: step + 1])
+        beta = row_dots(residuals, residuals).sqrt()
+        alphas, betas = torch.stack([alpha, beta]).cpu().numpy()  # the step's one wait for the device
+        if not np.isfinite(alphas + betas).all():
+            self.op.blame(vectors)
+        self._record(alphas, betas)
+        self._beta = torch.where(torch.as_tensor(self._going, device=beta.device), beta, 0)[:, None].to(vectors.dtype)
+        self._previous, self._vectors = vectors, residuals.mul_(torch.where(self._beta > 0, 1 / self._beta, 0))
+
+    def _record(self, alphas: np.ndarray, betas: np.ndarray) -> None:
+        """Keep a step's scalars, and notice which recurrences it ended."""
+        going = self._going
+        before = self._betas[-1] if self._betas else 0.0
+        self._scales = np.where(going, np.maximum(self._scales, np.abs(alphas) + betas + before), self._scales)
+        self._lengths += going
+        self._going = going & (betas > 10 * torch.finfo(self.op.dtype).eps * self._scales)
+        self._alphas.append(np.where(going, alphas, 0.0))
+        self._betas.append(np.where(self._going, betas, 0.0))
 
 
 def lanczos(op: LinearOperator, start: torch.Tensor, steps: int, *, reorthogonalize: str = "full") -> Tridiagonal:
@@ -120,7 +142,7 @@ def lanczos(op: LinearOperator, start: torch.Tensor, steps: int, *, reorthogonal
         raise InputError(f"at least one Lanczos step is expected, got {steps}")
     recurrence = Recurrence(op, start, keep_basis=steps if reorthogonalize == "full" else 0)
     recurrence.advance(steps)
-    return recurrence.tridiagonal()
+    return recurrence.tridiagonals()[0]
 
 
 def orthogonalize_(vector: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
@@ -134,8 +156,8 @@ def orthogonalize_(vector: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 
 
 def choose_policy(op: LinearOperator, steps: int, reorthogonalize: str) -> str:
-    """ "auto" resolved: "full" where the basis of `steps` vectors is small (1 GiB, a quarter of free memory), else
-    "none"."""
+    """ "auto" resolved: "full" where the basis of `steps` vectors is small (32 MiB, a quarter of free memory), else
+    "none", which the shares and sums of a density do not depend on (`lanczos`)."""
     if reorthogonalize not in POLICIES:
         raise InputError(f"reorthogonalize must be one of {', '.join(POLICIES)}, got {reorthogonalize!r}")
     if reorthogonalize != "auto":

@@ -59,15 +59,22 @@ class Objective:
         self.model, self.loss = model, loss
         self._accepts_use_cache = "use_cache" in inspect.signature(model.forward).parameters
         self._weight, self._cast = weight, cast
-        self.pieces: tuple[Piece, ...] = tuple(self._cut(as_batches(batches), microbatch))
+        self._batches = as_batches(batches)
+        self.pieces: tuple[Piece, ...] = tuple(self._cut(self._batches, microbatch))
+
+    @property
+    def largest_rows(self) -> int:
+        """Rows of the largest piece."""
+        return max(_rows(piece.batch) for piece in self.pieces)
+
+    def with_microbatch(self, rows: int) -> Objective:
+        """The same objective in pieces of at most so many rows."""
+        options = {"microbatch": rows, "weight": self._weight, "cast": self._cast}
+        return Objective(self.model, self._batches, self.loss, **options)
 
     def forward(self, piece: Piece, device: torch.device) -> torch.Tensor:
         """The mean loss of one piece, with its graph: a scalar. Raises NonFiniteError naming the batch."""
-        batch = _moved(piece.batch, device, self._cast)
-        value = self._loss_of(batch)
-        if value.numel() != 1:
-            raise InputError(f"the loss must be one number, got shape {tuple(value.shape)}; reduce it to a mean")
-        value = value.reshape(())
+        value = self.evaluate(piece, device)
         if not torch.isfinite(value):
             broken = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
             cause = f"parameter '{broken[0]}' holds NaN or infinity" if broken else "every weight is finite"
@@ -76,6 +83,13 @@ class Objective:
                 f"check {'the weights' if broken else 'that batch'}"
             )
         return value
+
+    def evaluate(self, piece: Piece, device: torch.device) -> torch.Tensor:
+        """The same without a look at the value, for transformations that have none."""
+        value = self._loss_of(_moved(piece.batch, device, self._cast))
+        if value.numel() != 1:
+            raise InputError(f"the loss must be one number, got shape {tuple(value.shape)}; reduce it to a mean")
+        return value.reshape(())
 
     def _loss_of(self, batch: Any) -> torch.Tensor:
         if isinstance(batch, Mapping):

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 
-from spectra.errors import InputError
+from spectra.errors import InputError, NonFiniteError
 
 if TYPE_CHECKING:
     from spectra.scipy_view import ScipyView
+
+
+ROUNDING_STEPS = 4  # roundings that a product may have gone through, each of the dtype's floating-point spacing
+GAP_TO_ROUNDING = 2  # three products round in a linearity gap; an eigenvalue moves by at most the norm of the error
 
 
 @dataclass(frozen=True)
 class Preflight:
     """What a few products tell about an operator before it is trusted.
 
-    symmetry_gap: see `LinearOperator.symmetry_gap`. repeatability: relative difference of the gradient computed
+    symmetry_gap, linearity_gap: see `LinearOperator`. repeatability: relative difference of the gradient computed
     twice from scratch; zero for a deterministic loss.
     """
 
     symmetry_gap: float
+    linearity_gap: float
     repeatability: float
 
 
@@ -31,7 +36,8 @@ class LinearOperator:
     """A symmetric n x n matrix A, seen only as v -> A v.
 
     A subclass sets `shape`, `dtype` and `device` and defines `_matvec(v)` for v: (n,) on that device and in that
-    dtype; it may define `_matmat(V)` for V: (n, k). `products` counts the vectors multiplied so far.
+    dtype; where several vectors at once are cheaper it defines `_matrows(V)` too, for vectors in the rows of V: (k, n).
+    `products` counts the vectors multiplied so far.
     """
 
     shape: tuple[int, int]
@@ -40,7 +46,10 @@ class LinearOperator:
     products: int = 0
 
     def __matmul__(self, other: Any) -> Any:
-        """A v for (n,), A V for (n, k). A NumPy array comes back as one; a tensor keeps the operator's dtype."""
+        """A v for (n,), A V for (n, k). A NumPy array comes back as one; a tensor keeps the operator's dtype.
+
+        Raises InputError for another shape, NonFiniteError where the product holds NaN or infinity.
+        """
         if isinstance(other, np.ndarray):
             return (self @ torch.from_numpy(np.ascontiguousarray(other))).cpu().numpy()
         if not isinstance(other, torch.Tensor):
@@ -52,14 +61,33 @@ class LinearOperator:
         if other.ndim == 2 and other.shape[1] == 0:
             return other.new_empty(self.shape[0], 0, dtype=self.dtype, device=self.device)
         other = other.detach().to(device=self.device, dtype=self.dtype)
-        self.products += 1 if other.ndim == 1 else other.shape[1]
-        return self._matvec(other) if other.ndim == 1 else self._matmat(other)
+        vectors = other[None] if other.ndim == 1 else other.T.contiguous()
+        images = self.rows(vectors)
+        if not torch.isfinite(images.sum(dtype=torch.float64)):  # one sum meets every NaN and infinity
+            self.blame(vectors)
+        return images[0] if other.ndim == 1 else images.T
+
+    def rows(self, vectors: torch.Tensor) -> torch.Tensor:
+        """A applied to each row of `vectors`: (k, n), on the operator's device and in its dtype. What recurrences
+        call: no copies, and no checks, since those wait for the device; `blame` says what went wrong."""
+        self.products += len(vectors)
+        return self._matrows(vectors)
+
+    def blame(self, vectors: torch.Tensor) -> NoReturn:
+        """Raise the NonFiniteError that names what made the products of these rows NaN or infinite."""
+        broken = "the vector is not finite itself" if not torch.isfinite(vectors).all() else "the vector is finite"
+        raise NonFiniteError(f"the operator's product is not finite ({broken}); check what it multiplies")
 
     def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def _matmat(self, matrix: torch.Tensor) -> torch.Tensor:
-        return torch.stack([self._matvec(column) for column in matrix.T.contiguous()], dim=1)
+    def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
+        if len(vectors) == 1:
+            return self._matvec(vectors[0])[None]
+        images = torch.empty_like(vectors)
+        for image, vector in zip(images, vectors, strict=True):
+            image.copy_(self._matvec(vector))
+        return images
 
     def to_scipy(self) -> ScipyView:
         """The same operator for scipy.sparse.linalg (eigsh, lobpcg, ...), in NumPy's dtype of the same width."""
@@ -83,6 +111,23 @@ class LinearOperator:
             gaps.append(abs(dot(u, av) - dot(v, au)) / scale if scale > 0 else 0.0)
         return max(gaps)
 
+    def linearity_gap(self, *, seed: int = 0) -> float:
+        """||A(u + v) - A u - A v|| / ||A(u + v)|| for random u, v: what the arithmetic of a product loses.
+
+        Rounding level of the precision that products are computed in, whatever dtype they come in; larger where they
+        are not repeatable. Costs three products.
+        """
+        from spectra.vectors import gaussian, norm
+
+        u, v = (gaussian(self, seed=seed, index=index, stream="linearity") for index in range(2))
+        whole = self @ (u + v)
+        scale = norm(whole)
+        return norm(whole - self @ u - self @ v) / scale if scale > 0 else 0.0
+
+    def rounding(self) -> float:
+        """How far rounding may move an eigenvalue, relative to the norm of what a recurrence sees."""
+        return max(ROUNDING_STEPS * torch.finfo(self.dtype).eps, GAP_TO_ROUNDING * self.linearity_gap())
+
 
 class DenseOperator(LinearOperator):
     """A symmetric matrix held in memory. matrix: (n, n) tensor or array, symmetric to rounding."""
@@ -100,11 +145,15 @@ class DenseOperator(LinearOperator):
         self.shape = (matrix.shape[0], matrix.shape[0])
         self.dtype, self.device = matrix.dtype, matrix.device
 
+    def rounding(self) -> float:
+        """One product is one round of roundings: nothing to measure."""
+        return ROUNDING_STEPS * torch.finfo(self.dtype).eps
+
     def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
         return self.matrix @ vector
 
-    def _matmat(self, matrix: torch.Tensor) -> torch.Tensor:
-        return self.matrix @ matrix
+    def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors @ self.matrix.T
 
 
 class DiagonalOperator(LinearOperator):
@@ -120,17 +169,21 @@ class DiagonalOperator(LinearOperator):
         self.shape = (len(values), len(values))
         self.dtype, self.device = values.dtype, values.device
 
+    def rounding(self) -> float:
+        """One product is one round of roundings: nothing to measure."""
+        return ROUNDING_STEPS * torch.finfo(self.dtype).eps
+
     def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
         return self.values * vector
 
-    def _matmat(self, matrix: torch.Tensor) -> torch.Tensor:
-        return self.values[:, None] * matrix
+    def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self.values * vectors
 
 
 class MeanOperator(LinearOperator):
     """The mean of operators of one shape, (A_1 + ... + A_k) / k, such as a Hessian averaged over noise draws.
 
-    Where the members are Hessians, `loss`, `gradient`, `preflight` and `close` answer for the mean of their losses.
+    Where the members are Hessians, `loss`, `gradient`, `preflight`, `engine_used`, `notes` and `close` answer for all.
     """
 
     def __init__(self, operators: Sequence[LinearOperator]):
@@ -143,14 +196,18 @@ class MeanOperator(LinearOperator):
         first = self.operators[0]
         self.shape, self.dtype, self.device = first.shape, first.dtype, first.device
 
-    def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
-        total = self.operators[0] @ vector
+    def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
+        total = self.operators[0].rows(vectors)
         for operator in self.operators[1:]:
-            total += operator @ vector
+            total += operator.rows(vectors)
         return total / len(self.operators)
 
-    def _matmat(self, matrix: torch.Tensor) -> torch.Tensor:
-        return self._matvec(matrix)
+    def blame(self, vectors: torch.Tensor) -> NoReturn:
+        """The blame of the member whose product is not finite."""
+        for operator in self.operators:
+            if not torch.isfinite(operator.rows(vectors).sum(dtype=torch.float64)):
+                operator.blame(vectors)
+        super().blame(vectors)
 
     def loss(self) -> float:
         """The mean of the members' losses."""
@@ -163,7 +220,18 @@ class MeanOperator(LinearOperator):
     def preflight(self) -> Preflight:
         """The worst of the members' checks."""
         checks = [op.preflight() for op in self._hessians()]
-        return Preflight(max(c.symmetry_gap for c in checks), max(c.repeatability for c in checks))
+        gaps = zip(*((c.symmetry_gap, c.linearity_gap, c.repeatability) for c in checks), strict=True)
+        return Preflight(*(max(each) for each in gaps))
+
+    @property
+    def engine_used(self) -> str:
+        """The first member's."""
+        return self._hessians()[0].engine_used
+
+    @property
+    def notes(self) -> list[str]:
+        """Every note of a member, once."""
+        return list(dict.fromkeys(note for op in self._hessians() for note in op.notes))
 
     def close(self) -> None:
         """Give back the members' memory."""
@@ -182,28 +250,48 @@ class DeflatedOperator(LinearOperator):
 
     vectors: (n, k), orthonormalised here. On the complement of U the result acts as A does; on U it is zero. Vectors
     that are eigenvectors only to a residual r leave an eigenvalue of order r^2 / |lambda| behind. A product costs one
-    of A and 4 n k further operations. Products are counted by `inner`, the operator deflated, too.
+    of A and 8 n k further operations, or 4 n k with `inputs="orthogonal"`, which is for callers whose vectors have no
+    part in U, as in a recurrence that started so. Products are counted by `inner`, the operator deflated, too.
     """
 
-    def __init__(self, inner: LinearOperator, vectors: torch.Tensor):
+    def __init__(self, inner: LinearOperator, vectors: torch.Tensor, *, inputs: str = "any"):
         if vectors.ndim != 2 or vectors.shape[0] != inner.shape[0]:
             raise InputError(f"vectors ({inner.shape[0]}, k) are expected, got {tuple(vectors.shape)}")
-        self.inner = inner
+        if inputs not in ("any", "orthogonal"):
+            raise InputError(f"inputs must be 'any' or 'orthogonal', got {inputs!r}")
+        from spectra.vectors import orthonormal_rows
+
+        self.inner, self._orthogonal_inputs = inner, inputs == "orthogonal"
         self.shape, self.dtype, self.device = inner.shape, inner.dtype, inner.device
-        self.vectors = torch.linalg.qr(vectors.to(device=inner.device, dtype=inner.dtype))[0]
+        self._rows = orthonormal_rows(vectors.T.to(device=inner.device, dtype=inner.dtype))
+
+    @property
+    def vectors(self) -> torch.Tensor:
+        """U, orthonormal columns: (n, k)."""
+        return self._rows.T
 
     def project(self, vector: torch.Tensor) -> torch.Tensor:
-        """The part orthogonal to U, twice for rounding. (n,) or (n, k)"""
+        """The part orthogonal to U, twice for rounding. (n,), or a vector in each row (k, n)."""
+        projected = vector.clone()
         for _ in range(2):
-            vector = vector - self.vectors @ (self.vectors.T @ vector)
-        return vector
+            self._project_(projected)
+        return projected
 
-    def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
-        image = self.inner @ (vector - self.vectors @ (self.vectors.T @ vector))
-        return image.sub_(self.vectors @ (self.vectors.T @ image))
+    def _project_(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors.sub_((vectors @ self._rows.T) @ self._rows)
 
-    def _matmat(self, matrix: torch.Tensor) -> torch.Tensor:
-        return self._matvec(matrix)
+    def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
+        if not self._orthogonal_inputs:
+            vectors = self._project_(vectors.clone())
+        return self._project_(self.inner.rows(vectors))
+
+    def blame(self, vectors: torch.Tensor) -> NoReturn:
+        """The blame of the operator deflated."""
+        self.inner.blame(vectors)
+
+    def rounding(self) -> float:
+        """That of the operator deflated."""
+        return self.inner.rounding()
 
 
 def _real(values: torch.Tensor | np.ndarray) -> torch.Tensor:

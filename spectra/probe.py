@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import platform
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from spectra.density import SpectralDensity
-from spectra.eigs import Eigenpairs
+from spectra.eigs import Eigenpairs, default_basis
 from spectra.errors import InputError
 from spectra.estimates import Estimate
 from spectra.hessian import HessianOperator
@@ -22,10 +23,11 @@ from spectra.lanczos import choose_policy
 from spectra.objective import as_batches, tensors_of
 from spectra.parameters import Selection
 from spectra.records import Run, SpectrumRecord
-from spectra.stochastic_lanczos import outliers, slq
+from spectra.stochastic_lanczos import outliers, slq, vectors_that_fit
 from spectra.vectors import norm
 
 NEAR_ZERO = 1.5e-3  # |lambda| under which the WinQ paper (arXiv 2605.17471) calls an eigenvalue near zero
+DEFLATED = 10  # outliers by default: more cost more to find than they save the recurrence
 SYMMETRIC = 1e-3  # a gap above this is noted in the record
 
 OperatorBuilder = Callable[..., Any]
@@ -45,10 +47,12 @@ class SpectrumProbe:
 
     every: steps between measurements; `step(i)` measures where i is a multiple. out: a run folder to append to
     (`spectra.Run`); without it the records stay in `probe.records`.
-    modes: name -> builder of the operator to measure, called as builder(model, batches, params=, loss=, microbatch=)
-    and returning a HessianOperator or a MeanOperator of them; by default {"full": HessianOperator}.
-    probes, steps, seed, deflate, reorthogonalize: see `spectra.slq`; deflated vectors are found from those of the last
-    checkpoint. near_zero_tol: |lambda| that counts as near zero.
+    modes: name -> builder of the operator to measure, called as builder(model, batches, params=, loss=, microbatch=),
+    and engine= and precision= where they are given, and returning a HessianOperator or a MeanOperator of them; by default {"full": HessianOperator}.
+    probes, steps, seed, reorthogonalize: see `spectra.slq`. deflate: how many outliers to take out of the recurrence,
+    found from those of the last checkpoint; by default 10 where the search for them fits in a quarter of free memory.
+    near_zero_tol: |lambda| that counts as near zero.
+    microbatch, engine, precision: see `spectra.HessianOperator`; a model in bfloat16 needs precision="float32".
     extras: model -> numbers to store beside the spectrum. config: facts for the run's config.json.
     progress: called as progress(products done, products in all) during a measurement.
     Raises InputError for an `out` that holds another run, and whatever the operator refuses.
@@ -64,13 +68,15 @@ class SpectrumProbe:
         modes: Mapping[str, OperatorBuilder] | None = None,
         params: Selection = None,
         loss: Callable[..., torch.Tensor] | None = None,
-        probes: int = 10,
-        steps: int = 60,
+        probes: int = 4,
+        steps: int = 100,
         seed: int = 0,
         near_zero_tol: float = NEAR_ZERO,
-        deflate: int = 0,
+        deflate: int | None = None,
         reorthogonalize: str = "auto",
         microbatch: int | None = None,
+        engine: str | None = None,
+        precision: str | None = None,
         extras: Callable[[nn.Module], Mapping[str, float]] | None = None,
         config: Mapping[str, Any] | None = None,
         progress: Callable[[int, int], Any] | None = None,
@@ -79,13 +85,14 @@ class SpectrumProbe:
             raise InputError(f"every must be a whole number of steps, at least 1, got {every}")
         if probes < 1 or steps < 1:
             raise InputError(f"probes and steps must be at least 1, got probes={probes}, steps={steps}")
-        if deflate < 0:
+        if deflate is not None and deflate < 0:
             raise InputError(f"deflate must be a number of eigenvalues, 0 or more, got {deflate}")
         if not near_zero_tol > 0:
             raise InputError(f"near_zero_tol must be positive, got {near_zero_tol}")
         self.model, self.batches, self.every = model, as_batches(batches), every
         self.modes = dict(modes) if modes is not None else {"full": HessianOperator}
-        self.params, self.loss, self.microbatch = params, loss, microbatch
+        self._options: dict[str, Any] = {"params": params, "loss": loss, "microbatch": microbatch}
+        self._options |= {k: v for k, v in {"engine": engine, "precision": precision}.items() if v is not None}
         self.probes, self.steps, self.seed = probes, steps, seed
         self.near_zero_tol, self.deflate, self.reorthogonalize = near_zero_tol, deflate, reorthogonalize
         self.extras, self.progress = extras, progress
@@ -109,11 +116,10 @@ class SpectrumProbe:
 
     def _measure_mode(self, mode: str, step: int, label: str, extras: dict[str, float]) -> SpectrumRecord:
         started = time.perf_counter()
-        op = self.modes[mode](self.model, self.batches, params=self.params, loss=self.loss, microbatch=self.microbatch)
+        op = self.modes[mode](self.model, self.batches, **self._options)
         try:
             if mode not in self._checks:  # once a run: it costs a few products
-                check = op.preflight()
-                self._checks[mode] = {"symmetry_gap": check.symmetry_gap, "repeatability": check.repeatability}
+                self._checks[mode] = dataclasses.asdict(op.preflight())
             loss, gradient_norm = op.loss(), norm(op.gradient())
             policy = choose_policy(op, self.steps, self.reorthogonalize)
             with torch.no_grad():
@@ -128,7 +134,9 @@ class SpectrumProbe:
                 )
         finally:
             op.close()
-        gap = self._checks[mode]["symmetry_gap"]
+        gap, notes = self._checks[mode]["symmetry_gap"], list(op.notes)
+        if gap > SYMMETRIC:
+            notes.append(f"the operator is not symmetric: u.Av and v.Au differ by {gap:.1e}")
         record = SpectrumRecord(
             step=step,
             mode=mode,
@@ -148,7 +156,8 @@ class SpectrumProbe:
             versions=versions(),
             dtype=str(op.dtype).removeprefix("torch."),
             device=device_name(op.device),
-            notes=[f"the operator is not symmetric: u.Av and v.Au differ by {gap:.1e}"] if gap > SYMMETRIC else [],
+            engine=op.engine_used,
+            notes=notes,
         )
         if self.run is not None:
             record = self.run.append(record, density)
@@ -156,9 +165,12 @@ class SpectrumProbe:
         return record
 
     def _deflated(self, op: Any, mode: str) -> Eigenpairs | int:
-        if not self.deflate or self.deflate + self.steps >= op.shape[0]:
+        wanted = self.deflate
+        if wanted is None:
+            wanted = DEFLATED if 2 * default_basis(DEFLATED) <= vectors_that_fit(op) else 0
+        if not wanted or wanted + self.steps >= op.shape[0]:
             return 0
-        pairs = outliers(op, self.deflate, seed=self.seed, start=self._outliers.get(mode))
+        pairs = outliers(op, wanted, seed=self.seed, start=self._outliers.get(mode))
         self._outliers[mode] = pairs.vectors
         return pairs
 
@@ -172,7 +184,7 @@ class SpectrumProbe:
             "batches": fingerprint(self.batches),
             "probes": self.probes,
             "lanczos_steps": self.steps,
-            "deflated": self.deflate,
+            "deflated": DEFLATED if self.deflate is None else self.deflate,
             "probe_seed": self.seed,
             "near_zero_tol": self.near_zero_tol,
         }

@@ -10,14 +10,13 @@ import numpy as np
 import scipy
 import torch
 
-from spectra import memory
 from spectra.density import SpectralDensity
 from spectra.eigs import Eigenpairs
 from spectra.errors import InputError
 from spectra.estimates import RESOLVED_HALF_WIDTH, Estimate, normal_quantile
 from spectra.lanczos import Recurrence
 from spectra.operators import LinearOperator
-from spectra.stochastic_lanczos import DEFLATION_TOLERANCE, ProbeSpace, slq
+from spectra.stochastic_lanczos import DEFLATION_TOLERANCE, ProbeSpace, slq, vectors_that_fit
 from spectra.vectors import gaussian
 
 SHARES = ("negative", "near_zero", "between")
@@ -78,7 +77,7 @@ def find_outliers(op: LinearOperator, *, products: int, seed: int = 0) -> Eigenp
         return None
     recurrence = Recurrence(op, gaussian(op, seed=seed, index=0, stream="outliers"), keep_basis=products)
     recurrence.advance(products)
-    found = recurrence.tridiagonal()
+    found = recurrence.tridiagonals()[0]
     assert found.basis is not None
     values, small = scipy.linalg.eigh_tridiagonal(found.alphas, found.betas[:-1])
     residuals = found.betas[-1] * np.abs(small[-1])
@@ -94,9 +93,7 @@ def _search_products(op: LinearOperator, budget: int) -> int:
     """How long a recurrence to search for outliers with: a part of the budget, a basis that fits in memory."""
     low, high = SEARCH_STEPS
     wanted = int(np.clip(SEARCH_PART * budget, low, high))
-    vector = op.shape[0] * torch.finfo(op.dtype).bits // 8
-    fits = memory.available(op.device) // 4 // vector
-    return wanted if wanted <= fits else 0
+    return wanted if wanted <= vectors_that_fit(op) else 0
 
 
 def _advance(op: LinearOperator, pairs: Eigenpairs | None, plan: _Plan, *, budget: int, seed: int) -> Estimate:
@@ -104,22 +101,18 @@ def _advance(op: LinearOperator, pairs: Eigenpairs | None, plan: _Plan, *, budge
     space = ProbeSpace(op, pairs, seed=seed)
     probes = _probes_needed(space.dimension, plan.half_width)
     probes = max(min(probes, budget // FIRST_STEPS), 1)
-    running: list[Recurrence] = []
-    for index in range(probes):
-        recurrence = space.recurrence(index, 0, keep_basis=False)
-        if recurrence is None:
-            return plan.read(space.density([], probes=1, steps=1))
-        running.append(recurrence)
+    recurrence = space.recurrence(range(probes), 0)
+    if recurrence is None:
+        return plan.read(space.density([], probes=1, steps=1))
     steps, longest = 0, max(budget // probes - 1, 1)
     while True:
         target = min(max(FIRST_STEPS, steps + steps // 2), longest)
-        for recurrence in running:
-            recurrence.advance(target - steps)
+        recurrence.advance(target - steps)
         steps = target
-        results = [recurrence.tridiagonal() for recurrence in running]
+        results = recurrence.tridiagonals()
         density = space.density(results, probes=probes, steps=max(r.steps for r in results))
         estimate = plan.read(density)
-        if estimate.half_width <= plan.half_width or steps >= longest or all(r.broken for r in running):
+        if estimate.half_width <= plan.half_width or steps >= longest or recurrence.broken:
             return estimate
 
 

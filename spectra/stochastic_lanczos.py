@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import scipy
 import torch
 
+from spectra import memory, moments
 from spectra.density import SpectralDensity
 from spectra.eigs import Eigenpairs, topk
 from spectra.errors import InputError
@@ -18,7 +20,7 @@ from spectra.vectors import probe
 
 DEFLATION_TOLERANCE = 1e-3  # of |lambda|: what is left of an outlier is then its square, below the bulk
 
-ROUNDING_STEPS = 4  # roundings that a product may have gone through, each of the operator's floating-point spacing
+VECTORS_A_PROBE = 5  # of n numbers: the last two of a recurrence, the new one, and temporaries
 
 
 def slq(
@@ -46,8 +48,9 @@ def slq(
 
     Costs probes * steps products. With steps >= n the whole matrix costs only n, so it is formed and diagonalised,
     and every estimate is exact. reorthogonalize: "full", "none" or "auto" (full while the basis is small); see
-    `spectra.lanczos`. noise: how far rounding may have moved eigenvalues, by default 4 times the spacing of the
-    operator's floating-point numbers at the norm of T. progress: called as progress(products done, products in all).
+    `spectra.lanczos`. noise: how far rounding may have moved eigenvalues, by default the operator's `rounding`, which
+    takes three products to measure for a Hessian, at the norm of T. progress: called as progress(products done,
+    products in all).
     Raises InputError for counts below one, NonFiniteError for a product that is not finite.
     """
     if probes < 1 or steps < 1:
@@ -62,14 +65,26 @@ def slq(
     space = ProbeSpace(op, pairs, seed=seed)
     report = _Progress(progress, probes * steps)
     results: list[Tridiagonal] = []
-    for index in range(probes):
-        recurrence = space.recurrence(index, steps, keep_basis=policy == "full")
+    group = probes_together(op, steps if policy == "full" else 0)
+    for first in range(0, probes, group):
+        indices = range(first, min(first + group, probes))
+        recurrence = space.recurrence(indices, steps if policy == "full" else 0)
         if recurrence is None:  # the operator is zero on the whole space
             break
-        recurrence.advance(steps - space.zero_nodes, on_step=report.advance)
-        results.append(recurrence.tridiagonal())
-        report.reach((index + 1) * steps)
+        recurrence.advance(steps - space.zero_nodes, on_step=partial(report.advance, len(indices)))
+        results += recurrence.tridiagonals()
+        report.reach(indices.stop * steps)
     return space.density(results, probes=probes, steps=steps, noise=noise)
+
+
+def probes_together(op: LinearOperator, kept: int) -> int:
+    """How many probes may advance together, with `kept` basis vectors each."""
+    return max(vectors_that_fit(op) // (VECTORS_A_PROBE + kept), 1)
+
+
+def vectors_that_fit(op: LinearOperator) -> int:
+    """How many vectors of n numbers a quarter of the free memory holds."""
+    return memory.available(op.device) // 4 // (op.shape[0] * torch.finfo(op.dtype).bits // 8)
 
 
 class ProbeSpace:
@@ -78,7 +93,8 @@ class ProbeSpace:
 
     def __init__(self, op: LinearOperator, pairs: Eigenpairs | None, *, seed: int):
         self.pairs, self.seed = pairs, seed
-        self.op = op if pairs is None else DeflatedOperator(op, pairs.vectors)
+        # a recurrence that starts orthogonal to the deflated vectors stays so: only images are projected
+        self.op = op if pairs is None else DeflatedOperator(op, pairs.vectors, inputs="orthogonal")
         self.zero_count = 0
         self._zeros: torch.Tensor | None = None  # where the operator is zero, as a mask (n,)
 
@@ -92,33 +108,37 @@ class ProbeSpace:
         """How many dimensions the probes cover."""
         return self.op.shape[0] - self.zero_count - (0 if self.pairs is None else len(self.pairs.values))
 
-    def recurrence(self, index: int, steps: int, *, keep_basis: bool) -> Recurrence | None:
-        """Probe `index`, ready to advance; None where nothing is left to probe."""
-        start = probe(self.op, seed=self.seed, index=index)
+    def recurrence(self, indices: Sequence[int], kept: int) -> Recurrence | None:
+        """The probes of these indices, ready to advance, with a basis of `kept` vectors each; None where nothing is
+        left to probe."""
+        starts = torch.stack([probe(self.op, seed=self.seed, index=index) for index in indices])
         if isinstance(self.op, DeflatedOperator):
-            start = self.op.project(start)
-        image = self._find_zeros(start) if self._zeros is None else None
+            starts = self.op.project(starts)
+        images = self._find_zeros(starts) if self._zeros is None else None
         assert self._zeros is not None
-        start = torch.where(self._zeros, 0, start)
+        if self.zero_count:
+            starts.masked_fill_(self._zeros, 0)
         if self.dimension <= 0:
             return None
-        return Recurrence(self.op, start, keep_basis=steps if keep_basis else 0, first_image=image)
+        return Recurrence(self.op, starts, keep_basis=kept, first_images=images)
 
-    def _find_zeros(self, start: torch.Tensor) -> torch.Tensor:
-        """The first product; notice where it is exactly zero, and drop those coordinates from the deflated vectors too.
+    def _find_zeros(self, starts: torch.Tensor) -> torch.Tensor:
+        """The first products; notice where they are exactly zero, and drop those coordinates from the deflated vectors
+        too.
 
         Zero rows of a symmetric matrix are zero columns, so the image of the whole probe is that of its part outside
         them, and no product is lost.
         """
         inner = self.op.inner if isinstance(self.op, DeflatedOperator) else self.op
-        image = inner @ start
-        self._zeros = zeros = image == 0
+        images = inner.rows(starts)
+        self._zeros = zeros = (images == 0).all(dim=0)
         self.zero_count = int(zeros.sum())
         if isinstance(self.op, DeflatedOperator):
             if self.zero_count:
-                self.op = DeflatedOperator(inner, torch.where(zeros[:, None], 0, self.op.vectors))
-            image = self.op.project(image)
-        return image
+                vectors = self.op.vectors.masked_fill(zeros[:, None], 0)
+                self.op = DeflatedOperator(inner, vectors, inputs="orthogonal")
+            images = self.op.project(images)
+        return images
 
     def density(
         self, results: Sequence[Tridiagonal], *, probes: int, steps: int, noise: float | None = None
@@ -132,7 +152,7 @@ class ProbeSpace:
         atoms, counts, residuals = [], [], []
         if self.pairs is not None:
             atoms = list(self.pairs.values)
-            rounding = 16 * ROUNDING_STEPS * torch.finfo(self.op.dtype).eps * np.abs(self.pairs.values).max()
+            rounding = moments.ENDS_ROUNDING * self.op.rounding() * np.abs(self.pairs.values).max()
             residuals = list(np.maximum(self.pairs.residuals, rounding))
             counts = [1] * len(atoms)
         if self.zero_count:
@@ -140,7 +160,7 @@ class ProbeSpace:
         order = np.argsort(atoms, kind="stable")
         if noise is None:
             radius = float(np.abs(alphas).max() + 2 * np.abs(betas).max()) if alphas.size else 0.0
-            noise = ROUNDING_STEPS * torch.finfo(self.op.dtype).eps * radius
+            noise = self.op.rounding() * radius
         return SpectralDensity(
             self.op.shape[0],
             alphas,
@@ -151,6 +171,7 @@ class ProbeSpace:
             np.array(residuals, dtype=float)[order],
             noise=noise,
             exact=not results,
+            seed=self.seed,
         )
 
 
@@ -189,7 +210,7 @@ def _exact(op: LinearOperator, probes: int, steps: int, progress: Callable[[int,
     eigenvalues = np.zeros(n)
     if touched.any():
         eigenvalues[touched] = scipy.linalg.eigvalsh((reduced + reduced.T) / 2)
-    noise = ROUNDING_STEPS * torch.finfo(op.dtype).eps * float(np.abs(eigenvalues).max())
+    noise = op.rounding() * float(np.abs(eigenvalues).max())
     return SpectralDensity.from_eigenvalues(eigenvalues, probes=probes, steps=steps, noise=noise)
 
 
@@ -199,8 +220,8 @@ class _Progress:
     def __init__(self, callback: Callable[[int, int], Any] | None, total: int):
         self.callback, self.total, self.done = callback, total, 0
 
-    def advance(self) -> None:
-        self.reach(self.done + 1)
+    def advance(self, products: int = 1) -> None:
+        self.reach(self.done + products)
 
     def reach(self, done: int) -> None:
         if self.callback is not None and done > self.done:

@@ -148,8 +148,10 @@ def test_the_same_probes_each_time(case):
 
 def test_the_estimates_are_those_of_slq(case):
     model, batches, _ = case
-    (record,) = spectra.SpectrumProbe(model, batches, probes=3, steps=6, seed=9).measure(0)
-    density = spectra.slq(spectra.HessianOperator(model, batches), probes=3, steps=6, seed=9)
+    probe = spectra.SpectrumProbe(model, batches, probes=3, steps=6, seed=9, deflate=0, engine="reverse")
+    (record,) = probe.measure(0)
+    density = spectra.slq(spectra.HessianOperator(model, batches, engine="reverse"), probes=3, steps=6, seed=9)
+    assert record.engine == "reverse"
     assert record.estimates["trace"] == density.trace()
     assert record.estimates["lambda_min"] == density.lambda_min()
     assert record.estimates["near_zero_share"] == density.near_zero_share(record.near_zero_tol)
@@ -158,9 +160,8 @@ def test_the_estimates_are_those_of_slq(case):
 def test_records_and_densities_are_on_disk(case, tmp_path):
     model, batches, _ = case
     out = tmp_path / "a" / "run"
-    probe = spectra.SpectrumProbe(
-        model, batches, every=2, out=out, probes=2, steps=5, config={"bits": 2}, extras=lambda m: {"flip_rate": 0.25}
-    )
+    options = {"probes": 2, "steps": 5, "deflate": 0, "config": {"bits": 2}}
+    probe = spectra.SpectrumProbe(model, batches, every=2, out=out, extras=lambda m: {"flip_rate": 0.25}, **options)
     for i in range(5):
         probe.step(i)
     run = spectra.Run(out)
@@ -272,3 +273,25 @@ def test_bad_options_are_refused_in_one_line(case, options):
     with pytest.raises(spectra.InputError) as caught:
         spectra.SpectrumProbe(model, batches, **options).measure(0)
     assert "\n" not in str(caught.value)
+
+
+def test_a_bfloat16_model_is_measured_in_a_copy_where_asked_and_the_record_says_so(case):
+    model, batches, _ = case
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    batches = [(x.to(torch.bfloat16), y.to(torch.bfloat16)) for x, y in batches]
+    with pytest.raises(spectra.InputError, match="precision='float32'"):
+        spectra.SpectrumProbe(model, batches, probes=2, steps=5).measure(0)
+    (record,) = spectra.SpectrumProbe(model, batches, probes=2, steps=5, precision="float32").measure(0)
+    assert record.dtype == "float32"
+    assert record.notes == ["bfloat16 weights, measured in a float32 copy"]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_outliers_are_deflated_by_default_and_their_number_is_in_the_settings(case):
+    model, batches, _ = case
+    probe = spectra.SpectrumProbe(model, batches, probes=2, steps=5)
+    assert probe._settings()["deflated"] == 10
+    (record,) = probe.measure(0)
+    (again,) = probe.measure(1)
+    assert record.extras["linearity_gap"] < 1e-6
+    assert again.products < record.products  # the search starts from the vectors found before
