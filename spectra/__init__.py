@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from spectra.batch_noise import NoiseSplit, batch_noise
+from spectra.changes import Change, compare
 from spectra.density import SpectralDensity
 from spectra.eigs import Eigenpairs, topk
 from spectra.errors import InputError, NonFiniteError
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Change",
     "DeflatedOperator",
     "DenseOperator",
     "DiagonalOperator",
@@ -36,6 +39,7 @@ __all__ = [
     "InputError",
     "LinearOperator",
     "MeanOperator",
+    "NoiseSplit",
     "NonFiniteError",
     "Objective",
     "ParameterSpace",
@@ -45,6 +49,8 @@ __all__ = [
     "SpectrumProbe",
     "SpectrumRecord",
     "Tridiagonal",
+    "batch_noise",
+    "compare",
     "lanczos",
     "plots",
     "report",

@@ -6,8 +6,8 @@ makes the y_i - x_i skewed, so the interval is the widest of three, each of whic
 
 * Student's over the pairs, mean(y_i - x_i) +- t_{k-1} s / sqrt(k).
 * The least that two spectra allow, whatever their eigenvectors: by Hoffman and Wielandt (Duke Math. J. 20, 1953)
-  ||F - G||_F^2 >= sum_j (f_j - g_j)^2 with both in ascending order, so the difference varies at least as much as that of
-  two matrices with the same eigenvectors. Each probe's rules are coupled by quantiles for it. Variance and skewness
+  ||F - G||_F^2 >= sum_j (f_j - g_j)^2 with both in ascending order, so the difference varies at least as much as that
+  of two matrices with the same eigenvectors. Each probe's rules are coupled by quantiles for it. Variance and skewness
   follow as in `spectra.moments`, without a degree of freedom spent.
 * Normal, with the known variances of both sides and the correlation seen in the pairs.
 
@@ -28,7 +28,6 @@ from spectra import moments
 from spectra.density import SpectralDensity
 from spectra.errors import InputError
 from spectra.estimates import (
-    CONFIDENCE,
     RESOLVED_HALF_WIDTH,
     Estimate,
     normal_quantile,
@@ -88,7 +87,8 @@ class Change:
         """The change in percent; None for shares, and where the ratio says nothing."""
         if self.quantity.endswith("_share") or not self.ratio.resolved or self.ratio.low <= 0:
             return None
-        return Estimate(*(100 * (end - 1) for end in (self.ratio.value, self.ratio.low, self.ratio.high)))
+        value, low, high = (100 * (end - 1) for end in (self.ratio.value, self.ratio.low, self.ratio.high))
+        return Estimate(value, low, high)
 
 
 def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NEAR_ZERO) -> dict[str, Change]:
@@ -98,9 +98,9 @@ def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NE
 
     With the same seed, number of probes and dimension, the trace, the norms and the energy and magnitude shares get
     paired intervals (see `spectra.changes`), and a ratio r is in its interval if 0 is in that of after - r * before
-    (Fieller, J. R. Stat. Soc. B 16, 1954). The ends of the spectrum and the counted shares get the difference of the two
-    intervals, [low_b - high_a, high_b - low_a], as most of their width is no sampling error. Of two different seeds the
-    intervals' sides add in quadrature, as for any independent estimates; where it is not known whether probes are
+    (Fieller, J. R. Stat. Soc. B 16, 1954). The ends of the spectrum and the counted shares get the difference of the
+    two intervals, [low_b - high_a, high_b - low_a], as most of their width is no sampling error. Of two different seeds
+    the intervals' sides add in quadrature, as for any independent estimates; where it is not known whether probes are
     shared, they add up. Exact spectra give exact changes.
 
     near_zero_tol: |lambda| that counts as near zero. Raises InputError unless both are densities and it is positive.
@@ -198,28 +198,35 @@ class _Pairs:
 
     def __init__(self, a: _Sampled, b: _Sampled):
         self.a, self.b, self.count = a, b, len(a.values)
-        n = max(a.dimension, b.dimension)
-        each = [_products(x, y, n) for x, y in zip(a.spectra, b.spectra, strict=True)]
-        second, third = (np.mean(part, axis=0) for part in zip(*each, strict=True))
-        self._second = 2 * n / (n + 2) * second  # of one probe: variance before, covariance, variance after
-        self._third = 8 * n * n / ((n + 2) * (n + 4)) * third
+        self._n = max(a.dimension, b.dimension)
+        each = [_coupled(x, y, self._n) for x, y in zip(a.spectra, b.spectra, strict=True)]
+        self._before, self._after, self._counts = (np.concatenate(part) for part in zip(*each, strict=True))
         self._correlation = _correlation(a.values, b.values)
 
     def limits(self, factor: float) -> tuple[float, float]:
+        """The interval of after - factor * before."""
         a, b = self.a, self.b
         value = b.estimate.value - factor * a.estimate.value
-        spread = student_interval(b.values - factor * a.values, confidence=CONFIDENCE).half_width
-        aa, ab, bb = self._second * (factor**2, factor, 1)
-        least = max(float(aa - 2 * ab + bb), 0.0)
-        cube = float(self._third @ (-(factor**3), 3 * factor**2, -3 * factor, 1))
-        skewness = float(np.clip(cube / least**1.5, -MOST_SKEWED, MOST_SKEWED)) if least > 0 else 0.0
-        bound = sampling_interval(value, math.sqrt(least / self.count), skewness / math.sqrt(self.count))
-        seen = max(float(aa + bb - 2 * self._correlation * math.sqrt(aa * bb)), 0.0)
-        half = max(spread, normal_quantile() * math.sqrt(seen / self.count))
+        student = student_interval(b.values - factor * a.values).half_width
+        least = self._mean(self._after - factor * self._before)
+        first, second = factor * self._mean(self._before)[0], self._mean(self._after)[0]
+        seen = max(first**2 + second**2 - 2 * self._correlation * first * second, 0.0)
+        half = max(student, normal_quantile() * math.sqrt(seen))
+        bound = sampling_interval(value, *least)
         room = abs(b.drift - factor * a.drift) + b.rounding + factor * a.rounding
         low, high = min(bound.low, value - half) - room, max(bound.high, value + half) + room
         lowest, highest = _apart(a.estimate, b.estimate, factor)
         return max(low, lowest), min(high, highest)
+
+    def _mean(self, eigenvalues: np.ndarray) -> tuple[float, float]:
+        """Standard deviation and skewness of the mean over probes of v . D v, from D's centred eigenvalues."""
+        n, counts = self._n, self._counts / self.count
+        variance = 2 * n / (n + 2) * float(counts @ eigenvalues**2)
+        if variance <= 0:
+            return 0.0, 0.0
+        third = 8 * n * n / ((n + 2) * (n + 4)) * float(counts @ eigenvalues**3)
+        skewness = min(max(third / variance**1.5, -MOST_SKEWED), MOST_SKEWED)
+        return math.sqrt(variance / self.count), skewness / math.sqrt(self.count)
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:
@@ -228,19 +235,16 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.clip(x @ y / size, -1, 1)) if size > 0 else 0.0
 
 
-def _products(
+def _coupled(
     a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray], total: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sums over n eigenvalue pairs in ascending order of (aa, ab, bb) and (aaa, aab, abb, bbb)."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both spectra in ascending order, one eigenvalue of each beside the other, and how many there are of each pair."""
     (x, heights_x), (y, heights_y) = (_staircase(values, counts, total) for values, counts in (a, b))
     cuts = np.sort(np.concatenate([heights_x, heights_y]))
-    mass = np.diff(cuts, prepend=0.0)
-    middle = cuts - mass / 2
-    x = x[np.minimum(np.searchsorted(heights_x, middle), len(x) - 1)]
-    y = y[np.minimum(np.searchsorted(heights_y, middle), len(y) - 1)]
-    second = np.array([mass @ (x * x), mass @ (x * y), mass @ (y * y)])
-    third = np.array([mass @ (x * x * x), mass @ (x * x * y), mass @ (x * y * y), mass @ (y * y * y)])
-    return second, third
+    counts = np.diff(cuts, prepend=0.0)
+    middle = cuts - counts / 2
+    at_x, at_y = (np.searchsorted(heights, middle) for heights in (heights_x, heights_y))
+    return x[np.minimum(at_x, len(x) - 1)], y[np.minimum(at_y, len(y) - 1)], counts
 
 
 def _staircase(values: np.ndarray, counts: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,17 +1,18 @@
-"""The `spectra` command: measure a checkpoint's spectrum, draw it, report on it."""
+"""The `spectra` command: measure a checkpoint's spectrum, draw it, compare it, report on it."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra.command_line import on_terminal, run_command
 from spectra.errors import InputError
 from spectra.records import CONFIG, RECORDS, Run, SpectrumRecord, check_free
-from spectra.series import describe
+from spectra.series import describe, modes, select
 
 if TYPE_CHECKING:
     from spectra.probe import SpectrumProbe
@@ -61,6 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--quantity", help="draw this over the training steps: rms, lambda_max, loss, ...")
     plot.add_argument("--mode", help="which Hessian, where a run has several (default: the first)")
     plot.add_argument("--out", metavar="FILE", help="image to write (default: a .png in the run folder)")
+
+    compare = commands.add_parser("compare", help="what changed between two spectra of a run, or of two runs")
+    compare.set_defaults(command=_compare)
+    compare.add_argument("run", help="run folder")
+    compare.add_argument(
+        "other", nargs="?", help="a second run folder: compare its last spectrum with the first's last"
+    )
+    compare.add_argument("--from", dest="start", type=int, metavar="STEP", help="step before (default: the first)")
+    compare.add_argument("--to", dest="end", type=int, metavar="STEP", help="step after (default: the last)")
+    compare.add_argument("--mode", help="which Hessian, where a run has several (default: the first)")
 
     report = commands.add_parser("report", help="write a run's report.html, one file with everything in it")
     report.set_defaults(command=_report)
@@ -126,9 +137,10 @@ def _table(record: SpectrumRecord) -> list[str]:
     )
     rows = [("quantity", "value", "95 % interval", "")]
     for key, estimate in record.estimates.items():
-        name = describe(key).name + (f" (|λ| < {record.near_zero_tol:g})" if key == "near_zero_share" else "")
         note = "" if estimate.resolved else f"unresolved: {estimate.reason}"
-        rows.append((name, f"{estimate.value:.4g}", f"[{estimate.low:.4g}, {estimate.high:.4g}]", note))
+        rows.append(
+            (_full_name(key, record), f"{estimate.value:.4g}", f"[{estimate.low:.4g}, {estimate.high:.4g}]", note)
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
     return [heading, *lines, *(f"note: {note}" for note in record.notes)]
@@ -151,6 +163,60 @@ def _plot(options: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=160)
     print(out)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from spectra.changes import compare
+
+    pair = _two_records(options)
+    densities = [replace(run.density(record), seed=record.seed) for run, record in pair]  # older files lack the seed
+    (first, before), (second, after) = pair
+    changes = compare(densities[0], densities[1], near_zero_tol=after.near_zero_tol)
+    paired = all(change.paired for change in changes.values())
+    print(f"{_named(first, before)} -> {_named(second, after)}, {'the same' if paired else 'different'} probes")
+    rows = [("quantity", "before", "after", "change")]
+    for key, change in changes.items():
+        numbers = (f"{change.before.value:.4g}", f"{change.after.value:.4g}")
+        rows.append((_full_name(key, after), *numbers, change.verdict))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for name, *numbers, verdict in rows:
+        print(f"{name:<{widths[0]}}  {numbers[0]:>{widths[1]}}  {numbers[1]:>{widths[2]}}  {verdict}")
+    if first.config.get("batches") != second.config.get("batches"):
+        print("note: the two runs measured different batches, so the changes hold what the batches differ in")
+
+
+def _two_records(options: argparse.Namespace) -> list[tuple[Run, SpectrumRecord]]:
+    """The records to compare, each with its run: of two steps of a run, or of one step of two runs."""
+    runs = [Run(folder) for folder in (options.run, options.other or options.run)]
+    for run in runs:
+        if run.runs and not run.records:
+            raise InputError(f"{run.folder} is a study: name one or two of its runs, such as {run.runs[0].folder}")
+    mode = options.mode or (modes(runs[0]) or [None])[0]
+    before, after = (select(run, mode=mode, steps=None) for run in runs)
+    if options.end is not None:
+        after = select(runs[1], mode=mode, steps=options.end)
+    if options.other is not None:
+        if options.start is not None:
+            raise InputError("--from is for the steps of a single run: give --to alone, the step of both runs")
+        before = before if options.end is None else select(runs[0], mode=mode, steps=options.end)
+        return [(runs[0], before[-1]), (runs[1], after[-1])]
+    if options.start is not None:
+        before = select(runs[0], mode=mode, steps=options.start)
+    if before[0] is after[-1] or before[0] == after[-1]:
+        raise InputError(
+            f"two spectra are expected, but both ends are the one of step {after[-1].step} in {runs[0].folder}: "
+            "choose other steps with --from and --to, or name a second run"
+        )
+    return [(runs[0], before[0]), (runs[1], after[-1])]
+
+
+def _named(run: Run, record: SpectrumRecord) -> str:
+    label = f" ({record.label})" if record.label else ""
+    return f"{run.folder} step {record.step}{label}, {record.mode}"
+
+
+def _full_name(key: str, record: SpectrumRecord) -> str:
+    return describe(key).name + (f" (|λ| < {record.near_zero_tol:g})" if key == "near_zero_share" else "")
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from spectra.vectors import gaussian, norm
 WHICH = ("LM", "LA", "SA", "BE")
 DENSE_LIMIT = 4096  # up to this dimension a hard search may end by forming the matrix
 START_NOISE = 1e-2  # of a random direction beside guessed eigenvectors
+STRICTER = 0.1  # of the tolerance
 TRIAL_STEPS = 15  # a random start reveals a missed outlier within these: each step multiplies its share of the vector
 
 
@@ -73,16 +74,15 @@ def topk(
     search = _Search(op, size, tol, seed, budget=max_products or hard or 100 * size)
     values, vectors, residuals = search.run(k, which, start=start)
     while verify and search.spent < search.budget:
-        # The best of the complement at each end that was asked for; it joins if it beats what was found there.
-        ends = [end for end in ("LA", "SA") if _asks_for(which, end, values)]
-        found = [search.run(1, end, locked=vectors, beat=_worst(values, which, end)) for end in ends]
-        merged_values = np.concatenate([values, *[f[0] for f in found]])
-        merged_residuals = np.concatenate([residuals, *[f[2] for f in found]])
-        slack = tol * np.abs(merged_values).max()
-        keep = select(merged_values, k, which, preferred=np.arange(k), slack=slack)
+        # What the complement holds at the ends that were asked for joins if it beats what was found there.
+        found = search.run(2, "BE", locked=vectors, beat=_to_beat(values, which))
+        merged_values = np.concatenate([values, found[0]])
+        merged_residuals = np.concatenate([residuals, found[2]])
+        bonus = np.where(np.arange(len(merged_values)) < k, search.allowed(merged_values), 0.0)
+        keep = select(merged_values, k, which, bonus=bonus)
         if set(keep) == set(range(k)):
             break
-        merged = torch.cat([vectors, *[f[1] for f in found]])
+        merged = torch.cat([vectors, found[1]])
         values, vectors, residuals = merged_values[keep], merged[torch.as_tensor(keep)], merged_residuals[keep]
     if hard is not None and search.spent >= hard:
         return replace(_dense(op, k, which), products=search.spent + n)
@@ -98,13 +98,8 @@ def default_basis(k: int) -> int:
     return max(3 * k + 10, 40)
 
 
-def select(
-    values: np.ndarray, k: int, which: str, *, preferred: np.ndarray | None = None, slack: float = 0.0
-) -> np.ndarray:
-    """Indices of the k wanted among `values`. `preferred` ones win against others less than `slack` more extreme."""
-    bonus = np.zeros(len(values))
-    if preferred is not None:
-        bonus[preferred] = slack
+def select(values: np.ndarray, k: int, which: str, *, bonus: np.ndarray | float = 0.0) -> np.ndarray:
+    """Indices of the k wanted among `values`, each of which counts as more extreme by its bonus."""
     if which == "LM":
         return np.argsort(-(np.abs(values) + bonus), kind="stable")[:k]
     up, down = np.argsort(-(values + bonus), kind="stable"), np.argsort(values - bonus, kind="stable")
@@ -117,19 +112,20 @@ def select(
     return np.concatenate([top, np.array(bottom, dtype=int)])
 
 
-def _asks_for(which: str, end: str, values: np.ndarray) -> bool:
-    return which in (end, "LM") or (which == "BE" and (end == "LA" or len(values) > 1))
-
-
-def _worst(values: np.ndarray, which: str, end: str) -> float:
-    """What another eigenvalue at this end has to beat in order to be one of the k wanted."""
-    if which == "LM":
-        bound = np.abs(values).min()
-        return float(bound if end == "LA" else -bound)
-    if which == "BE":
-        values = np.sort(values)
-        values = values[len(values) // 2 :] if end == "LA" else values[: len(values) // 2]
-    return float(values.min() if end == "LA" else values.max())
+def _to_beat(values: np.ndarray, which: str) -> tuple[float, float]:
+    """What another eigenvalue has to lie below, or above, in order to be one of those wanted."""
+    values = np.sort(values)
+    match which:
+        case "LM":
+            bound = float(np.abs(values).min())
+            return -bound, bound
+        case "LA":
+            return -np.inf, float(values[0])
+        case "SA":
+            return float(values[-1]), np.inf
+        case _:
+            lower = len(values) // 2
+            return float(values[lower - 1]) if lower else -np.inf, float(values[lower])
 
 
 @dataclass
@@ -160,18 +156,22 @@ class _Search:
         which: str,
         *,
         locked: torch.Tensor | None = None,
-        beat: float | None = None,
+        beat: tuple[float, float] | None = None,
         start: torch.Tensor | None = None,
     ) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
         """k wanted pairs orthogonal to the rows of `locked`: values (k,), vectors (k, n), residuals (k,).
 
-        beat: give up once no pair can reach past this value, for k = 1 at the end "LA" or "SA".
+        beat: with k = 2 at both ends: only a pair below the first or above the second is wanted; give up once none can
+        reach there.
         """
         begun = self.spent
         room = self.op.shape[0] - (0 if locked is None else len(locked))
         size = min(self.size, room)
         k = min(k, room)
         projected = np.zeros((size, size))
+        coupling = np.zeros(
+            (0 if locked is None else len(locked), size)
+        )  # locked . A basis: locked pairs are not exact
         filled = 0
         self._fresh(0, locked)
         if start is not None:
@@ -181,7 +181,7 @@ class _Search:
             self.buffer[0] /= norm(self.buffer[0])
         while True:
             filled += 1
-            column, beta = self._expand(filled - 1, locked)
+            column, coupling[:, filled - 1], beta = self._expand(filled - 1, locked)
             projected[:filled, filled - 1] = projected[filled - 1, :filled] = column
             values, small = scipy.linalg.eigh(projected[:filled, :filled])
             self.radius = max(self.radius, float(np.abs(values).max()))
@@ -189,23 +189,31 @@ class _Search:
             residuals = np.zeros(filled) if exhausted else np.abs(beta * small[-1])
             wanted = select(values, min(k, filled), which)
             settled = filled >= k and bool(np.all(residuals[wanted] <= self.allowed(values[wanted])))
-            if beat is not None and self.spent - begun >= TRIAL_STEPS:
-                reach = values[wanted[0]] + residuals[wanted[0]] * (1 if which == "LA" else -1)
-                settled |= bool(reach < beat if which == "LA" else reach > beat)
+            if beat is not None:
+                settled = self.spent - begun >= TRIAL_STEPS and self._beaten(values, residuals, beat)
             if exhausted or settled or self.spent >= self.budget:
-                return values[wanted], self._combine(small[:, wanted], filled), residuals[wanted]
+                outside = np.linalg.norm(coupling[:, :filled] @ small[:, wanted], axis=0)
+                return values[wanted], self._combine(small[:, wanted], filled), np.hypot(residuals[wanted], outside)
             if beta <= 10 * self.eps * self.radius:  # an invariant subspace: go on in a new direction
                 self._fresh(filled, locked)
                 beta = 0.0
             if filled == size:
-                filled = self._restart(projected, values, small, k, which)
+                filled = self._restart(projected, coupling, values, small, k, which)
 
-    def _expand(self, last: int, locked: torch.Tensor | None) -> tuple[np.ndarray, float]:
-        """Multiply the newest vector; its coefficients against the basis, and the norm of the new direction."""
+    def _beaten(self, values: np.ndarray, residuals: np.ndarray, beat: tuple[float, float]) -> bool:
+        """Whether neither end can still reach past `beat`, or one that does has converged. That is asked more strictly
+        than of the pairs: a mixture of a cluster's members passes for an eigenvalue that is less extreme."""
+        ends = np.array([0, -1])
+        reach = values[ends] + np.array([-1, 1]) * residuals[ends]
+        threats = ends[(reach < beat[0]) | (reach > beat[1])]
+        return bool(np.all(residuals[threats] <= STRICTER * self.allowed(values[threats])))
+
+    def _expand(self, last: int, locked: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray, float]:
+        """Multiply the newest vector; the image's coefficients against the basis and against what is locked, and the
+        norm of the new direction."""
         image = self.op @ self.buffer[last]
         self.spent += 1
-        if locked is not None:
-            orthogonalize_(image, locked)
+        outside = np.zeros(0) if locked is None else orthogonalize_(image, locked).double().cpu().numpy()
         column = orthogonalize_(image, self.buffer[: last + 1])
         if locked is not None:
             orthogonalize_(image, locked)
@@ -214,7 +222,7 @@ class _Search:
             raise NonFiniteError(f"the operator's product number {self.spent} is not finite; check what it multiplies")
         if beta > 0:
             self.buffer[last + 1] = image / beta
-        return column.double().cpu().numpy(), beta
+        return column.double().cpu().numpy(), outside, beta
 
     def _fresh(self, row: int, locked: torch.Tensor | None) -> None:
         """A random direction orthogonal to everything held, into the buffer's `row`."""
@@ -234,13 +242,16 @@ class _Search:
         vectors = rotation @ self.buffer[:filled]
         return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=torch.float64).to(vectors.dtype)
 
-    def _restart(self, projected: np.ndarray, values: np.ndarray, small: np.ndarray, k: int, which: str) -> int:
+    def _restart(
+        self, projected: np.ndarray, coupling: np.ndarray, values: np.ndarray, small: np.ndarray, k: int, which: str
+    ) -> int:
         """Keep the wanted Ritz vectors and as many neighbours as fit in half of the basis, then the newest vector."""
         size = len(values)
         keep = np.sort(select(values, min(k + max((size - k) // 3, 1), size - 1), which))
         newest = self.buffer[size].clone()
         self.buffer[: len(keep)] = self._combine(small[:, keep], size)
         self.buffer[len(keep)] = newest
+        coupling[:, : len(keep)] = coupling @ small[:, keep]
         projected[:] = 0
         projected[np.arange(len(keep)), np.arange(len(keep))] = values[keep]
         return len(keep)

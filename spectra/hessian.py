@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from spectra import engines, memory
+from spectra import distributed, engines, memory
 from spectra.engine_pick import EnginePick
 from spectra.errors import InputError, NonFiniteError
 from spectra.isolation import differentiating, isolated, random_states_kept, requiring_grad, unwrap
@@ -38,6 +38,8 @@ class HessianOperator(LinearOperator):
     the memory of one piece), or "auto": keep as many as fit in half of the memory that is free.
     engine: how several vectors at once are multiplied, see `spectra.engines`; "auto" times the likely ones at the
     first block and keeps the fastest (`engine_used` names it). All give the same numbers to rounding.
+    spread: "batches" leaves each rank of torch.distributed its part of the batches (of the microbatches, where those
+    are asked for); loss, gradient and products are then summed over the ranks, which all have to ask for them.
     precision: "float32" or "float64" measures a copy of the model in that precision. Without it a model with bf16 or
     fp16 weights is refused: their rounding is larger than most eigenvalues.
 
@@ -62,6 +64,7 @@ class HessianOperator(LinearOperator):
         graph: str = "auto",
         engine: str = "auto",
         precision: str | None = None,
+        spread: str = "none",
     ):
         if graph not in GRAPHS:
             raise InputError(f"graph must be one of {', '.join(GRAPHS)}, got {graph!r}")
@@ -78,6 +81,9 @@ class HessianOperator(LinearOperator):
         self.shape = (self.space.dimension, self.space.dimension)
         cast = None if precision is None else self.dtype  # a copy in another precision takes inputs in it
         self.objective = Objective(model, batches, loss, microbatch=microbatch, weight=weight, cast=cast)
+        self.spread = distributed.check_spread(spread, ("none", "batches"))
+        if spread == "batches":
+            self.objective = self.objective.only(_this_ranks(self.objective.pieces))
         self._context = context or contextlib.nullcontext
         self._kept: dict[int, tuple[torch.Tensor, ...]] = {}
         self._forward: dict[int, engines.ForwardOverReverse] = {}
@@ -146,7 +152,8 @@ class HessianOperator(LinearOperator):
 
     def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
         self._prepare()
-        return self._engine(vectors)
+        images = self._engine(vectors)
+        return distributed.sum_(images) if self.spread == "batches" else images
 
     def multiply(self, vectors: torch.Tensor, way: str) -> torch.Tensor:
         """The products of the rows of `vectors` (k, n) by one engine, "reverse", "batched" or "forward": what `@`
@@ -182,8 +189,7 @@ class HessianOperator(LinearOperator):
         if self.graph != "rebuild":
             self.graph, change = "rebuild", "graphs rebuilt at every product"
         elif rows > 1:
-            half = (rows + 1) // 2
-            self.objective, change = self.objective.with_microbatch(half), f"{half} rows at a time"
+            self.objective, change = self.objective.halved(), f"{(rows + 1) // 2} rows at a time"
         else:
             return ""
         self._graph_bytes = None
@@ -268,6 +274,9 @@ class HessianOperator(LinearOperator):
                 total += flat
                 if index < room:
                     self._kept[index] = gradient
+        if self.spread == "batches":
+            total = distributed.sum_(total)
+            loss = distributed.sum_(torch.tensor(loss, dtype=torch.float64, device=self.device)).item()
         self._loss, self._gradient, self._versions = loss, total, versions
 
     def _pieces_that_fit(self) -> int:
@@ -286,6 +295,16 @@ class HessianOperator(LinearOperator):
                 f"{what} is not finite in parameter '{name}' ({int(bad.sum())} of {len(flat)} entries); "
                 "check the model's weights, or measure in float64 with precision='float64'"
             )
+
+
+def _this_ranks(pieces: tuple[Piece, ...]) -> list[Piece]:
+    """The rank's pieces, the largest dealt out first so that the ranks have about as much to do."""
+    if len(pieces) < distributed.ranks():
+        raise InputError(
+            f"at least one batch a rank is expected, got {len(pieces)} for {distributed.ranks()} ranks: "
+            "cut them with microbatch="
+        )
+    return distributed.mine(sorted(pieces, key=lambda piece: -piece.share))
 
 
 def _in_precision(model: nn.Module, precision: str | None) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,18 +60,38 @@ class Objective:
         self.model, self.loss = model, loss
         self._accepts_use_cache = "use_cache" in inspect.signature(model.forward).parameters
         self._weight, self._cast = weight, cast
-        self._batches = as_batches(batches)
-        self.pieces: tuple[Piece, ...] = tuple(self._cut(self._batches, microbatch))
+        self.pieces: tuple[Piece, ...] = tuple(self._cut(as_batches(batches), microbatch))
 
     @property
     def largest_rows(self) -> int:
         """Rows of the largest piece."""
         return max(_rows(piece.batch) for piece in self.pieces)
 
-    def with_microbatch(self, rows: int) -> Objective:
-        """The same objective in pieces of at most so many rows."""
-        options = {"microbatch": rows, "weight": self._weight, "cast": self._cast}
-        return Objective(self.model, self._batches, self.loss, **options)
+    def only(self, pieces: Sequence[Piece]) -> Objective:
+        """The part of the objective that these pieces carry: a term of the sum, with the shares as they are."""
+        part = copy.copy(self)
+        part.pieces = tuple(pieces)
+        return part
+
+    def halved(self) -> Objective:
+        """The same objective with its larger pieces cut in two."""
+        most = (self.largest_rows + 1) // 2
+        return self.only([part for piece in self.pieces for part in self._split(piece, most)])
+
+    def _split(self, piece: Piece, most: int) -> Iterator[Piece]:
+        rows = _rows(piece.batch)
+        if rows <= most:
+            yield piece
+            return
+        summed = getattr(self.loss, "reduction", None) == "sum"
+        whole = self._count(piece.batch)
+        for start in range(0, rows, most):
+            stop = min(start + most, rows)
+            part = _slice(piece.batch, start, stop, rows)
+            count = self._count(part)
+            if count > 0:
+                share = piece.share if summed else piece.share * count / whole
+                yield Piece(part, share, f"{piece.name}, part {start} to {stop - 1}")
 
     def forward(self, piece: Piece, device: torch.device) -> torch.Tensor:
         """The mean loss of one piece, with its graph: a scalar. Raises NonFiniteError naming the batch."""

@@ -37,13 +37,15 @@ class LinearOperator:
 
     A subclass sets `shape`, `dtype` and `device` and defines `_matvec(v)` for v: (n,) on that device and in that
     dtype; where several vectors at once are cheaper it defines `_matrows(V)` too, for vectors in the rows of V: (k, n).
-    `products` counts the vectors multiplied so far.
+    `products` counts the vectors multiplied so far. spread: "batches" where a product is a sum over the ranks of
+    torch.distributed, which then have to ask for the same products.
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
     products: int = 0
+    spread: str = "none"
 
     def __matmul__(self, other: Any) -> Any:
         """A v for (n,), A V for (n, k). A NumPy array comes back as one; a tensor keeps the operator's dtype.
@@ -194,7 +196,7 @@ class MeanOperator(LinearOperator):
         if len(shapes) > 1:
             raise InputError(f"operators of one shape are expected, got {sorted(shapes)}")
         first = self.operators[0]
-        self.shape, self.dtype, self.device = first.shape, first.dtype, first.device
+        self.shape, self.dtype, self.device, self.spread = first.shape, first.dtype, first.device, first.spread
 
     def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
         total = self.operators[0].rows(vectors)
@@ -262,7 +264,7 @@ class DeflatedOperator(LinearOperator):
         from spectra.vectors import orthonormal_rows
 
         self.inner, self._orthogonal_inputs = inner, inputs == "orthogonal"
-        self.shape, self.dtype, self.device = inner.shape, inner.dtype, inner.device
+        self.shape, self.dtype, self.device, self.spread = inner.shape, inner.dtype, inner.device, inner.spread
         self._rows = orthonormal_rows(vectors.T.to(device=inner.device, dtype=inner.dtype))
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spectra import distributed
 from spectra.density import SpectralDensity
 from spectra.eigs import Eigenpairs, default_basis
 from spectra.errors import InputError
@@ -48,10 +49,13 @@ class SpectrumProbe:
     every: steps between measurements; `step(i)` measures where i is a multiple. out: a run folder to append to
     (`spectra.Run`); without it the records stay in `probe.records`.
     modes: name -> builder of the operator to measure, called as builder(model, batches, params=, loss=, microbatch=),
-    and engine= and precision= where they are given, and returning a HessianOperator or a MeanOperator of them; by default {"full": HessianOperator}.
+    with engine=, precision= and spread= where they are given, and returning a HessianOperator or a MeanOperator of them; by
+    default {"full": HessianOperator}.
     probes, steps, seed, reorthogonalize: see `spectra.slq`. deflate: how many outliers to take out of the recurrence,
     found from those of the last checkpoint; by default 10 where the search for them fits in a quarter of free memory.
     near_zero_tol: |lambda| that counts as near zero.
+    spread: "probes" or "batches" over the ranks of torch.distributed (`spectra.distributed`), which then all make the
+    same calls; the first one writes.
     microbatch, engine, precision: see `spectra.HessianOperator`; a model in bfloat16 needs precision="float32".
     extras: model -> numbers to store beside the spectrum. config: facts for the run's config.json.
     progress: called as progress(products done, products in all) during a measurement.
@@ -77,6 +81,7 @@ class SpectrumProbe:
         microbatch: int | None = None,
         engine: str | None = None,
         precision: str | None = None,
+        spread: str = "none",
         extras: Callable[[nn.Module], Mapping[str, float]] | None = None,
         config: Mapping[str, Any] | None = None,
         progress: Callable[[int, int], Any] | None = None,
@@ -93,13 +98,17 @@ class SpectrumProbe:
         self.modes = dict(modes) if modes is not None else {"full": HessianOperator}
         self._options: dict[str, Any] = {"params": params, "loss": loss, "microbatch": microbatch}
         self._options |= {k: v for k, v in {"engine": engine, "precision": precision}.items() if v is not None}
+        self.spread = distributed.check_spread(spread)
+        if spread == "batches":
+            self._options["spread"] = spread
         self.probes, self.steps, self.seed = probes, steps, seed
         self.near_zero_tol, self.deflate, self.reorthogonalize = near_zero_tol, deflate, reorthogonalize
         self.extras, self.progress = extras, progress
         self.records: list[SpectrumRecord] = []
         self._checks: dict[str, dict[str, float]] = {}
         self._outliers: dict[str, torch.Tensor] = {}  # by mode, the last checkpoint's deflated vectors
-        self.run = None if out is None else Run.create(out, {**self._settings(), **(config or {})})
+        writes = out is not None and distributed.rank() == 0
+        self.run = None if not writes else Run.create(out, {**self._settings(), **(config or {})})
 
     def step(self, i: int) -> list[SpectrumRecord]:
         """Call once a training step: measures where i is a multiple of `every`, and returns the new records."""
@@ -130,6 +139,7 @@ class SpectrumProbe:
                     seed=self.seed,
                     deflate=self._deflated(op, mode),
                     reorthogonalize=policy,
+                    spread="probes" if self.spread == "probes" else "none",
                     progress=self.progress,
                 )
         finally:

@@ -30,7 +30,8 @@ class SpectrumRecord:
 
     estimates: trace, rms, frobenius, lambda_max, lambda_min, negative_share, near_zero_share, negative_energy_share
     and negative_magnitude_share, each with its interval. extras: plain numbers measured beside it (flip_rate, ...).
-    products: Hessian-vector products spent. engine: how blocks of them were computed (`spectra.engines`). wall_time: when it was made, in seconds since 1970.
+    products: Hessian-vector products spent. engine: how blocks of them were computed (`spectra.engines`).
+    wall_time: when it was made, in seconds since 1970.
     lanczos: the file of the Jacobi matrices, relative to the run folder, from which densities are drawn again.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import scipy
 import torch
 
-from spectra import memory, moments
+from spectra import distributed, memory, moments
 from spectra.density import SpectralDensity
 from spectra.eigs import Eigenpairs, topk
 from spectra.errors import InputError
@@ -32,6 +33,7 @@ def slq(
     deflate: int | Eigenpairs = 0,
     reorthogonalize: str = "auto",
     noise: float | None = None,
+    spread: str = "none",
     progress: Callable[[int, int], Any] | None = None,
 ) -> SpectralDensity:
     """The spectral density of a symmetric operator by stochastic Lanczos quadrature.
@@ -51,10 +53,13 @@ def slq(
     `spectra.lanczos`. noise: how far rounding may have moved eigenvalues, by default the operator's `rounding`, which
     takes three products to measure for a Hessian, at the norm of T. progress: called as progress(products done,
     products in all).
+    spread: "probes" leaves each rank of torch.distributed its part of the probes (`spectra.distributed`); every rank
+    gets the whole density, which does not depend on how many there are.
     Raises InputError for counts below one, NonFiniteError for a product that is not finite.
     """
     if probes < 1 or steps < 1:
         raise InputError(f"probes and steps must be at least 1, got probes={probes}, steps={steps}")
+    distributed.check_spread(spread, ("none", "probes"))
     policy = choose_policy(op, steps, reorthogonalize)
     n = op.shape[0]
     if steps >= n:
@@ -63,18 +68,34 @@ def slq(
     if pairs is not None and len(pairs.values) + steps >= n:
         return _exact(op, probes, steps, progress)
     space = ProbeSpace(op, pairs, seed=seed)
-    report = _Progress(progress, probes * steps)
-    results: list[Tridiagonal] = []
-    group = probes_together(op, steps if policy == "full" else 0)
-    for first in range(0, probes, group):
-        indices = range(first, min(first + group, probes))
-        recurrence = space.recurrence(indices, steps if policy == "full" else 0)
+    indices = list(range(probes))
+    if spread == "probes":
+        if probes < distributed.ranks():
+            raise InputError(f"at least one probe a rank is expected, got {probes} for {distributed.ranks()} ranks")
+        indices = distributed.mine(indices)
+    results = _run(space, indices, steps, policy == "full", _Progress(progress, len(indices) * steps))
+    if spread == "probes":
+        everyone = [result for part in distributed.gathered(results) for result in part]
+        results = sorted(everyone, key=lambda result: result[0])
+    return space.density([found for _, found in results], probes=probes, steps=steps, noise=noise)
+
+
+def _run(
+    space: ProbeSpace, indices: Sequence[int], steps: int, keep_basis: bool, report: _Progress
+) -> list[tuple[int, Tridiagonal]]:
+    """The Jacobi matrices of these probes, as many at a time as fit in memory."""
+    kept = steps if keep_basis else 0
+    results: list[tuple[int, Tridiagonal]] = []
+    group = probes_together(space.op, kept)
+    for first in range(0, len(indices), group):
+        chosen = indices[first : first + group]
+        recurrence = space.recurrence(chosen, kept)
         if recurrence is None:  # the operator is zero on the whole space
             break
-        recurrence.advance(steps - space.zero_nodes, on_step=partial(report.advance, len(indices)))
-        results += recurrence.tridiagonals()
-        report.reach(indices.stop * steps)
-    return space.density(results, probes=probes, steps=steps, noise=noise)
+        recurrence.advance(steps - space.zero_nodes, on_step=partial(report.advance, len(chosen)))
+        results += zip(chosen, (replace(t, basis=None) for t in recurrence.tridiagonals()), strict=True)
+        report.reach((first + len(chosen)) * steps)
+    return results
 
 
 def probes_together(op: LinearOperator, kept: int) -> int:
@@ -84,7 +105,8 @@ def probes_together(op: LinearOperator, kept: int) -> int:
 
 def vectors_that_fit(op: LinearOperator) -> int:
     """How many vectors of n numbers a quarter of the free memory holds."""
-    return memory.available(op.device) // 4 // (op.shape[0] * torch.finfo(op.dtype).bits // 8)
+    fits = memory.available(op.device) // 4 // (op.shape[0] * torch.finfo(op.dtype).bits // 8)
+    return distributed.least(fits, op.device) if op.spread == "batches" else fits
 
 
 class ProbeSpace:
@@ -116,10 +138,12 @@ class ProbeSpace:
             starts = self.op.project(starts)
         images = self._find_zeros(starts) if self._zeros is None else None
         assert self._zeros is not None
-        if self.zero_count:
-            starts.masked_fill_(self._zeros, 0)
         if self.dimension <= 0:
             return None
+        if self.zero_count:
+            starts.masked_fill_(self._zeros, 0)
+            if isinstance(self.op, DeflatedOperator):  # its vectors have lost what they had there
+                starts = self.op.project(starts)
         return Recurrence(self.op, starts, keep_basis=kept, first_images=images)
 
     def _find_zeros(self, starts: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,9 @@ dots and norms accumulate in float64 whatever the vectors hold.
 from __future__ import annotations
 
 import math
+import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 if TYPE_CHECKING:
     from spectra.operators import LinearOperator
 
+STRETCH = 1 << 20  # numbers drawn by one generator
 BLOCK = 1024  # products summed in one go before float64 takes over
 
 
@@ -59,21 +62,28 @@ def orthonormal_rows(rows: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def generator(*, seed: int, index: int, stream: str) -> torch.Generator:
-    """A CPU generator that depends on (seed, index, stream) alone, and shares no stretch with any other.
-
-    The three are mixed by NumPy's SeedSequence, so seeds s and s + 1 have no vector in common.
-    """
-    entropy = np.random.SeedSequence([seed & 0xFFFFFFFFFFFFFFFF, index, zlib.crc32(stream.encode())])
-    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
-
-
 def gaussian(op: LinearOperator, *, seed: int, index: int, stream: str) -> torch.Tensor:
     """n independent standard normal numbers for (seed, index, stream), drawn on the CPU so that every device sees the
-    same. (n,)"""
-    source = generator(seed=seed, index=index, stream=stream)
-    dtype = torch.float64 if op.dtype == torch.float64 else torch.float32
-    return torch.randn(op.shape[0], generator=source, dtype=dtype).to(op.device)
+    same. (n,)
+
+    Each stretch of a million has a generator of its own, mixed from the three and its number by NumPy's SeedSequence:
+    seeds s and s + 1 have no vector in common, and the stretches can be drawn side by side.
+    """
+    n, dtype = op.shape[0], torch.float64 if op.dtype == torch.float64 else torch.float32
+    numbers = np.empty(n, dtype=np.float64 if dtype == torch.float64 else np.float32)
+    parts = [numbers[start : start + STRETCH] for start in range(0, n, STRETCH)]
+    key = [seed & 0xFFFFFFFFFFFFFFFF, index, zlib.crc32(stream.encode())]
+
+    def fill(number: int) -> None:
+        source = np.random.Generator(np.random.SFC64(np.random.SeedSequence([*key, number])))
+        source.standard_normal(out=parts[number], dtype=numbers.dtype)
+
+    if len(parts) == 1:
+        fill(0)
+    else:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(fill, range(len(parts))))
+    return torch.from_numpy(numbers).to(op.device)
 
 
 def probe(op: LinearOperator, *, seed: int, index: int) -> torch.Tensor:

@@ -1,0 +1,79 @@
+"""What is measured: spectra known by construction, and exact ones of language models, with the truth about each.
+
+An estimate's distribution depends on the eigenvalues alone, because probes are uniform on the sphere, so every case is
+diag(eigenvalues). One thing does depend on the coordinates: zeros are noticed in the first product where they are
+coordinates, as clipped weights are. Those of the language models were exact zeros of the matrix too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import language_models
+import numpy as np
+from families import eigenvalues
+
+NEAR_ZERO = 1.5e-3  # the WinQ paper's threshold
+
+
+@dataclass(frozen=True)
+class Case:
+    """A bulk of `families` with its size, largest outlier and share of zeros, or a Hessian of `language_models`."""
+
+    family: str
+    dimension: int
+    radius: float | None = None
+    zeros: float | None = None
+
+    @property
+    def label(self) -> str:
+        if self.radius is None:
+            return self.family.replace("-", " ").replace("bit", " bit")
+        return f"{self.family}, R {self.radius:g}, {self.zeros:.0%} zeros, n {self.dimension:.0e}".replace("e+0", "e")
+
+    def values(self, seed: int) -> np.ndarray:
+        """The eigenvalues: (dimension,). A bulk is drawn anew for each seed, a language model's stay."""
+        if self.radius is None:
+            return _language_models()[self.family].eigenvalues
+        assert self.zeros is not None
+        return eigenvalues(self.family, n=self.dimension, radius=self.radius, zeros=self.zeros, seed=seed)
+
+    def probe_seed(self, seed: int) -> int:
+        """A seed for the probes that no other case shares."""
+        return zlib.crc32(f"{self.label} {seed}".encode())
+
+
+def bulks(
+    families: Sequence[str], dimensions: Sequence[int], radii: Sequence[float], zeros: Sequence[float]
+) -> list[Case]:
+    return [
+        Case(family, dimension, radius, share)
+        for dimension, family, radius, share in itertools.product(dimensions, families, radii, zeros)
+    ]
+
+
+def language_model_cases() -> list[Case]:
+    return [Case(name, len(spectrum.eigenvalues)) for name, spectrum in _language_models().items()]
+
+
+def truths(values: np.ndarray) -> dict[str, float]:
+    """Every quantity, from the eigenvalues themselves."""
+    squares, sizes, negative = values**2, np.abs(values), values < 0
+    return {
+        "negative_share": float(negative.mean()),
+        "near_zero_share": float((sizes < NEAR_ZERO).mean()),
+        "trace": float(values.sum()),
+        "frobenius": float(np.sqrt(squares.sum())),
+        "rms": float(np.sqrt(squares.mean())),
+        "negative_energy_share": float(squares[negative].sum() / squares.sum()),
+        "negative_magnitude_share": float(sizes[negative].sum() / sizes.sum()),
+        "lambda_max": float(values.max()),
+        "lambda_min": float(values.min()),
+    }
+
+
+_language_models = cache(language_models.load)

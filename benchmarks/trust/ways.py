@@ -1,0 +1,91 @@
+"""The ways to measure that are compared: ours with intervals, hard counts on quadrature nodes, and other libraries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import peers
+from cases import NEAR_ZERO, truths
+
+import spectra
+
+WAYS = ("slq", "resolve", "trace", "counts", "peers")
+RESOLVE = "resolve"
+SAME, RECIPE = "same products", "paper's recipe"
+BUDGET = 1500
+PROBES = 10  # of the counts with as many products as `resolve` took
+PAPER = {"probes": 20, "steps": 60}  # the WinQ paper: no reorthogonalisation, counted on the nodes
+
+Row = dict[str, Any]
+
+
+def measure(values: np.ndarray, seed: int, ways: frozenset[str]) -> list[Row]:
+    """A row for each way and quantity: the truth, the value and, where the way has one, its interval."""
+    truth = truths(values)
+    rows = [
+        {"way": way, "quantity": quantity, "truth": truth[quantity], **estimate.to_dict()}
+        for way, found in estimates(values, seed, ways).items()
+        for quantity, estimate in found.items()
+    ]
+    spent = [row["products"] for row in rows if row["way"] == RESOLVE and row["quantity"] == "negative_share"]
+    for way, (value, products) in counts(values, seed, ways, products=spent[0] if spent else BUDGET).items():
+        quantity = {"quantity": "negative_share", "truth": truth["negative_share"]}
+        rows.append({"way": way, **quantity, "value": value, "products": products})
+    return rows
+
+
+def estimates(values: np.ndarray, seed: int, ways: frozenset[str]) -> dict[str, dict[str, spectra.Estimate]]:
+    """By way of measuring: the default call, a deflated one, the adaptive shares, and the three traces."""
+    found: dict[str, dict[str, spectra.Estimate]] = {}
+    if "slq" in ways:
+        for way, options in {
+            "slq 10 x 100": {},
+            "slq 4 x 100, 20 deflated": {"probes": 4, "steps": 100, "deflate": 20},
+        }.items():
+            op = spectra.DiagonalOperator(values)
+            density = spectra.slq(op, seed=seed, **options)
+            summary = spectra.probe.summarize(density, NEAR_ZERO)
+            found[way] = {name: with_products(estimate, op.products) for name, estimate in summary.items()}
+    if "resolve" in ways:
+        op = spectra.DiagonalOperator(values)
+        found[RESOLVE] = {
+            "negative_share": spectra.resolve(op, budget=BUDGET, seed=seed),
+            "near_zero_share": spectra.resolve(op, share="near_zero", tol=NEAR_ZERO, budget=BUDGET, seed=seed),
+        }
+    if "trace" in ways:
+        for method in ("hutchinson", "hutch++", "xtrace"):
+            op = spectra.DiagonalOperator(values)
+            estimate = spectra.trace(op, method=method, probes=60, seed=seed)
+            found[f"{method} 60"] = {"trace": with_products(estimate, op.products)}
+    return found
+
+
+def counts(values: np.ndarray, seed: int, ways: frozenset[str], *, products: int) -> dict[str, tuple[float, int]]:
+    """The negative share without an interval, and its products, by way: once with the given number of products, once
+    with the paper's recipe."""
+    same = {"probes": PROBES, "steps": max(products // PROBES, 2)}
+    found: dict[str, float] = {}
+    if "counts" in ways:
+        found[f"hard count, {SAME}"] = hard_count(values, **same, seed=seed)
+        found[f"hard count, {RECIPE}"] = hard_count(values.astype(np.float32), **PAPER, seed=seed)
+    if "peers" in ways:
+        for name, (package, share) in peers.PEERS.items():
+            if not peers.missing(package):
+                found[f"{name}, {SAME}"] = share(values, **same, seed=seed)
+                found[f"{name}, {RECIPE}"] = share(values, **PAPER, seed=seed)
+    spent = {SAME: same["probes"] * same["steps"], RECIPE: PAPER["probes"] * PAPER["steps"]}
+    return {way: (value, spent[way.rpartition(", ")[2]]) for way, value in found.items()}
+
+
+def hard_count(values: np.ndarray, *, probes: int, steps: int, seed: int) -> float:
+    """The weights of the nodes below zero, from a recurrence without reorthogonalisation in the values' precision."""
+    op = spectra.DiagonalOperator(values)
+    density = spectra.slq(op, probes=probes, steps=steps, seed=seed, reorthogonalize="none")
+    return float(np.where(density.nodes < 0, density.weights, 0).sum(axis=1).mean())
+
+
+def with_products(estimate: spectra.Estimate, products: int) -> spectra.Estimate:
+    return spectra.Estimate(
+        estimate.value, estimate.low, estimate.high, estimate.resolved, estimate.reason, products=products
+    )

@@ -1,0 +1,55 @@
+"""Two ranks give what one gives; a rank that dies ends the run with a message."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import tiny_models
+
+import spectra
+from spectra import distributed
+
+HELPERS = Path(ranks.__file__).parent
+
+
+def torchrun(task, out, *, count=2):
+    path = os.pathsep.join([str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command += [ranks.__file__, task, str(out)]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+
+
+def test_two_ranks_give_what_one_gives_and_write_one_run(tmp_path):
+    done = torchrun("measure", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone = ranks.measured(spread="none")
+    for spread in ("probes", "batches"):
+        for rank in range(2):
+            together = np.load(tmp_path / f"{spread}-{rank}.npz")
+            for name, value in alone.items():
+                np.testing.assert_allclose(together[name], value, rtol=1e-6, atol=1e-8, err_msg=f"{spread}, {name}")
+    (record,) = spectra.Run(tmp_path / "run").records
+    assert record.estimates["rms"].resolved
+
+
+def test_a_rank_that_dies_ends_the_run(tmp_path):
+    done = torchrun("die", tmp_path)
+    assert done.returncode != 0
+    assert "another rank stopped" in done.stderr or "exitcode  : 3" in done.stderr
+
+
+def test_a_spread_without_ranks_is_refused():
+    op = spectra.DiagonalOperator(np.arange(100.0))
+    with pytest.raises(spectra.InputError, match="torchrun"):
+        spectra.slq(op, probes=2, steps=5, spread="probes")
+    with pytest.raises(spectra.InputError, match="torchrun"):
+        spectra.HessianOperator(tiny_models.mlp(), tiny_models.classification((3,)), spread="batches")
+    with pytest.raises(spectra.InputError, match="spread must be one of"):
+        spectra.slq(op, probes=2, steps=5, spread="rows")
+    with pytest.raises(spectra.InputError, match="torchrun"):
+        distributed.start()
