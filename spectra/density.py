@@ -242,8 +242,8 @@ class SpectralDensity:
         return moments.sum_over_eigenvalues(function, self.rules, *known, rounding=rounding)
 
     def _negative_ratio(self, power: int) -> Estimate:
-        """Negative part over the whole of sum |lambda|^power, with room for the change over the last half of the
-        steps: |lambda|^power has a kink at zero that a short recurrence smooths."""
+        """Negative part over the whole of sum |lambda|^power, with room for what more steps would change:
+        |lambda|^power has a kink at zero that a short recurrence smooths."""
 
         def whole(theta: np.ndarray) -> np.ndarray:
             return np.abs(theta) ** power
@@ -255,9 +255,24 @@ class SpectralDensity:
         estimate = moments.ratio_of_sums(part, whole, self.rules, *known)
         if not self.rules or not estimate.resolved:
             return estimate
-        shorter = [gauss_rule(a[: max(len(a) // 2, 1)], b) for a, b in self._measure.jacobi]
-        drift = abs(moments.ratio_of_sums(part, whole, shorter, *known).value - estimate.value)
-        estimate = moments.widened(estimate, drift, least=0.0, most=1.0)
+        quarter, half = (
+            moments.ratio_of_sums(
+                part, whole, [gauss_rule(a[: max(len(a) // cut, 1)], b) for a, b in self._measure.jacobi], *known
+            ).value
+            for cut in (4, 2)
+        )
+        estimate = moments.widened(estimate, _remainder(quarter, half, estimate.value), least=0.0, most=1.0)
         if estimate.half_width <= RESOLVED_HALF_WIDTH:
             return estimate
         return replace(estimate, resolved=False, reason=f"{len(self.rules)} probes disagree: use more, or deflate")
+
+
+def _remainder(quarter: float, half: float, whole: float) -> float:
+    """How far a sequence may be from its limit, from its values at a quarter, half and all of the steps.
+
+    Changes that shrink by a ratio r at each doubling leave r / (1 - r) of the last one. r is measured, and taken as at
+    least 1/8 (where |lambda|^2 is smoothed at a smooth density) and at most 1/2.
+    """
+    last, before = abs(whole - half), abs(half - quarter)
+    ratio = min(max(last / before if before > 0 else 0.5, 1 / 8), 1 / 2)
+    return last * ratio / (1 - ratio)
