@@ -33,7 +33,7 @@ TRAINING_OPTIONS = (
 )
 STUDY_OPTIONS = (
     *("out", "model", "tokenizer", "dataset", "trust_remote_code", "device", "quantizer", "length"),
-    *("validation_sequences", "probes", "lanczos_steps", "measure_sequences"),
+    *("validation_sequences", "probes", "lanczos_steps", "deflate", "measure_sequences"),
 )
 
 
@@ -144,6 +144,9 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
     spectra.add_argument("--probes", type=int, help=_of(StudyConfig.probes, "random probes; more narrow the intervals"))
     spectra.add_argument(
         "--lanczos-steps", type=int, help=_of(StudyConfig.lanczos_steps, "a probe; more resolve finer")
+    )
+    spectra.add_argument(
+        "--deflate", type=int, help=_of(StudyConfig.deflate, "outliers taken out first, which narrows most intervals")
     )
     spectra.add_argument(
         "--measure-sequences", type=int, help=_of(StudyConfig.measure_sequences, "a spectrum's loss is taken over")

@@ -16,6 +16,7 @@ from spectra.lanczos import Tridiagonal, lanczos
 from spectra.objective import Objective
 from spectra.operators import DeflatedOperator, DenseOperator, DiagonalOperator, LinearOperator, MeanOperator
 from spectra.parameters import ParameterSpace
+from spectra.plan import MemoryPlan, plan
 from spectra.probe import SpectrumProbe
 from spectra.records import Run, SpectrumRecord
 from spectra.resolution import resolve
@@ -39,6 +40,7 @@ __all__ = [
     "InputError",
     "LinearOperator",
     "MeanOperator",
+    "MemoryPlan",
     "NoiseSplit",
     "NonFiniteError",
     "Objective",
@@ -52,6 +54,7 @@ __all__ = [
     "batch_noise",
     "compare",
     "lanczos",
+    "plan",
     "plots",
     "report",
     "resolve",

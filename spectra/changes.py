@@ -12,7 +12,8 @@ makes the y_i - x_i skewed, so the interval is the widest of three, each of whic
 * Normal, with the known variances of both sides and the correlation seen in the pairs.
 
 It is never wider than the difference of the two intervals. In simulations with 4 and 10 probes, few and many outliers,
-shared, turned and unrelated eigenvectors, it covers 94 to 99 %, where Student's alone falls to 80 %.
+shared, turned and unrelated eigenvectors, it covers 93 % or more in each setting and 98 % over all, where Student's
+alone falls to 80 %.
 """
 
 from __future__ import annotations
@@ -27,13 +28,7 @@ import numpy as np
 from spectra import moments
 from spectra.density import SpectralDensity
 from spectra.errors import InputError
-from spectra.estimates import (
-    RESOLVED_HALF_WIDTH,
-    Estimate,
-    normal_quantile,
-    sampling_interval,
-    student_interval,
-)
+from spectra.estimates import RESOLVED_HALF_WIDTH, Estimate, normal_quantile, sampling_interval, student_interval
 from spectra.probe import NEAR_ZERO, summarize
 
 Limits = Callable[[float], tuple[float, float]]  # factor > 0 -> the interval of after - factor * before
@@ -100,8 +95,8 @@ def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NE
     paired intervals (see `spectra.changes`), and a ratio r is in its interval if 0 is in that of after - r * before
     (Fieller, J. R. Stat. Soc. B 16, 1954). The ends of the spectrum and the counted shares get the difference of the
     two intervals, [low_b - high_a, high_b - low_a], as most of their width is no sampling error. Of two different seeds
-    the intervals' sides add in quadrature, as for any independent estimates; where it is not known whether probes are
-    shared, they add up. Exact spectra give exact changes.
+    the intervals' sides add in quadrature, as for any independent estimates; where some probes may be shared (an unknown
+    seed, another number of probes), they add up. Exact spectra give exact changes.
 
     near_zero_tol: |lambda| that counts as near zero. Raises InputError unless both are densities and it is positive.
     """
@@ -114,25 +109,28 @@ def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NE
     before, after = summarize(a, near_zero_tol), summarize(b, near_zero_tol)
     changes = {}
     for name in before:
-        limits = partial(_apart, before[name], after[name])
+        limits = ratio_limits = partial(_apart, before[name], after[name])
         if name in MEANS and independent:
-            limits = partial(_in_quadrature, before[name], after[name])
+            limits = ratio_limits = partial(_in_quadrature, before[name], after[name])
         elif name in MEANS and paired and len(a.rules) > 1:
-            limits = _Pairs(_sampled(a, name, before[name]), _sampled(b, name, after[name])).limits
-        changes[name] = _change(name, before[name], after[name], limits, paired)
+            pairs = _Pairs(_sampled(a, name, before[name]), _sampled(b, name, after[name]))
+            limits, ratio_limits = pairs.limits, pairs.ratio_limits
+        difference = _difference(name, before[name], after[name], limits)
+        ratio = _ratio(before[name], after[name], ratio_limits)
+        changes[name] = Change(name, before[name], after[name], *_agreed(difference, ratio, before[name]), paired)
     return changes
 
 
-def _change(name: str, before: Estimate, after: Estimate, limits: Limits, paired: bool) -> Change:
+def _difference(name: str, before: Estimate, after: Estimate, limits: Limits) -> Estimate:
     low, high = limits(1.0)
     value = after.value - before.value
     difference = Estimate(value, min(low, value), max(high, value))
     causes = [estimate.reason for estimate in (before, after) if not estimate.resolved]
     wide = name.endswith("_share") and difference.half_width > RESOLVED_HALF_WIDTH
-    if wide or (name in ENDS and causes) or not math.isfinite(difference.half_width):
-        cause = causes[0] if causes else f"the change is known to +-{difference.half_width:.2g} only: use more probes"
-        difference = replace(difference, resolved=False, reason=cause)
-    return Change(name, before, after, difference, _ratio(before, after, limits), paired)
+    if not (wide or (name in ENDS and causes) or not math.isfinite(difference.half_width)):
+        return difference
+    cause = causes[0] if causes else f"the change is known to +-{difference.half_width:.2g} only: use more probes"
+    return replace(difference, resolved=False, reason=cause)
 
 
 def _ratio(before: Estimate, after: Estimate, limits: Limits) -> Estimate:
@@ -158,6 +156,21 @@ def _edge(limits: Limits, inside: float, outside: float) -> float:
         else:
             outside = middle
     return outside
+
+
+def _agreed(difference: Estimate, ratio: Estimate, before: Estimate) -> tuple[Estimate, Estimate]:
+    """Where one of them tells a change from none and the other does not, the other takes its word:
+    difference = (ratio - 1) * before."""
+    if not ratio.resolved or ratio.low <= 0:
+        return difference, ratio
+    steady, same = difference.low <= 0 <= difference.high, ratio.low <= 1 <= ratio.high
+    if steady and not same:
+        ends = [(end - 1) * by for end in (ratio.low, ratio.high) for by in (before.low, before.high)]
+        difference = replace(difference, low=max(difference.low, min(ends)), high=min(difference.high, max(ends)))
+    elif same and not steady:
+        ends = [1 + end / by for end in (difference.low, difference.high) for by in (before.low, before.high)]
+        ratio = replace(ratio, low=max(ratio.low, min(ends)), high=min(ratio.high, max(ends)))
+    return difference, ratio
 
 
 # -- intervals of after - factor * before
@@ -205,14 +218,22 @@ class _Pairs:
 
     def limits(self, factor: float) -> tuple[float, float]:
         """The interval of after - factor * before."""
+        return self._limits(factor, factor)
+
+    def ratio_limits(self, factor: float) -> tuple[float, float]:
+        """The same where little is known of pairs: only what the measured ratio leaves of `after` varies as the pairs
+        do, the rest is a multiple of `before`, whose variance is known."""
+        return self._limits(factor, self.b.estimate.value / self.a.estimate.value)
+
+    def _limits(self, factor: float, pivot: float) -> tuple[float, float]:
         a, b = self.a, self.b
         value = b.estimate.value - factor * a.estimate.value
-        student = student_interval(b.values - factor * a.values).half_width
-        least = self._mean(self._after - factor * self._before)
-        first, second = factor * self._mean(self._before)[0], self._mean(self._after)[0]
-        seen = max(first**2 + second**2 - 2 * self._correlation * first * second, 0.0)
+        student = student_interval(b.values - pivot * a.values).half_width
+        first, second = self._mean(self._before)[0], self._mean(self._after)[0]
+        seen = max((pivot * first) ** 2 + second**2 - 2 * self._correlation * pivot * first * second, 0.0)
         half = max(student, normal_quantile() * math.sqrt(seen))
-        bound = sampling_interval(value, *least)
+        half = math.hypot(half, normal_quantile() * (factor - pivot) * first)
+        bound = sampling_interval(value, *self._mean(self._after - factor * self._before))
         room = abs(b.drift - factor * a.drift) + b.rounding + factor * a.rounding
         low, high = min(bound.low, value - half) - room, max(bound.high, value + half) + room
         lowest, highest = _apart(a.estimate, b.estimate, factor)
@@ -322,5 +343,5 @@ def _spelled(estimate: Estimate, unit: str = "", sign: str = "") -> str:
     if half > 0 and math.isfinite(half) and max(abs(estimate.low), abs(estimate.high)) < 1e6:
         exponent = math.floor(math.log10(half))
         decimals = max(0, (half < 3.55 * 10**exponent) - exponent)
-        style = f"z.{decimals}f" if decimals <= 6 else style
+        style = f"z.{decimals}f" if decimals <= 4 else style
     return f"{estimate.value:{sign}{style}}{unit} [{estimate.low:{style}}, {estimate.high:{style}}]"

@@ -98,10 +98,15 @@ class EnginePick:
 
     def _candidates(self, vectors: torch.Tensor, single: float) -> list[str]:
         """What may beat "reverse", which took `single` seconds a vector."""
-        batch = len(vectors) > 1 and self.op.graph_bytes() * len(vectors) < memory.available(vectors.device) // 2
+        batch = len(vectors) > 1 and self._batch_fits(vectors)
         capture = vectors.device.type == "cuda" and self.op.keeps_every_graph and single < CAPTURE_BELOW
         ways = {"batched": batch, "captured": capture, "captured batched": batch and capture}
         return [way for way, possible in ways.items() if possible]
+
+    def _batch_fits(self, vectors: torch.Tensor) -> bool:
+        """Whether as many products as there are vectors may be under way at once."""
+        once = self.op.footprint().product(max(self.op.objective.rows))
+        return len(vectors) * once < memory.available(vectors.device) // 2
 
     def _seconds(self, way: str, vectors: torch.Tensor) -> tuple[float, torch.Tensor]:
         took, images = self._timed(way, vectors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
@@ -14,14 +13,15 @@ from torch import nn
 from spectra import distributed, engines, memory
 from spectra.engine_pick import EnginePick
 from spectra.errors import InputError, NonFiniteError
+from spectra.footprint import Footprint, measure_footprint
 from spectra.isolation import differentiating, isolated, random_states_kept, requiring_grad, unwrap
 from spectra.objective import Objective, Piece
 from spectra.operators import LinearOperator, Preflight
 from spectra.parameters import ParameterSpace, Selection
+from spectra.precision import in_precision, lifted, one_dtype
 from spectra.vectors import norm
 
 GRAPHS = ("auto", "keep", "rebuild")
-PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 
 class HessianOperator(LinearOperator):
@@ -69,11 +69,11 @@ class HessianOperator(LinearOperator):
         if graph not in GRAPHS:
             raise InputError(f"graph must be one of {', '.join(GRAPHS)}, got {graph!r}")
         given = unwrap(model)
-        model = _in_precision(given, precision)
+        model = in_precision(given, precision)
         self.model, self.training, self.graph = model, training, graph
         self.space = ParameterSpace(model, params)
-        self.dtype = _one_dtype(model, self.space)
-        self.notes = _lifted(given, self.space, self.dtype)  # what a record should say of how this was measured
+        self.dtype = one_dtype(model, self.space)
+        self.notes = lifted(given, self.space, self.dtype)  # what a record should say of how this was measured
         self.device = self.space.parameters[0].device
         self._engine = EnginePick(self, engine)
         # a graph that is to be captured has to be built on the stream that it is captured on
@@ -85,9 +85,9 @@ class HessianOperator(LinearOperator):
         if spread == "batches":
             self.objective = self.objective.only(_this_ranks(self.objective.pieces))
         self._context = context or contextlib.nullcontext
-        self._kept: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._kept: dict[int, engines.Gradient] = {}
         self._forward: dict[int, engines.ForwardOverReverse] = {}
-        self._graph_bytes: int | None = None
+        self._footprint: Footprint | None = None
         self._loss: float | None = None
         self._linearity_gap: float | None = None
         self._gradient: torch.Tensor | None = None
@@ -174,25 +174,23 @@ class HessianOperator(LinearOperator):
         """Whether no product has to build a graph again."""
         return len(self._kept) == len(self.objective.pieces)
 
-    def graph_bytes(self) -> int:
-        """Memory of the largest piece's graph, measured once by building it."""
-        if self._graph_bytes is None:
-            with random_states_kept(self.device), self._on_stream(), memory.metering() as meter:
-                self._build(max(self.objective.pieces, key=lambda piece: piece.share))
-            self._graph_bytes = meter.bytes
-        return self._graph_bytes
+    def footprint(self) -> Footprint:
+        """What a microbatch takes in memory, measured once on a few rows."""
+        if self._footprint is None:
+            with random_states_kept(self.device), self._on_stream():
+                self._footprint = measure_footprint(self)
+        return self._footprint
 
     def lighten(self) -> str:
         """Need less memory from here on: rebuild graphs instead of keeping them, then halve the microbatches. What
         changed, in words; "" where nothing is left to do."""
-        rows = self.objective.largest_rows
+        rows = max(self.objective.rows)
         if self.graph != "rebuild":
             self.graph, change = "rebuild", "graphs rebuilt at every product"
         elif rows > 1:
             self.objective, change = self.objective.halved(), f"{(rows + 1) // 2} rows at a time"
         else:
             return ""
-        self._graph_bytes = None
         self.refresh()
         return change
 
@@ -228,8 +226,14 @@ class HessianOperator(LinearOperator):
         if way == "forward":
             return self._forward_over_reverse(index, piece, vectors)
         keep = index in self._kept
-        gradient = self._kept[index] if keep else self._build(piece)[1]
-        multiply = engines.batched if way == "batched" else engines.reverse
+        gradient = self._kept[index] if keep else self.build(piece)[1]
+        return self.through(gradient, vectors, keep=keep, batched=way == "batched")
+
+    def through(
+        self, gradient: engines.Gradient, vectors: torch.Tensor, *, keep: bool, batched: bool = False
+    ) -> torch.Tensor:
+        """The products of the rows of `vectors` (k, n) with the derivative of a gradient that has its graph."""
+        multiply = engines.batched if batched else engines.reverse
         with requiring_grad(self.model, self.space.parameters), differentiating(self.device):
             return multiply(gradient, self.space, vectors, keep=keep)
 
@@ -245,7 +249,7 @@ class HessianOperator(LinearOperator):
         ):
             return self._forward[index](vectors)
 
-    def _build(self, piece: Piece) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def build(self, piece: Piece) -> tuple[torch.Tensor, engines.Gradient]:
         """The piece's weighted loss, and its gradient with a graph that can be differentiated again."""
         parameters = self.space.parameters
         with isolated(self.model, training=self.training), requiring_grad(self.model, parameters), self._context():
@@ -264,10 +268,10 @@ class HessianOperator(LinearOperator):
         if self._loss is not None:
             return
         loss, total = 0.0, torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-        room = self._pieces_that_fit()
+        room = self.pieces_that_fit()
         with random_states_kept(self.device), self._on_stream():
             for index, piece in enumerate(self.objective.pieces):
-                value, gradient = self._build(piece)
+                value, gradient = self.build(piece)
                 flat = self.space.flatten([g.detach() for g in gradient])
                 self._check_finite(flat, f"the gradient of {piece.name}")
                 loss += value.item()
@@ -279,13 +283,26 @@ class HessianOperator(LinearOperator):
             loss = distributed.sum_(torch.tensor(loss, dtype=torch.float64, device=self.device)).item()
         self._loss, self._gradient, self._versions = loss, total, versions
 
-    def _pieces_that_fit(self) -> int:
-        pieces = self.objective.pieces
-        if self.graph == "rebuild":
-            return 0
-        if self.graph == "keep" or len(pieces) == 1:  # a single graph has to fit whether it is kept or not
-            return len(pieces)
-        return int(memory.available(self.device) // 2 // max(self.graph_bytes(), 1))
+    def pieces_that_fit(self) -> int:
+        """How many of the first microbatches' graphs are kept: with "auto", those that half of the free memory holds,
+        after cutting microbatches that would not leave room for a product."""
+        if self.graph != "auto":
+            return len(self.objective.pieces) if self.graph == "keep" else 0
+        if len(self.objective.pieces) == 1 and self.objective.rows[0] == 1:
+            return 1  # nothing to choose
+        free = memory.available(self.device)
+        while max(self.objective.rows) > 1 and self._needs(max(self.objective.rows)) > 0.8 * free:
+            self.objective = self.objective.halved()
+            self.notes.append(f"memory for {max(self.objective.rows)} rows at a time")
+        room = free // 2
+        for kept, rows in enumerate(self.objective.rows):
+            room -= self.footprint().graph(rows)
+            if room < 0:
+                return max(kept, 1 if len(self.objective.pieces) == 1 else 0)
+        return len(self.objective.pieces)
+
+    def _needs(self, rows: int) -> int:
+        return self.footprint().graph(rows) + self.footprint().product(rows)
 
     def _check_finite(self, flat: torch.Tensor, what: str) -> None:
         bad = ~torch.isfinite(flat)
@@ -305,36 +322,3 @@ def _this_ranks(pieces: tuple[Piece, ...]) -> list[Piece]:
             "cut them with microbatch="
         )
     return distributed.mine(sorted(pieces, key=lambda piece: -piece.share))
-
-
-def _in_precision(model: nn.Module, precision: str | None) -> nn.Module:
-    if precision is None:
-        return model
-    if precision not in PRECISIONS:
-        raise InputError(f"precision must be one of {', '.join(PRECISIONS)} or None, got {precision!r}")
-    return copy.deepcopy(model).to(PRECISIONS[precision])
-
-
-def _lifted(given: nn.Module, space: ParameterSpace, dtype: torch.dtype) -> list[str]:
-    """Says so where the measured parameters are copies in another precision than the model's own."""
-    own = dict(given.named_parameters())
-    before = {str(own[name].dtype).removeprefix("torch.") for name in space.names} - {str(dtype).removeprefix("torch.")}
-    if not before:
-        return []
-    return [f"{', '.join(sorted(before))} weights, measured in a {str(dtype).removeprefix('torch.')} copy"]
-
-
-def _one_dtype(model: nn.Module, space: ParameterSpace) -> torch.dtype:
-    narrow = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32, torch.float64}
-    if narrow:
-        raise InputError(
-            f"the model holds {', '.join(sorted(map(str, narrow)))} weights, float32 or float64 is expected: their "
-            "rounding drowns small eigenvalues; pass precision='float32' to measure a float32 copy"
-        )
-    chosen = {p.dtype for p in space.parameters}
-    if len(chosen) > 1:
-        raise InputError(
-            f"the chosen parameters must share one dtype, got {', '.join(sorted(map(str, chosen)))}; "
-            "pass precision='float32' or 'float64'"
-        )
-    return chosen.pop()

@@ -85,7 +85,8 @@ class Recurrence:
 
     def tridiagonals(self) -> list[Tridiagonal]:
         """What has been found so far, for each start vector."""
-        alphas, betas = np.array(self._alphas), np.array(self._betas)
+        shape = len(self._alphas), len(self._lengths)
+        alphas, betas = np.reshape(self._alphas, shape), np.reshape(self._betas, shape)
         return [
             Tridiagonal(alphas[:m, row], betas[:m, row], None if self._basis is None else self._basis[row, :m])
             for row, m in enumerate(self._lengths)

@@ -1,12 +1,15 @@
-"""How much memory is free, and how much a graph holds."""
+"""How much memory is free, and how much a computation takes."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
@@ -33,24 +36,37 @@ def _machine_available() -> int:
     return 4 << 30  # no /proc here: assume a small machine
 
 
-class GraphMeter:
-    """Counts the bytes that autograd saves for backward inside `metering`, each storage once."""
+class AllocationMeter(TorchDispatchMode):
+    """Counts the bytes of tensors that operations inside make: `live` now, and their `peak`.
+
+    Each storage counts once, from the operation that made it until nothing refers to it. What was there before, such as
+    parameters, does not count; neither do the workspaces of libraries nor what an allocator keeps for later.
+    """
 
     def __init__(self) -> None:
-        self.bytes = 0
-        self._seen: set[int] = set()
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
 
-    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
-        return tensor
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        out = func(*args, **kwargs)
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self._known or key in before:
+                continue
+            self._known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._freed, key, size)
+        return out
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
 
 
-@contextlib.contextmanager
-def metering() -> Iterator[GraphMeter]:
-    """Measure the graph built inside: `with metering() as meter: ...; meter.bytes`. Parameters count too."""
-    meter = GraphMeter()
-    with torch.autograd.graph.saved_tensors_hooks(meter._count, lambda tensor: tensor):
-        yield meter
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -63,9 +63,15 @@ class Objective:
         self.pieces: tuple[Piece, ...] = tuple(self._cut(as_batches(batches), microbatch))
 
     @property
-    def largest_rows(self) -> int:
-        """Rows of the largest piece."""
-        return max(_rows(piece.batch) for piece in self.pieces)
+    def rows(self) -> list[int]:
+        """Rows of each piece."""
+        return [_rows(piece.batch) for piece in self.pieces]
+
+    def some_rows(self, count: int) -> Piece:
+        """The first rows of the largest piece."""
+        piece = max(self.pieces, key=lambda piece: _rows(piece.batch))
+        rows = _rows(piece.batch)
+        return Piece(_slice(piece.batch, 0, min(count, rows), rows), piece.share, f"{piece.name}, {count} rows")
 
     def only(self, pieces: Sequence[Piece]) -> Objective:
         """The part of the objective that these pieces carry: a term of the sum, with the shares as they are."""
@@ -75,7 +81,7 @@ class Objective:
 
     def halved(self) -> Objective:
         """The same objective with its larger pieces cut in two."""
-        most = (self.largest_rows + 1) // 2
+        most = (max(self.rows) + 1) // 2
         return self.only([part for piece in self.pieces for part in self._split(piece, most)])
 
     def _split(self, piece: Piece, most: int) -> Iterator[Piece]:

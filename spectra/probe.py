@@ -28,7 +28,7 @@ from spectra.stochastic_lanczos import outliers, slq, vectors_that_fit
 from spectra.vectors import norm
 
 NEAR_ZERO = 1.5e-3  # |lambda| under which the WinQ paper (arXiv 2605.17471) calls an eigenvalue near zero
-DEFLATED = 10  # outliers by default: more cost more to find than they save the recurrence
+DEFLATED = 20  # outliers by default: on small language models the interval of the RMS eigenvalue is then 1.5 % wide
 SYMMETRIC = 1e-3  # a gap above this is noted in the record
 
 OperatorBuilder = Callable[..., Any]
@@ -49,10 +49,10 @@ class SpectrumProbe:
     every: steps between measurements; `step(i)` measures where i is a multiple. out: a run folder to append to
     (`spectra.Run`); without it the records stay in `probe.records`.
     modes: name -> builder of the operator to measure, called as builder(model, batches, params=, loss=, microbatch=),
-    with engine=, precision= and spread= where they are given, and returning a HessianOperator or a MeanOperator of them; by
-    default {"full": HessianOperator}.
+    with engine=, precision= and spread= where they are given, and returning a HessianOperator or a MeanOperator of
+    them; by default {"full": HessianOperator}.
     probes, steps, seed, reorthogonalize: see `spectra.slq`. deflate: how many outliers to take out of the recurrence,
-    found from those of the last checkpoint; by default 10 where the search for them fits in a quarter of free memory.
+    found from those of the last checkpoint; by default 20 where the search for them fits in a quarter of free memory.
     near_zero_tol: |lambda| that counts as near zero.
     spread: "probes" or "batches" over the ranks of torch.distributed (`spectra.distributed`), which then all make the
     same calls; the first one writes.
@@ -107,8 +107,9 @@ class SpectrumProbe:
         self.records: list[SpectrumRecord] = []
         self._checks: dict[str, dict[str, float]] = {}
         self._outliers: dict[str, torch.Tensor] = {}  # by mode, the last checkpoint's deflated vectors
-        writes = out is not None and distributed.rank() == 0
-        self.run = None if not writes else Run.create(out, {**self._settings(), **(config or {})})
+        self.run = None
+        if out is not None and distributed.rank() == 0:
+            self.run = Run.create(out, {**self._settings(), **(config or {})})
 
     def step(self, i: int) -> list[SpectrumRecord]:
         """Call once a training step: measures where i is a multiple of `every`, and returns the new records."""

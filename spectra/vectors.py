@@ -10,7 +10,7 @@ import math
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -70,13 +70,14 @@ def gaussian(op: LinearOperator, *, seed: int, index: int, stream: str) -> torch
     seeds s and s + 1 have no vector in common, and the stretches can be drawn side by side.
     """
     n, dtype = op.shape[0], torch.float64 if op.dtype == torch.float64 else torch.float32
-    numbers = np.empty(n, dtype=np.float64 if dtype == torch.float64 else np.float32)
+    kind: Any = np.float64 if dtype == torch.float64 else np.float32
+    numbers = np.empty(n, dtype=kind)
     parts = [numbers[start : start + STRETCH] for start in range(0, n, STRETCH)]
     key = [seed & 0xFFFFFFFFFFFFFFFF, index, zlib.crc32(stream.encode())]
 
     def fill(number: int) -> None:
         source = np.random.Generator(np.random.SFC64(np.random.SeedSequence([*key, number])))
-        source.standard_normal(out=parts[number], dtype=numbers.dtype)
+        source.standard_normal(out=parts[number], dtype=kind)
 
     if len(parts) == 1:
         fill(0)

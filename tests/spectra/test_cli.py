@@ -91,6 +91,59 @@ def test_a_study_is_drawn_by_its_last_spectra(tmp_path, capsys):
     assert (study.folder / "density.png").is_file()
 
 
+def test_compare_says_what_changed(tmp_path, capsys):
+    """Steps 0 and 20 of a run whose spectrum shrinks by a fifth."""
+    run = run_folders.run_folder(tmp_path / "a")
+    capsys.readouterr()
+    assert main(["compare", str(run.folder)]) == 0
+    heading, columns, *lines = capsys.readouterr().out.splitlines()
+    assert heading == f"{run.folder} step 0 (start), full -> {run.folder} step 20 (end), full, the same probes"
+    assert columns.split() == ["quantity", "before", "after", "change"]
+    assert len(lines) == len(run.records[0].estimates)
+    (largest,) = [line for line in lines if line.startswith("largest eigenvalue")]
+    assert largest.split("eigenvalue")[1].split() == ["8", "6.4", "fell", "by", "20", "%", "[20,", "20]"]
+    assert any(line.startswith("near-zero share (|λ| < 0.001)") for line in lines)
+    starts = {line.index(word) for line in lines for word in ("fell by", "did not", "became") if word in line}
+    assert starts == {columns.index("change")}  # aligned
+    assert main(["compare", str(run.folder), "--from", "10"]) == 0
+    assert "fell by 11.11 % [11.11, 11.11]" in capsys.readouterr().out
+
+
+def test_compare_takes_both_sides_of_a_reset_and_two_runs(tmp_path, capsys):
+    run = run_folders.run_folder(tmp_path / "a", marks=run_folders.RESETS)
+    other = run_folders.run_folder(tmp_path / "b", marks=((0, ""), (20, "")), batches="others")
+    capsys.readouterr()
+    assert main(["compare", str(run.folder), "--from", "10", "--to", "10"]) == 0
+    reset = capsys.readouterr().out
+    assert "step 10 (before-reset), full -> " in reset
+    assert "rose by 33.33 % [33.33, 33.33]" in reset
+    assert main(["compare", str(run.folder), str(other.folder)]) == 0
+    last = capsys.readouterr().out
+    assert last.startswith(f"{run.folder} step 20 (end), full -> {other.folder} step 20, full")
+    assert "note: the two runs measured different batches" in last
+    assert main(["compare", str(run.folder), str(other.folder), "--to", "0"]) == 0
+    assert f"{run.folder} step 0 (start), full -> {other.folder} step 0, full" in capsys.readouterr().out
+
+
+def test_compare_refuses_in_one_line(tmp_path, capsys):
+    folder = str(run_folders.run_folder(tmp_path / "a").folder)
+    study = run_folders.study_folder(tmp_path / "study", bits=(2,))
+    bare = Run.create(tmp_path / "bare")
+    for step in (0, 1):
+        bare.append(run_folders.record(run_folders.density(), step=step))
+    capsys.readouterr()
+    for arguments, words in (
+        ([folder, "--to", "0"], "choose other steps with --from and --to"),
+        ([folder, "--from", "7"], "choose among 0, 10, 20"),
+        ([folder, "--mode", "ste"], "one of the modes full"),
+        ([folder, folder, "--from", "0"], "give --to alone"),
+        ([folder, str(tmp_path / "nowhere")], "there is no folder"),
+        ([str(study.folder)], "is a study"),
+        ([str(bare.folder)], "without Lanczos matrices"),
+    ):
+        assert words in refused(capsys, main(["compare", *arguments]))
+
+
 def test_a_terminal_gets_a_progress_bar(model, text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("spectra.cli.on_terminal", lambda: True)
     measure(model, text, tmp_path / "run")

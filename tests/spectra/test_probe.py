@@ -290,7 +290,7 @@ def test_a_bfloat16_model_is_measured_in_a_copy_where_asked_and_the_record_says_
 def test_outliers_are_deflated_by_default_and_their_number_is_in_the_settings(case):
     model, batches, _ = case
     probe = spectra.SpectrumProbe(model, batches, probes=2, steps=5)
-    assert probe._settings()["deflated"] == 10
+    assert probe._settings()["deflated"] == 20
     (record,) = probe.measure(0)
     (again,) = probe.measure(1)
     assert record.extras["linearity_gap"] < 1e-6
