@@ -12,10 +12,10 @@ import numpy as np
 
 from spectra.errors import InputError
 from spectra.estimates import CONFIDENCE, RESOLVED_HALF_WIDTH, Estimate
-from spectra.objective import _rows, _slice, as_batches
+from spectra.objective import as_batches, rows_between, rows_in
 from spectra.operators import LinearOperator, MeanOperator
 
-NEAR_ZERO = 1.5e-3  # as in `spectra.probe`, which imports this file
+NEAR_ZERO = 1.5e-3  # |lambda| under which the WinQ paper (arXiv 2605.17471) calls an eigenvalue near zero
 NOT_NEGATIVE = ("rms", "frobenius")
 
 
@@ -35,6 +35,11 @@ class NoiseSplit:
     bias: float
     total: Estimate
 
+    def to_dict(self) -> dict[str, float]:
+        """What a record keeps beside the estimate: both half-widths, the bias, and the ends of the total interval."""
+        parts = {"probes": self.probe_half_width, "batches": self.batch_half_width, "bias": self.bias}
+        return {**parts, "low": self.total.low, "high": self.total.high}
+
     def __str__(self) -> str:
         return f"{self.total}: probes +-{self.probe_half_width:.2g}, batches +-{self.batch_half_width:.2g}"
 
@@ -49,6 +54,7 @@ def batch_noise(
     seed: int = 0,
     deflate: int = 0,
     near_zero_tol: float = NEAR_ZERO,
+    full: Mapping[str, Estimate] | None = None,
 ) -> dict[str, NoiseSplit]:
     """Split the interval of each quantity of a spectrum into probe noise and batch noise.
 
@@ -62,9 +68,10 @@ def batch_noise(
     one group, else the batch noise comes out too small.
 
     build: a list of batches -> the operator of their mean loss. probes, steps, seed, deflate: see `spectra.slq`.
-    near_zero_tol: |lambda| that counts as near zero. Costs groups + 1 spectra, those with a group left out on fewer
-    batches. What probes see differently in different groups counts as batch noise too: with few probes on groups that
-    have little in common, the total is on the safe side.
+    near_zero_tol: |lambda| that counts as near zero. full: the estimates on all batches, where they are known.
+    Costs groups + 1 spectra, those with a group left out on fewer batches. What probes see differently in different
+    groups counts as batch noise too: with few probes on groups that have little in common, the total is on the safe
+    side.
     Raises InputError for less than two groups, for fewer rows than groups, for a group that counts no token, and for a
     loss that adds up over batches instead of averaging.
     """
@@ -84,7 +91,7 @@ def batch_noise(
 
     whole = build(list(itertools.chain(*parts)))
     weights = _checked(_weights(whole, parts), groups)
-    full = measure(whole)
+    full = measure(whole) if full is None else full
     left_out = [measure(build(list(itertools.chain(*parts[:j], *parts[j + 1 :])))) for j in range(groups)]
     return jackknife(full, left_out, weights)
 
@@ -149,7 +156,7 @@ def _grouped(batches: list[Any], groups: int) -> list[list[Any]]:
     if len(batches) >= groups:
         cuts = [len(batches) * j // groups for j in range(groups + 1)]
         return [batches[start:stop] for start, stop in itertools.pairwise(cuts)]
-    sizes = [_rows(batch) for batch in batches]
+    sizes = [rows_in(batch) for batch in batches]
     rows = sum(sizes)
     if rows < groups:
         fewer = f", or groups={rows}" if rows > 1 else ""
@@ -160,7 +167,7 @@ def _grouped(batches: list[Any], groups: int) -> list[list[Any]]:
     starts = [0, *itertools.accumulate(sizes)]
     return [
         [
-            _slice(batch, max(low - start, 0), min(high - start, size), size)
+            rows_between(batch, max(low - start, 0), min(high - start, size), size)
             for batch, start, size in zip(batches, starts, sizes, strict=False)
             if low < start + size and high > start
         ]
@@ -173,7 +180,7 @@ def _weights(operator: LinearOperator, parts: list[list[Any]]) -> list[float]:
     member = operator.operators[0] if isinstance(operator, MeanOperator) else operator
     objective = getattr(member, "objective", None)
     if objective is None:
-        return [float(sum(map(_rows, part))) for part in parts]
+        return [float(sum(map(rows_in, part))) for part in parts]
     if getattr(objective.loss, "reduction", None) == "sum":
         raise InputError("a loss that is a mean over the data is expected, got reduction='sum': pass reduction='mean'")
-    return [float(sum(objective._count(objective._complete(batch, 0)) for batch in part)) for part in parts]
+    return [float(sum(objective.count(objective.complete(batch, 0)) for batch in part)) for part in parts]

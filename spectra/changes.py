@@ -95,8 +95,8 @@ def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NE
     paired intervals (see `spectra.changes`), and a ratio r is in its interval if 0 is in that of after - r * before
     (Fieller, J. R. Stat. Soc. B 16, 1954). The ends of the spectrum and the counted shares get the difference of the
     two intervals, [low_b - high_a, high_b - low_a], as most of their width is no sampling error. Of two different seeds
-    the intervals' sides add in quadrature, as for any independent estimates; where some probes may be shared (an unknown
-    seed, another number of probes), they add up. Exact spectra give exact changes.
+    the intervals' sides add in quadrature, as for any independent estimates; where only some probes may be shared (an
+    unknown seed, another number of probes), they add up. Exact spectra give exact changes.
 
     near_zero_tol: |lambda| that counts as near zero. Raises InputError unless both are densities and it is positive.
     """

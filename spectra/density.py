@@ -228,7 +228,8 @@ class SpectralDensity:
     @cached_property
     def _measure(self) -> Measure:
         jacobi = [(self.alphas[row, :m], self.betas[row, :m]) for row, m in enumerate(self.lengths) if m]
-        return Measure(jacobi, self._sampled, self.atoms, self.counts, self.atom_residuals, self.noise)
+        noise = self.noise + (0.0 if self.exact else moments.leak(self.atoms, self.atom_residuals, 0.0))
+        return Measure(jacobi, self._sampled, self.atoms, self.counts, self.atom_residuals, noise)
 
     @cached_property
     def _residuals(self) -> list[np.ndarray]:

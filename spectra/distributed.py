@@ -11,12 +11,15 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import distributed
 
 from spectra.errors import InputError
+
+if TYPE_CHECKING:
+    from spectra.objective import Piece
 
 SPREADS = ("none", "probes", "batches")
 T = TypeVar("T")
@@ -75,6 +78,18 @@ def check_spread(spread: str, allowed: tuple[str, ...] = SPREADS) -> str:
 def mine(items: list[T]) -> list[T]:
     """Every `ranks()`-th of the items, from this rank's number on: together the ranks have each item once."""
     return items[rank() :: ranks()]
+
+
+def dealt(pieces: tuple[Piece, ...]) -> list[Piece]:
+    """This rank's microbatches, the largest dealt out first so that the ranks have about as much to do.
+
+    Raises InputError where there are fewer than ranks.
+    """
+    if len(pieces) < ranks():
+        raise InputError(
+            f"at least one batch a rank is expected, got {len(pieces)} for {ranks()} ranks: cut them with microbatch="
+        )
+    return mine(sorted(pieces, key=lambda piece: -piece.share))
 
 
 def sum_(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,10 @@ from spectra.errors import InputError, NonFiniteError
 from spectra.footprint import Footprint, measure_footprint
 from spectra.isolation import differentiating, isolated, random_states_kept, requiring_grad, unwrap
 from spectra.objective import Objective, Piece
-from spectra.operators import LinearOperator, Preflight
+from spectra.operators import GAP_TO_ROUNDING, LinearOperator, Preflight
 from spectra.parameters import ParameterSpace, Selection
-from spectra.precision import in_precision, lifted, one_dtype
-from spectra.vectors import norm
+from spectra.precision import LOWER, arithmetic, in_precision, lifted, one_dtype
+from spectra.vectors import gaussian, norm
 
 GRAPHS = ("auto", "keep", "rebuild")
 
@@ -41,7 +41,8 @@ class HessianOperator(LinearOperator):
     spread: "batches" leaves each rank of torch.distributed its part of the batches (of the microbatches, where those
     are asked for); loss, gradient and products are then summed over the ranks, which all have to ask for them.
     precision: "float32" or "float64" measures a copy of the model in that precision. Without it a model with bf16 or
-    fp16 weights is refused: their rounding is larger than most eigenvalues.
+    fp16 weights is refused: their rounding is larger than most eigenvalues. "tf32" and "bfloat16" make matrix products
+    in that precision, with float32 weights and sums; what they change is measured, noted, and widens the intervals.
 
     Weights changed in place, as optimizers do, are noticed and the graph is rebuilt; after writing through `.data`
     call `refresh()`. `close()` (or a `with` block) gives the memory of the graphs back.
@@ -74,22 +75,24 @@ class HessianOperator(LinearOperator):
         self.space = ParameterSpace(model, params)
         self.dtype = one_dtype(model, self.space)
         self.notes = lifted(given, self.space, self.dtype)  # what a record should say of how this was measured
+        self.precision: str | None = precision
         self.device = self.space.parameters[0].device
         self._engine = EnginePick(self, engine)
         # a graph that is to be captured has to be built on the stream that it is captured on
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.shape = (self.space.dimension, self.space.dimension)
-        cast = None if precision is None else self.dtype  # a copy in another precision takes inputs in it
+        cast = None if model is given else self.dtype  # a copy in another precision takes inputs in it
         self.objective = Objective(model, batches, loss, microbatch=microbatch, weight=weight, cast=cast)
         self.spread = distributed.check_spread(spread, ("none", "batches"))
         if spread == "batches":
-            self.objective = self.objective.only(_this_ranks(self.objective.pieces))
+            self.objective = self.objective.only(distributed.dealt(self.objective.pieces))
         self._context = context or contextlib.nullcontext
         self._kept: dict[int, engines.Gradient] = {}
         self._forward: dict[int, engines.ForwardOverReverse] = {}
         self._footprint: Footprint | None = None
         self._loss: float | None = None
         self._linearity_gap: float | None = None
+        self._precision_error: float | None = None
         self._gradient: torch.Tensor | None = None
         self._versions: tuple[tuple[int, int], ...] = ()
 
@@ -119,7 +122,7 @@ class HessianOperator(LinearOperator):
                 f"the loss is not a deterministic function: its gradient changed by {repeatability:.1%} between two "
                 "evaluations; switch off sampling in the forward pass or measure with training=False"
             )
-        return Preflight(self.symmetry_gap(), self.linearity_gap(), repeatability)
+        return Preflight(self.symmetry_gap(), self.linearity_gap(), repeatability, self.precision_error())
 
     def linearity_gap(self, *, seed: int = 0) -> float:
         """See `LinearOperator.linearity_gap`; measured once at the current weights."""
@@ -133,12 +136,38 @@ class HessianOperator(LinearOperator):
         """The engine that multiplied last, "" before the first product."""
         return self._engine.used
 
+    def precision_error(self) -> float:
+        """||(A - A') u|| / ||A' u|| for a random u, with A' the operator in float32: what "tf32" or "bfloat16" changes,
+        measured once at the current weights. Zero where no lower precision was asked for."""
+        if self.precision not in LOWER:
+            return 0.0
+        self._prepare()
+        if self._precision_error is None:
+            vector = gaussian(self, seed=0, index=0, stream="precision")[None]
+            lower = self.rows(vector)
+            precision, self.precision = self.precision, None
+            try:
+                with random_states_kept(self.device), self._on_stream():
+                    products = [self.through(self.build(p)[1], vector, keep=False) for p in self.objective.pieces]
+                    higher = torch.stack(products).sum(dim=0)
+            finally:
+                self.precision = precision
+            if self.spread == "batches":
+                distributed.sum_(higher)
+            self._precision_error = norm((lower - higher)[0]) / norm(higher[0])
+            self.notes.append(f"products in {precision}, {self._precision_error:.1e} off those in float32")
+        return self._precision_error
+
+    def rounding(self) -> float:
+        """See `LinearOperator.rounding`; a lower precision moves eigenvalues by what it changes of a product."""
+        return max(super().rounding(), GAP_TO_ROUNDING * self.precision_error())
+
     def refresh(self) -> None:
         """Forget everything computed at earlier weights."""
         self._engine.forget()
         self._kept.clear()
         self._forward.clear()
-        self._loss = self._gradient = self._linearity_gap = None
+        self._loss = self._gradient = self._linearity_gap = self._precision_error = None
 
     def close(self) -> None:
         """Give back the memory of the kept graphs; the operator stays usable and rebuilds them when asked."""
@@ -234,7 +263,7 @@ class HessianOperator(LinearOperator):
     ) -> torch.Tensor:
         """The products of the rows of `vectors` (k, n) with the derivative of a gradient that has its graph."""
         multiply = engines.batched if batched else engines.reverse
-        with requiring_grad(self.model, self.space.parameters), differentiating(self.device):
+        with requiring_grad(self.model, self.space.parameters), differentiating(self.device), self._arithmetic():
             return multiply(gradient, self.space, vectors, keep=keep)
 
     def _forward_over_reverse(self, index: int, piece: Piece, vectors: torch.Tensor) -> torch.Tensor:
@@ -245,14 +274,19 @@ class HessianOperator(LinearOperator):
         with (
             isolated(self.model, training=self.training, attention=("eager",)),
             self._context(),
+            self._arithmetic(),
             torch.compiler.set_stance("default"),
         ):
             return self._forward[index](vectors)
 
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return arithmetic(self.precision, self.device)
+
     def build(self, piece: Piece) -> tuple[torch.Tensor, engines.Gradient]:
         """The piece's weighted loss, and its gradient with a graph that can be differentiated again."""
         parameters = self.space.parameters
-        with isolated(self.model, training=self.training), requiring_grad(self.model, parameters), self._context():
+        measuring = isolated(self.model, training=self.training)
+        with measuring, requiring_grad(self.model, parameters), self._context(), self._arithmetic():
             loss = self.objective.forward(piece, self.device) * piece.share
             if not loss.requires_grad:
                 return loss, tuple(torch.zeros_like(p) for p in parameters)
@@ -312,13 +346,3 @@ class HessianOperator(LinearOperator):
                 f"{what} is not finite in parameter '{name}' ({int(bad.sum())} of {len(flat)} entries); "
                 "check the model's weights, or measure in float64 with precision='float64'"
             )
-
-
-def _this_ranks(pieces: tuple[Piece, ...]) -> list[Piece]:
-    """The rank's pieces, the largest dealt out first so that the ranks have about as much to do."""
-    if len(pieces) < distributed.ranks():
-        raise InputError(
-            f"at least one batch a rank is expected, got {len(pieces)} for {distributed.ranks()} ranks: "
-            "cut them with microbatch="
-        )
-    return distributed.mine(sorted(pieces, key=lambda piece: -piece.share))

@@ -107,8 +107,7 @@ class Recurrence:
         alpha = row_dots(residuals, vectors)
         residuals.addcmul_(vectors, alpha[:, None].to(vectors.dtype), value=-1)
         if self._basis is not None:
-            for residual, basis in zip(residuals, self._basis, strict=True):
-                orthogonalize_(residual, basis[: step + 1])
+            _orthogonalize_each_(residuals, self._basis[:, : step + 1])
         beta = row_dots(residuals, residuals).sqrt()
         alphas, betas = torch.stack([alpha, beta]).cpu().numpy()  # the step's one wait for the device
         if not np.isfinite(alphas + betas).all():
@@ -154,6 +153,13 @@ def orthogonalize_(vector: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     correction = basis @ vector
     vector.sub_(correction @ basis)
     return total + correction
+
+
+def _orthogonalize_each_(vectors: torch.Tensor, bases: torch.Tensor) -> None:
+    """`orthogonalize_` for each row of `vectors` (k, n) and its own basis (k, m, n)."""
+    for _ in range(2):
+        coefficients = torch.bmm(bases, vectors[:, :, None])
+        vectors.sub_(torch.bmm(coefficients.transpose(1, 2), bases)[:, 0])
 
 
 def choose_policy(op: LinearOperator, steps: int, reorthogonalize: str) -> str:

@@ -65,13 +65,13 @@ class Objective:
     @property
     def rows(self) -> list[int]:
         """Rows of each piece."""
-        return [_rows(piece.batch) for piece in self.pieces]
+        return [rows_in(piece.batch) for piece in self.pieces]
 
     def some_rows(self, count: int) -> Piece:
         """The first rows of the largest piece."""
-        piece = max(self.pieces, key=lambda piece: _rows(piece.batch))
-        rows = _rows(piece.batch)
-        return Piece(_slice(piece.batch, 0, min(count, rows), rows), piece.share, f"{piece.name}, {count} rows")
+        piece = max(self.pieces, key=lambda piece: rows_in(piece.batch))
+        rows = rows_in(piece.batch)
+        return Piece(rows_between(piece.batch, 0, min(count, rows), rows), piece.share, f"{piece.name}, {count} rows")
 
     def only(self, pieces: Sequence[Piece]) -> Objective:
         """The part of the objective that these pieces carry: a term of the sum, with the shares as they are."""
@@ -85,16 +85,16 @@ class Objective:
         return self.only([part for piece in self.pieces for part in self._split(piece, most)])
 
     def _split(self, piece: Piece, most: int) -> Iterator[Piece]:
-        rows = _rows(piece.batch)
+        rows = rows_in(piece.batch)
         if rows <= most:
             yield piece
             return
         summed = getattr(self.loss, "reduction", None) == "sum"
-        whole = self._count(piece.batch)
+        whole = self.count(piece.batch)
         for start in range(0, rows, most):
             stop = min(start + most, rows)
-            part = _slice(piece.batch, start, stop, rows)
-            count = self._count(part)
+            part = rows_between(piece.batch, start, stop, rows)
+            count = self.count(part)
             if count > 0:
                 share = piece.share if summed else piece.share * count / whole
                 yield Piece(part, share, f"{piece.name}, part {start} to {stop - 1}")
@@ -138,15 +138,15 @@ class Objective:
     def _cut(self, batches: Sequence[Any], microbatch: int | None) -> Iterator[Piece]:
         named: list[tuple[Any, float, str]] = []
         for index, raw in enumerate(batches):
-            batch = self._complete(raw, index)
-            rows = _rows(batch)
+            batch = self.complete(raw, index)
+            rows = rows_in(batch)
             if microbatch is None or microbatch >= rows:
-                named.append((batch, self._count(batch), f"batch {index}"))
+                named.append((batch, self.count(batch), f"batch {index}"))
                 continue
             for start in range(0, rows, microbatch):
                 stop = min(start + microbatch, rows)
-                part = _slice(batch, start, stop, rows)
-                named.append((part, self._count(part), f"batch {index}, rows {start} to {stop - 1}"))
+                part = rows_between(batch, start, stop, rows)
+                named.append((part, self.count(part), f"batch {index}, rows {start} to {stop - 1}"))
         total = sum(count for _, count, _ in named)
         if not total > 0:
             raise InputError(
@@ -158,7 +158,7 @@ class Objective:
             if count > 0:
                 yield Piece(batch, 1.0 if summed else count / total, name)
 
-    def _complete(self, batch: Any, index: int) -> Any:
+    def complete(self, batch: Any, index: int) -> Any:
         """The batch as the model gets it, checked. Language-model batches gain labels where they lack them."""
         if isinstance(batch, Mapping):
             batch = dict(batch)
@@ -174,18 +174,19 @@ class Objective:
             f"batch {index} must be a mapping of tensors or a pair (inputs, targets), got {type(batch).__name__}"
         )
 
-    def _count(self, batch: Any) -> float:
+    def count(self, batch: Any) -> float:
+        """c_b: how many terms the loss of a completed batch averages."""
         if self._weight is not None:
             return float(self._weight(batch))
         if isinstance(batch, Mapping):
             labels = batch.get("labels")
             if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
-                return float(_rows(batch))
+                return float(rows_in(batch))
             shifted = labels.ndim > 1 and self.loss is None and shifts_labels(self.model)
             return float(((labels[..., 1:] if shifted else labels) != IGNORED).sum())
         targets = batch[1]
         if not isinstance(targets, torch.Tensor) or targets.is_floating_point():
-            return float(_rows(batch))
+            return float(rows_in(batch))
         return float((targets != getattr(self.loss, "ignore_index", IGNORED)).sum())
 
 
@@ -236,7 +237,8 @@ def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
             yield from tensors_of(value)
 
 
-def _rows(batch: Any) -> int:
+def rows_in(batch: Any) -> int:
+    """How many rows a batch has. Raises InputError for one without a tensor."""
     leading = batch.get("labels", batch.get("input_ids")) if isinstance(batch, Mapping) else batch[1]
     first = leading if isinstance(leading, torch.Tensor) else next(tensors_of(batch), None)
     if first is None:
@@ -244,13 +246,14 @@ def _rows(batch: Any) -> int:
     return first.shape[0] if first.ndim else 1
 
 
-def _slice(batch: Any, start: int, stop: int, rows: int) -> Any:
+def rows_between(batch: Any, start: int, stop: int, rows: int) -> Any:
+    """The rows from start to stop of a batch of `rows`; what has no such rows stays whole."""
     if isinstance(batch, torch.Tensor):
         return batch[start:stop] if batch.ndim and batch.shape[0] == rows else batch
     if isinstance(batch, Mapping):
-        return {key: _slice(value, start, stop, rows) for key, value in batch.items()}
+        return {key: rows_between(value, start, stop, rows) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(_slice(value, start, stop, rows) for value in batch)
+        return type(batch)(rows_between(value, start, stop, rows) for value in batch)
     return batch
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -24,12 +24,13 @@ class Preflight:
     """What a few products tell about an operator before it is trusted.
 
     symmetry_gap, linearity_gap: see `LinearOperator`. repeatability: relative difference of the gradient computed
-    twice from scratch; zero for a deterministic loss.
+    twice from scratch; zero for a deterministic loss. precision_error: what products in a lower precision are off.
     """
 
     symmetry_gap: float
     linearity_gap: float
     repeatability: float
+    precision_error: float = 0.0
 
 
 class LinearOperator:
@@ -126,6 +127,10 @@ class LinearOperator:
         scale = norm(whole)
         return norm(whole - self @ u - self @ v) / scale if scale > 0 else 0.0
 
+    def precision_error(self) -> float:
+        """What products in a lower precision than the vectors' are off, relative to them; 0 where there is none."""
+        return 0.0
+
     def rounding(self) -> float:
         """How far rounding may move an eigenvalue, relative to the norm of what a recurrence sees."""
         return max(ROUNDING_STEPS * torch.finfo(self.dtype).eps, GAP_TO_ROUNDING * self.linearity_gap())
@@ -204,6 +209,14 @@ class MeanOperator(LinearOperator):
             total += operator.rows(vectors)
         return total / len(self.operators)
 
+    def precision_error(self) -> float:
+        """The largest of the members'."""
+        return max(op.precision_error() for op in self.operators)
+
+    def rounding(self) -> float:
+        """The largest of the members'."""
+        return max(op.rounding() for op in self.operators)
+
     def blame(self, vectors: torch.Tensor) -> NoReturn:
         """The blame of the member whose product is not finite."""
         for operator in self.operators:
@@ -222,8 +235,7 @@ class MeanOperator(LinearOperator):
     def preflight(self) -> Preflight:
         """The worst of the members' checks."""
         checks = [op.preflight() for op in self._hessians()]
-        gaps = zip(*((c.symmetry_gap, c.linearity_gap, c.repeatability) for c in checks), strict=True)
-        return Preflight(*(max(each) for each in gaps))
+        return Preflight(*(max(gaps) for gaps in zip(*map(astuple, checks), strict=True)))
 
     @property
     def engine_used(self) -> str:
@@ -290,6 +302,10 @@ class DeflatedOperator(LinearOperator):
     def blame(self, vectors: torch.Tensor) -> NoReturn:
         """The blame of the operator deflated."""
         self.inner.blame(vectors)
+
+    def precision_error(self) -> float:
+        """That of the operator deflated."""
+        return self.inner.precision_error()
 
     def rounding(self) -> float:
         """That of the operator deflated."""

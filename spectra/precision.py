@@ -1,8 +1,14 @@
-"""In which precision a model is measured: its own float32 or float64, or that of a copy."""
+"""In which precision a model is measured: its own float32 or float64, that of a copy, or with faster matrix products.
+
+"float32" and "float64" are copies of the model. "tf32" and "bfloat16" keep float32 weights and vectors and round the
+inputs of matrix products to 10 or 7 bits of fraction, with sums in float32: faster where the hardware has units for it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -10,16 +16,38 @@ from torch import nn
 from spectra.errors import InputError
 from spectra.parameters import ParameterSpace
 
-PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+COPIES = {"float32": torch.float32, "float64": torch.float64}
+LOWER = ("tf32", "bfloat16")
+PRECISIONS = (*COPIES, *LOWER)
 
 
 def in_precision(model: nn.Module, precision: str | None) -> nn.Module:
-    """The model, or a copy of it in "float32" or "float64" where one is asked for."""
+    """The model, or a copy of it in the floating-point type that the precision asks for."""
     if precision is None:
         return model
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)} or None, got {precision!r}")
-    return copy.deepcopy(model).to(PRECISIONS[precision])
+    wanted = COPIES.get(precision, torch.float32)
+    if precision in LOWER and {p.dtype for p in model.parameters() if p.is_floating_point()} == {wanted}:
+        return model
+    return copy.deepcopy(model).to(wanted)
+
+
+@contextlib.contextmanager
+def arithmetic(precision: str | None, device: torch.device) -> Iterator[None]:
+    """Matrix products of the lower precisions inside; of any other, whatever the caller has set."""
+    if precision == "bfloat16":
+        with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
+            yield
+    elif precision == "tf32":
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+    else:
+        yield
 
 
 def lifted(given: nn.Module, space: ParameterSpace, dtype: torch.dtype) -> list[str]:

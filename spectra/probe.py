@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from spectra import distributed
+from spectra.batch_noise import NEAR_ZERO, batch_noise
 from spectra.density import SpectralDensity
 from spectra.eigs import Eigenpairs, default_basis
 from spectra.errors import InputError
@@ -27,7 +28,6 @@ from spectra.records import Run, SpectrumRecord
 from spectra.stochastic_lanczos import outliers, slq, vectors_that_fit
 from spectra.vectors import norm
 
-NEAR_ZERO = 1.5e-3  # |lambda| under which the WinQ paper (arXiv 2605.17471) calls an eigenvalue near zero
 DEFLATED = 20  # outliers by default: on small language models the interval of the RMS eigenvalue is then 1.5 % wide
 SYMMETRIC = 1e-3  # a gap above this is noted in the record
 
@@ -56,6 +56,8 @@ class SpectrumProbe:
     near_zero_tol: |lambda| that counts as near zero.
     spread: "probes" or "batches" over the ranks of torch.distributed (`spectra.distributed`), which then all make the
     same calls; the first one writes.
+    batch_groups: cut the batches into so many groups, measure with each left out too, and say in the record how much of
+    every interval is probe noise and how much is batch noise (`spectra.batch_noise`); costs about as many spectra more.
     microbatch, engine, precision: see `spectra.HessianOperator`; a model in bfloat16 needs precision="float32".
     extras: model -> numbers to store beside the spectrum. config: facts for the run's config.json.
     progress: called as progress(products done, products in all) during a measurement.
@@ -82,6 +84,7 @@ class SpectrumProbe:
         engine: str | None = None,
         precision: str | None = None,
         spread: str = "none",
+        batch_groups: int = 0,
         extras: Callable[[nn.Module], Mapping[str, float]] | None = None,
         config: Mapping[str, Any] | None = None,
         progress: Callable[[int, int], Any] | None = None,
@@ -103,7 +106,7 @@ class SpectrumProbe:
             self._options["spread"] = spread
         self.probes, self.steps, self.seed = probes, steps, seed
         self.near_zero_tol, self.deflate, self.reorthogonalize = near_zero_tol, deflate, reorthogonalize
-        self.extras, self.progress = extras, progress
+        self.extras, self.progress, self.batch_groups = extras, progress, batch_groups
         self.records: list[SpectrumRecord] = []
         self._checks: dict[str, dict[str, float]] = {}
         self._outliers: dict[str, torch.Tensor] = {}  # by mode, the last checkpoint's deflated vectors
@@ -145,6 +148,8 @@ class SpectrumProbe:
                 )
         finally:
             op.close()
+        estimates = summarize(density, self.near_zero_tol)
+        noise = self._batch_noise(mode, estimates) if self.batch_groups else {}
         gap, notes = self._checks[mode]["symmetry_gap"], list(op.notes)
         if gap > SYMMETRIC:
             notes.append(f"the operator is not symmetric: u.Av and v.Au differ by {gap:.1e}")
@@ -154,7 +159,8 @@ class SpectrumProbe:
             loss=loss,
             gradient_norm=gradient_norm,
             dimension=op.shape[0],
-            estimates=summarize(density, self.near_zero_tol),
+            estimates=estimates,
+            batch_noise=noise,
             near_zero_tol=self.near_zero_tol,
             probes=self.probes,
             lanczos_steps=self.steps,
@@ -174,6 +180,20 @@ class SpectrumProbe:
             record = self.run.append(record, density)
         self.records.append(record)
         return record
+
+    def _batch_noise(self, mode: str, full: dict[str, Estimate]) -> dict[str, dict[str, float]]:
+        splits = batch_noise(
+            lambda batches: self.modes[mode](self.model, batches, **self._options),
+            self.batches,
+            groups=self.batch_groups,
+            probes=self.probes,
+            steps=self.steps,
+            seed=self.seed,
+            deflate=len(self._outliers[mode].T) if mode in self._outliers else 0,
+            near_zero_tol=self.near_zero_tol,
+            full=full,
+        )
+        return {name: split.to_dict() for name, split in splits.items()}
 
     def _deflated(self, op: Any, mode: str) -> Eigenpairs | int:
         wanted = self.deflate

@@ -31,7 +31,8 @@ class SpectrumRecord:
     estimates: trace, rms, frobenius, lambda_max, lambda_min, negative_share, near_zero_share, negative_energy_share
     and negative_magnitude_share, each with its interval. extras: plain numbers measured beside it (flip_rate, ...).
     products: Hessian-vector products spent. engine: how blocks of them were computed (`spectra.engines`).
-    wall_time: when it was made, in seconds since 1970.
+    batch_noise: for each quantity the half-widths due to "probes" and to "batches", the "bias", and the total interval
+    from "low" to "high", where it was asked for. wall_time: when it was made, in seconds since 1970.
     lanczos: the file of the Jacobi matrices, relative to the run folder, from which densities are drawn again.
     """
 
@@ -54,6 +55,7 @@ class SpectrumRecord:
     dtype: str = ""
     device: str = ""
     engine: str = ""
+    batch_noise: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     wall_time: float = field(default_factory=time.time)
     lanczos: str | None = None

@@ -21,6 +21,8 @@ from spectra.vectors import probe
 
 DEFLATION_TOLERANCE = 1e-3  # of |lambda|: what is left of an outlier is then its square, below the bulk
 
+TOGETHER = 256 << 20  # bytes of vectors of probes that advance together on a CPU
+TOGETHER_DEFLATED = 1 << 30  # the same where outliers are deflated
 VECTORS_A_PROBE = 5  # of n numbers: the last two of a recurrence, the new one, and temporaries
 
 
@@ -99,8 +101,16 @@ def _run(
 
 
 def probes_together(op: LinearOperator, kept: int) -> int:
-    """How many probes may advance together, with `kept` basis vectors each."""
-    return max(vectors_that_fit(op) // (VECTORS_A_PROBE + kept), 1)
+    """How many probes may advance together, with `kept` basis vectors each.
+
+    All of them where that is cheap, or where a GPU gains from large blocks; a few more where each pass over deflated
+    vectors serves several; else one, since a product that is bound by arithmetic gains nothing from company.
+    """
+    fit = vectors_that_fit(op)
+    if op.device.type == "cpu":
+        limit = TOGETHER_DEFLATED if isinstance(op, DeflatedOperator) else TOGETHER
+        fit = min(fit, limit // (op.shape[0] * torch.finfo(op.dtype).bits // 8))
+    return max(fit // (VECTORS_A_PROBE + kept), 1)
 
 
 def vectors_that_fit(op: LinearOperator) -> int:

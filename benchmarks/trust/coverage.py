@@ -1,24 +1,31 @@
 """Do the intervals cover? Every quantity, on every family of spectra and on language models, over many seeds.
 
-    python benchmarks/trust/coverage.py [--seeds 20] [--dimension 1e4,1e5] [--processes 16] [--out FILE] [--figure FILE]
+    python benchmarks/trust/coverage.py [--seeds 20] [--dimension 1e4,1e5] [--processes 16] [--out FILE]
+    python benchmarks/trust/coverage.py --read FILE [FILE ...] [--figure FILE]
 
 For each case: the truth, our estimate, its interval and the products it took; and the negative share from a hard count
 on quadrature nodes, from PyHessian and from curvlinops, each with the same products and with the recipe of the WinQ
 paper (20 probes of 60 steps, no reorthogonalisation, float32).
+
+--out is written as results come, a line a case and seed, so a run that is cut off leaves what it has to --read.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import itertools
 import json
 import multiprocessing
 import os
+import platform
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import figure
 import peers
@@ -34,36 +41,54 @@ Job = tuple[Case, int, frozenset[str]]
 LANGUAGE_MODELS = "language-models"
 
 
-def rows_of(job: Job) -> list[Row]:
-    """What is found of one case with one seed."""
+def result_of(job: Job) -> dict[str, Any]:
+    """What is found of one case with one seed, and the seconds of processor time it took."""
+    started = time.process_time()
     case, seed, ways = job
     found = measure(case.values(seed), case.probe_seed(seed), ways)
-    return [{**asdict(case), "label": case.label, "seed": seed, **row} for row in found]
+    rows = [{**asdict(case), "label": case.label, "seed": seed, **row} for row in found]
+    return {"seconds": round(time.process_time() - started, 2), "rows": rows}
 
 
-def results(jobs: list[Job], processes: int) -> Iterator[list[Row]]:
-    """The rows of each job as they come, from a pool where there is more than one process."""
+def results(jobs: list[Job], processes: int) -> Iterator[dict[str, Any]]:
+    """The result of each job as they come, from a pool where there is more than one process."""
     if processes == 1:
         torch.set_num_threads(1)
-        yield from map(rows_of, jobs)
+        yield from map(result_of, jobs)
         return
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # read when a worker loads its libraries
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for done in as_completed([pool.submit(rows_of, job) for job in jobs]):
+        for done in as_completed([pool.submit(result_of, job) for job in jobs]):
             yield done.result()
 
 
-def gather(jobs: list[Job], processes: int) -> list[Row]:
-    """All rows, in the order of the jobs, with a line for every tenth part of the work."""
+def gather(jobs: list[Job], processes: int, out: Path | None) -> list[Row]:
+    """All rows, with a line printed for every tenth part of the work, and a line of `out` a job."""
     rows: list[Row] = []
-    started, every = time.perf_counter(), max(len(jobs) // 10, 1)
-    for count, found in enumerate(results(jobs, processes), start=1):
-        rows += found
-        if count % every == 0 or count == len(jobs):
-            print(f"{count} of {len(jobs)} done, {time.perf_counter() - started:.0f} s", flush=True)
-    order = {(case.label, seed): place for place, (case, seed, _) in enumerate(jobs)}
-    return sorted(rows, key=lambda row: order[row["label"], row["seed"]])
+    started, every, spent = time.perf_counter(), max(len(jobs) // 10, 1), 0.0
+    with open(out or os.devnull, "w", encoding="utf-8") as file:
+        for count, found in enumerate(results(jobs, processes), start=1):
+            rows += found["rows"]
+            spent += found["seconds"]
+            file.write(json.dumps(found) + "\n")
+            file.flush()
+            if count % every == 0 or count == len(jobs):
+                seconds = time.perf_counter() - started
+                print(f"{count} of {len(jobs)} done, {seconds:.0f} s, {spent:.0f} s of processor time", flush=True)
+    return in_order(rows)
+
+
+def in_order(rows: list[Row]) -> list[Row]:
+    """The bulks first, then the language models, whatever was done first."""
+    bulks = list(BULKS)
+
+    def place(row: Row) -> tuple[Any, ...]:
+        if row["radius"] is None:
+            return (1, 0, 0, 0, 0, row["label"])
+        return (0, row["dimension"], bulks.index(row["family"]), row["radius"], row["zeros"], row["label"])
+
+    return sorted(rows, key=place)
 
 
 def numbers(text: str) -> list[float]:
@@ -85,7 +110,12 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    return [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    """The rows of earlier --out files; those that end in .gz are unpacked."""
+    rows = []
+    for path in paths:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            rows += [row for line in file for row in json.loads(line)["rows"]]
+    return in_order(rows)
 
 
 def main() -> None:
@@ -94,7 +124,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument(
-        "--peer-seeds", type=int, default=3, help="the other libraries see only the first so many seeds"
+        "--peer-seeds", type=int, default=1, help="the other libraries see only the first so many seeds"
     )
     parser.add_argument("--dimension", default="1e4", help="sizes of the constructed spectra, comma-separated")
     parser.add_argument("--families", default=",".join([*BULKS, LANGUAGE_MODELS]))
@@ -103,7 +133,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--processes", type=int, default=available_cores(), help="a case with a seed at a time in each")
     parser.add_argument("--read", type=Path, nargs="+", help="take the rows from earlier --out files, measure nothing")
-    parser.add_argument("--out", type=Path, help="every row, as JSON")
+    parser.add_argument("--out", type=Path, help="every row, as lines of JSON, written as they come")
     parser.add_argument("--figure", type=Path, help="draw the negative shares, as a PNG or PDF")
     options = parser.parse_args()
     if options.read:
@@ -112,10 +142,12 @@ def main() -> None:
         for package, _ in peers.PEERS.values():
             if "peers" in options.ways and peers.missing(package):
                 print(peers.missing(package))
-        rows = gather(make_jobs(options), options.processes)
-    if options.out:
-        options.out.write_text(json.dumps({"rows": rows}) + "\n", encoding="utf-8")
+        libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "scipy"))
+        print(f"Python {platform.python_version()}, {libraries}, {options.processes} processes", flush=True)
+        rows = gather(make_jobs(options), options.processes, options.out)
     print(tables.coverage(rows))
+    print(tables.by_family(rows))
+    print(tables.outside(rows))
     print(tables.errors(rows))
     print(tables.ordinary(rows))
     if options.figure:

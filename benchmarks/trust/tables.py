@@ -10,9 +10,14 @@ from typing import Any, TypeVar
 import numpy as np
 from families import ORDINARY
 from peers import PEERS
+from scipy.special import betaincinv
 from ways import RECIPE, RESOLVE, SAME, Row
 
 Key = TypeVar("Key", bound=Hashable)
+LEAST, LEAST_RESOLVED = 0.90, 0.95  # of all intervals, and of those marked resolved
+SAMPLED = ("trace", "rms", "frobenius", "negative_energy_share", "negative_magnitude_share")
+NOMINAL = (0.93, 0.99)  # where 95 % intervals whose width is sampling error should lie
+BAND = 0.95  # of the binomial bands
 OTHERS = [f"{name}, {how}" for name in ("hard count", *PEERS) for how in (SAME, RECIPE)]
 
 
@@ -61,6 +66,92 @@ def coverage_line(group: Sequence[Row]) -> list[str]:
         f"{np.median(widths):.2g}" if widths else "",
         f"{mean(row['products'] for row in group):.0f}",
     ]
+
+
+def by_family(rows: Sequence[Row]) -> str:
+    """How often the intervals hold the truth by family, pooled over the rest, a table a way to measure.
+
+    ? marks what lies below the bars, ! what lies outside them with the whole of its binomial 95 % band.
+    """
+    with_interval = [row for row in rows if "low" in row]
+    parts = []
+    for way, of_way in grouped(with_interval, lambda row: row["way"]).items():
+        quantities = grouped(of_way, lambda row: row["quantity"])
+        lines = []
+        for name, of_family in pools(of_way).items():
+            cells = [[row for row in of_family if row["quantity"] == quantity] for quantity in quantities]
+            lines.append([name, str(max(map(len, cells))), *map(cell, cells)])
+        header = ["family", "intervals", *(quantity.replace("_", " ") for quantity in quantities)]
+        parts.append(f"\n{way}, covered by family\n\n" + markdown(header, lines))
+    return "\n".join(parts)
+
+
+def pools(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each bulk and of each kind of Hessian, then of all bulks, of all models, and all."""
+    models = [row for row in rows if row["radius"] is None]
+    bulks = [row for row in rows if row["radius"] is not None]
+    found = {**grouped(rows, kind), "all bulks": bulks, "all models": models, "all": list(rows)}
+    return {name: group for name, group in found.items() if group}
+
+
+def kind(row: Row) -> str:
+    """A bulk, or a kind of Hessian of the language models."""
+    if row["radius"] is not None:
+        return row["family"].replace("-", " ")
+    return "models, " + next((mode for mode in ("ste", "latent") if mode in row["family"]), "full precision")
+
+
+def cell(group: Sequence[Row]) -> str:
+    if not group:
+        return ""
+    marks = {mark for *_, mark in against_bars(group)}
+    return f"{mean(map(covered, group)):.3f}" + ("!" if "!" in marks else "?" if "?" in marks else "")
+
+
+def against_bars(group: Sequence[Row]) -> list[tuple[str, int, int, str]]:
+    """For each bar that a group of intervals for one quantity has to pass: its name, how many intervals it concerns and
+    how many of them cover; then a mark, ? below the bar, ! outside it with the whole binomial band."""
+    resolved = [row for row in group if row["resolved"]]
+    bars = [(f"all {LEAST}", group, LEAST, 1.0), (f"resolved {LEAST_RESOLVED}", resolved, LEAST_RESOLVED, 1.0)]
+    if group[0]["quantity"] in SAMPLED:
+        bars.append((f"{NOMINAL[0]} to {NOMINAL[1]}", group, *NOMINAL))
+    found = []
+    for name, of_bar, least, most in bars:
+        if not of_bar:
+            continue
+        hits = sum(map(covered, of_bar))
+        low, high = band(hits, len(of_bar))
+        share = hits / len(of_bar)
+        mark = "!" if high < least or low > most else "?" if share < least else ""
+        found.append((name, len(of_bar), hits, mark))
+    return found
+
+
+def band(hits: int, tries: int) -> tuple[float, float]:
+    """The binomial band of a share (Clopper and Pearson, Biometrika 26, 1934)."""
+    tail = (1 - BAND) / 2
+    low = betaincinv(hits, tries - hits + 1, tail) if hits else 0.0
+    high = betaincinv(hits + 1, tries - hits, 1 - tail) if hits < tries else 1.0
+    return float(low), float(high)
+
+
+def outside(rows: Sequence[Row]) -> str:
+    """Every group of intervals of one quantity that lies outside a bar, by family and, beyond noise alone, by case."""
+    with_interval = [row for row in rows if "low" in row]
+    lines = []
+    for (way, quantity), group in grouped(with_interval, lambda row: (row["way"], row["quantity"])).items():
+        cases = grouped(group, lambda row: row["label"])
+        for name, part, marks in [
+            *((name, part, "!?") for name, part in pools(group).items()),
+            *((label, part, "!") for label, part in cases.items()),
+        ]:
+            for bar, tries, hits, mark in against_bars(part):
+                if mark and mark in marks:
+                    low, high = band(hits, tries)
+                    line = [way, quantity.replace("_", " "), name, bar, f"{hits} of {tries}", f"{hits / tries:.3f}"]
+                    lines.append([*line, f"{low:.3f} to {high:.3f}", "yes" if mark == "!" else "no"])
+    header = ["way", "quantity", "family or case", "bar", "covered", "share", "95 % band", "beyond noise"]
+    return "\noutside the bars\n\n" + (markdown(header, lines) if lines else "none")
 
 
 def errors(rows: Sequence[Row]) -> str:

@@ -6,18 +6,40 @@ from typing import Any
 
 import numpy as np
 import peers
+import torch
 from cases import NEAR_ZERO, truths
 
 import spectra
 
-WAYS = ("slq", "resolve", "trace", "counts", "peers")
+WAYS = ("slq", "resolve", "rotated", "trace", "counts", "peers")
 RESOLVE = "resolve"
+ROTATED = ", rotated"
 SAME, RECIPE = "same products", "paper's recipe"
 BUDGET = 1500
 PROBES = 10  # of the counts with as many products as `resolve` took
 PAPER = {"probes": 20, "steps": 60}  # the WinQ paper: no reorthogonalisation, counted on the nodes
 
 Row = dict[str, Any]
+
+
+class RotatedOperator(spectra.DiagonalOperator):
+    """H diag(values) H with the reflection H = I - 2 u u', u random: the same eigenvalues to rounding, and zeros along
+    directions that are no coordinates, so that no product shows them."""
+
+    def __init__(self, values: np.ndarray, *, seed: int):
+        super().__init__(values)
+        direction = torch.randn(self.shape[0], generator=torch.Generator().manual_seed(seed), dtype=self.dtype)
+        self.direction = direction / torch.linalg.vector_norm(direction)
+
+    def reflect(self, vectors: torch.Tensor) -> torch.Tensor:
+        """H applied to a vector (n,), or to each row of (k, n)."""
+        return vectors - 2 * (vectors @ self.direction)[..., None] * self.direction
+
+    def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
+        return self.reflect(self.values * self.reflect(vector))
+
+    def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self._matvec(vectors)
 
 
 def measure(values: np.ndarray, seed: int, ways: frozenset[str]) -> list[Row]:
@@ -36,29 +58,37 @@ def measure(values: np.ndarray, seed: int, ways: frozenset[str]) -> list[Row]:
 
 
 def estimates(values: np.ndarray, seed: int, ways: frozenset[str]) -> dict[str, dict[str, spectra.Estimate]]:
-    """By way of measuring: the default call, a deflated one, the adaptive shares, and the three traces."""
+    """By way of measuring: the default call, a deflated one, the adaptive shares, and the three traces. Rotated, where
+    some eigenvalues are zero, the default call and the adaptive shares again."""
     found: dict[str, dict[str, spectra.Estimate]] = {}
     if "slq" in ways:
-        for way, options in {
-            "slq 10 x 100": {},
-            "slq 4 x 100, 20 deflated": {"probes": 4, "steps": 100, "deflate": 20},
-        }.items():
-            op = spectra.DiagonalOperator(values)
-            density = spectra.slq(op, seed=seed, **options)
-            summary = spectra.probe.summarize(density, NEAR_ZERO)
-            found[way] = {name: with_products(estimate, op.products) for name, estimate in summary.items()}
+        found["slq 10 x 100"] = of_density(spectra.DiagonalOperator(values), seed)
+        deflated: dict[str, Any] = {"probes": 4, "steps": 100, "deflate": 20}
+        found["slq 4 x 100, 20 deflated"] = of_density(spectra.DiagonalOperator(values), seed, **deflated)
     if "resolve" in ways:
-        op = spectra.DiagonalOperator(values)
-        found[RESOLVE] = {
-            "negative_share": spectra.resolve(op, budget=BUDGET, seed=seed),
-            "near_zero_share": spectra.resolve(op, share="near_zero", tol=NEAR_ZERO, budget=BUDGET, seed=seed),
-        }
+        found[RESOLVE] = of_resolve(spectra.DiagonalOperator(values), seed)
+    if "rotated" in ways and not values.all():
+        found["slq 10 x 100" + ROTATED] = of_density(RotatedOperator(values, seed=seed), seed)
+        found[RESOLVE + ROTATED] = of_resolve(RotatedOperator(values, seed=seed), seed)
     if "trace" in ways:
         for method in ("hutchinson", "hutch++", "xtrace"):
             op = spectra.DiagonalOperator(values)
             estimate = spectra.trace(op, method=method, probes=60, seed=seed)
             found[f"{method} 60"] = {"trace": with_products(estimate, op.products)}
     return found
+
+
+def of_density(op: spectra.LinearOperator, seed: int, **options: Any) -> dict[str, spectra.Estimate]:
+    density = spectra.slq(op, seed=seed, **options)
+    summary = spectra.probe.summarize(density, NEAR_ZERO)
+    return {name: with_products(estimate, op.products) for name, estimate in summary.items()}
+
+
+def of_resolve(op: spectra.LinearOperator, seed: int) -> dict[str, spectra.Estimate]:
+    return {
+        "negative_share": spectra.resolve(op, budget=BUDGET, seed=seed),
+        "near_zero_share": spectra.resolve(op, share="near_zero", tol=NEAR_ZERO, budget=BUDGET, seed=seed),
+    }
 
 
 def counts(values: np.ndarray, seed: int, ways: frozenset[str], *, products: int) -> dict[str, tuple[float, int]]:

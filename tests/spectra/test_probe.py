@@ -295,3 +295,17 @@ def test_outliers_are_deflated_by_default_and_their_number_is_in_the_settings(ca
     (again,) = probe.measure(1)
     assert record.extras["linearity_gap"] < 1e-6
     assert again.products < record.products  # the search starts from the vectors found before
+
+
+def test_batch_noise_is_split_off_where_asked(tmp_path):
+    model, batches = tiny_models.mlp(), tiny_models.classification((6, 5, 7))
+    options = {"probes": 2, "steps": 12, "deflate": 2, "batch_groups": 3}
+    probe = spectra.SpectrumProbe(model, batches, out=tmp_path / "run", **options)
+    (record,) = probe.measure(0)
+    (written,) = spectra.Run(tmp_path / "run").records
+    for name, estimate in record.estimates.items():
+        split = record.batch_noise[name]
+        assert split["probes"] == estimate.half_width
+        assert split["batches"] >= 0
+        assert split["low"] <= estimate.low <= estimate.high <= split["high"]
+        assert written.batch_noise[name] == pytest.approx(split)
