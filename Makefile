@@ -19,8 +19,10 @@ test-slow: $(INSTALLED)
 
 bench: bench-trust bench-speed
 
+# FIGURE=docs/trust.png draws the negative shares there.
 bench-trust: $(INSTALLED) $(PEERS)/.installed
-	PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/trust/coverage.py --out benchmarks/trust/coverage.json
+	PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/trust/coverage.py $(if $(FIGURE),--figure $(FIGURE))
+	$(BIN)/python benchmarks/trust/finite_precision.py
 
 bench-speed: $(INSTALLED) $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/speed/speed.py

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spectra.probe import SpectrumProbe
 
 IMAGES = (".png", ".svg", ".pdf")
+PRECISIONS = ("float32", "float64", "tf32", "bfloat16")  # as spectra.precision has them, which takes torch to load
 
 
 @run_command
@@ -43,16 +44,22 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--out", required=True, metavar="DIR", help="run folder to make")
     measure.add_argument("--params", nargs="+", metavar="GLOB", help='parameters to measure, "*mlp*" (default: all)')
     measure.add_argument(
-        "--probes", type=int, default=10, help="random probes, 10 by default; more narrow the intervals"
+        "--probes", type=int, default=4, help="random probes, 4 by default; more narrow the intervals"
     )
     measure.add_argument(
-        "--steps", type=int, default=60, help="Lanczos steps a probe, 60 by default; more resolve finer"
+        "--steps", type=int, default=100, help="Lanczos steps a probe, 100 by default; more resolve finer"
     )
+    measure.add_argument("--deflate", type=int, help="outliers taken out first (default: 20 where memory allows)")
     measure.add_argument("--sequences", type=int, default=8, help="sequences cut from the text, 8 by default")
     measure.add_argument("--length", type=int, help="tokens a sequence (default: 256, or the model's longest)")
     measure.add_argument("--batch-size", type=int, default=8, help="sequences a forward pass, 8 by default")
     measure.add_argument("--seed", type=int, default=0, help="of the probes, 0 by default")
-    measure.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="precision of the products")
+    measure.add_argument(
+        "--dtype",
+        choices=PRECISIONS,
+        default="float32",
+        help="precision of the products; the last two are faster, and what they lose is in the intervals",
+    )
     measure.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     measure.add_argument("--trust-remote-code", action="store_true", help="run the code that a hub model brings")
 
@@ -85,13 +92,14 @@ def _measure(options: argparse.Namespace) -> None:
 
     from spectra.loading import load_causal_lm, quiet_transformers, read_texts, sequence_batches
     from spectra.parameters import ParameterSpace
+    from spectra.precision import COPIES, LOWER
     from spectra.probe import SpectrumProbe
 
     check_free(options.out)  # before the minutes that loading a model may take
     texts = read_texts(options.text)
     model, tokenizer = load_causal_lm(
         options.model,
-        dtype=getattr(torch, options.dtype),
+        dtype=COPIES.get(options.dtype, torch.float32),
         device=options.device,
         trust_remote_code=options.trust_remote_code,
     )
@@ -109,7 +117,9 @@ def _measure(options: argparse.Namespace) -> None:
             params=options.params,
             probes=options.probes,
             steps=options.steps,
+            deflate=options.deflate,
             seed=options.seed,
+            precision=options.dtype if options.dtype in LOWER else None,
             config=settings,
             progress=progress,
         )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CAPTURE_BELOW = 0.2  # seconds a vector: longer products are bound by arithmetic, and launching them costs nothing
 CLEARLY = 0.9  # of the time of a simpler engine, before that one is left
 SINGLE_CALLS = 3  # products of one vector before it is worth while to look for a faster engine for more of them
-WARM_BELOW = 0.1  # seconds: a shorter first call was mostly warming up
+WARM_BELOW = 0.1  # seconds: a shorter first call was mostly warming up; on a GPU any, it allocates and captures
 
 
 class EnginePick:
@@ -110,7 +110,7 @@ class EnginePick:
 
     def _seconds(self, way: str, vectors: torch.Tensor) -> tuple[float, torch.Tensor]:
         took, images = self._timed(way, vectors)
-        if took < WARM_BELOW:
+        if took < WARM_BELOW or vectors.device.type == "cuda":
             took = min(self._timed(way, vectors)[0] for _ in range(2))
         return took, images
 

@@ -17,7 +17,7 @@ from spectra import cli as spectra_cli
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = 350  # lines a file
 GENERATED = re.compile(r"\.(?!ci$|gitignore$)|__pycache__$|runs$|build$|dist$|.*\.egg-info$")
-PROSE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/tour.md")
+PROSE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/tour.md", "docs/trust.md")
 # Folders that exist on one machine only. What follows must be a name, so that "~/.cache" and "/proc" pass.
 MACHINE_PATH = re.compile(r"(?<![\w.~$}])/(?:home|root|Users|work|mnt|tmp|workspace|data)/[\w.-]|\b[A-Z]:\\\\?Users\\")
 URL = re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s\"'`<>)\]]+")

@@ -106,7 +106,7 @@ def product(bench: Bench) -> list[Row]:
     if not bench.ours:
         return rows
     rows += [attempt(f"block of {k}", lambda k=k: _products(bench, k)) for k in BLOCKS]
-    named = engines() if bench.effort.engines and "engine" not in bench.options else ()
+    named = engines(bench.case.device.type) if bench.effort.engines and "engine" not in bench.options else ()
     for engine in named:
         rows += [
             attempt(f"block of {k}, {engine}", lambda k=k, e=engine: _products(bench, k, engine=e)) for k in BLOCKS

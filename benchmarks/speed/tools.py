@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -174,8 +173,7 @@ class Paper(Tool):
         return {"hutchinson": run}
 
 
-def engines() -> tuple[str, ...]:
-    """The names for `spectra.HessianOperator(engine=...)` beside "auto"; none where it has no such option."""
-    if "engine" not in inspect.signature(spectra.HessianOperator).parameters:
-        return ()
-    return ("reverse", "batched", "forward")
+def engines(device: str) -> tuple[str, ...]:
+    """The engines to time by name beside "auto". "forward" compiles for minutes: --tools spectra:engine=forward."""
+    captured = ("captured", "captured batched") if device == "cuda" else ()
+    return ("reverse", "batched", *captured)

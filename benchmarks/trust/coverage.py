@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--dimension", default="1e4", help="sizes of the constructed spectra, comma-separated")
     parser.add_argument("--families", default=",".join([*BULKS, LANGUAGE_MODELS]))
     parser.add_argument("--radii", default="27,1000", help="their largest outliers")
-    parser.add_argument("--zeros", default="0,0.1,0.43", help="their shares of exact zeros")
+    parser.add_argument("--zeros", default="0,0.43", help="their shares of exact zeros")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--processes", type=int, default=available_cores(), help="a case with a seed at a time in each")
     parser.add_argument("--read", type=Path, nargs="+", help="take the rows from earlier --out files, measure nothing")

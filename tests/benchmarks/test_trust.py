@@ -1,16 +1,20 @@
 """The trust benchmark: its truths and tables by hand, its fixture, and coverage on the fixture for a few seeds."""
 
+import gzip
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import spectra
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "trust"))
 
 import cases
+import coverage
 import families
 import finite_precision
 import language_models
@@ -108,6 +112,12 @@ def test_a_case_measured_every_way_fits_the_tables(monkeypatch):
     assert "| slq 10 x 100" in tables.coverage(rows)
     assert case.label == "gauss, R 27, 10% zeros, n 2e3"
     assert "resolved" in tables.ordinary(rows)
+    assert "| gauss" in tables.by_family(rows)
+    for rotated in ("slq 10 x 100, rotated", "resolve, rotated"):
+        shares = [row for row in rows if row["way"] == rotated and row["quantity"] == "negative_share"]
+        assert len(shares) == len(seeds)
+        assert not any(row["resolved"] for row in shares)  # nobody can tell on which side rounding put the zeros
+        assert all(tables.covered(row) for row in shares)
 
 
 def test_tables_by_hand():
@@ -120,6 +130,47 @@ def test_tables_by_hand():
     line = tables.coverage_line(rows)
     assert line == ["0.500", "1.000", "two", "0.00", "0.50", "0.1", "100"]
     assert tables.error(rows) == "0.060"
+
+
+def test_bands_and_bars_by_hand():
+    """The band of 0 in 20 and of 20 in 20 is 1 - .025^(1/20), that of 18 in 20 is tabulated as (.683, .988)."""
+    edge = 1 - 0.025 ** (1 / 20)
+    assert tables.band(0, 20) == pytest.approx((0.0, edge))
+    assert tables.band(20, 20) == pytest.approx((1 - edge, 1.0))
+    assert tables.band(18, 20) == pytest.approx((0.683, 0.988), abs=5e-4)
+
+    def group(quantity, hits, tries, resolved=True):
+        row = {"way": "ours", "quantity": quantity, "truth": 0.5, "high": 1.0, "resolved": resolved, "label": "one"}
+        return [{**row, "family": "gauss", "radius": 27, "low": 0.0 if i < hits else 0.9} for i in range(tries)]
+
+    assert tables.cell(group("negative_share", 20, 20)) == "1.000"
+    assert tables.cell(group("negative_share", 18, 20)) == "0.900?"  # .95 of the resolved are asked for
+    assert tables.cell(group("negative_share", 18, 20, resolved=False)) == "0.900"
+    assert tables.cell(group("negative_share", 10, 20)) == "0.500!"
+    assert tables.cell(group("trace", 95, 100)) == "0.950"
+    assert tables.cell(group("trace", 400, 400)) == "1.000!"  # wider than it need be
+    assert "| 10 of 20 | 0.500 | 0.272 to 0.728 | yes" in tables.outside(group("negative_share", 10, 20))
+    assert "none" in tables.outside(group("negative_share", 20, 20))
+
+
+def test_a_rotated_operator_has_the_same_eigenvalues_and_shows_no_zeros():
+    values = families.eigenvalues("gauss", n=200, radius=27.0, zeros=0.43, seed=1)
+    op = ways.RotatedOperator(values, seed=1)
+    matrix = op @ torch.eye(200, dtype=torch.float64)
+    assert torch.linalg.eigvalsh((matrix + matrix.T) / 2).numpy() == pytest.approx(np.sort(values), abs=1e-12)
+    assert torch.allclose(op.rows(matrix[:3].contiguous())[1], op @ matrix[1], rtol=1e-12)
+    assert (matrix != 0).all()
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_has(tmp_path):
+    case = cases.Case("gauss", 300, 27.0, 0.43)
+    out = tmp_path / "rows.jsonl"
+    rows = coverage.gather([(case, seed, frozenset({"trace"})) for seed in (0, 1)], 1, out)
+    assert coverage.read([out]) == rows
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(out.read_text().splitlines(keepends=True)[0].encode()))
+    assert coverage.read([packed]) == [row for row in rows if row["seed"] == 0]
+    assert json.loads(out.read_text().splitlines()[1])["seconds"] >= 0
 
 
 def test_a_bracket_without_reorthogonalisation_holds_the_probes_own_mass():

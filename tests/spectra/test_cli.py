@@ -71,6 +71,14 @@ def test_measure_takes_the_parameters_and_the_loss_it_was_asked_for(model, text,
         assert record.loss == pytest.approx(op.loss(), rel=1e-6)
 
 
+def test_measure_in_a_lower_precision_says_what_that_loses(model, text, tmp_path, capsys):
+    measure(model, text, tmp_path / "run", "--dtype", "bfloat16", "--deflate", "3", "--sequences", "2")
+    (record,) = Run(tmp_path / "run").records
+    assert record.extras["precision_error"] > 1e-4
+    assert "note: products in bfloat16" in capsys.readouterr().out
+    assert Run(tmp_path / "run").config["deflated"] == 3
+
+
 def test_a_measured_run_is_drawn_and_reported(model, text, tmp_path, capsys):
     out = tmp_path / "run"
     measure(model, text, out)
