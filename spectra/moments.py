@@ -19,6 +19,7 @@ from spectra.quadrature import GaussRule
 Function = Callable[[np.ndarray], np.ndarray]
 ROUNDING = 1e-12  # relative error of sums in float64
 ENDS_ROUNDING = 16  # times the noise of one product: a recurrence and an eigensolver lie between
+BISECTIONS = 30
 RESOLVED_END = 0.05  # relative half-width under which an extreme eigenvalue counts as resolved
 
 
@@ -49,7 +50,9 @@ def ratio_of_sums(
 ) -> Estimate:
     """sum part(lambda) / sum whole(lambda), for 0 <= part <= whole.
 
-    The interval is that of the linearised ratio, (part - r whole) / sum whole (the delta method), clipped to [0, 1].
+    A ratio r is in the interval if 0 is in that of sum (part - r whole) (Fieller, J. R. Stat. Soc. B 16, 1954). Where
+    probes saw too much of a few large eigenvalues, both the ratio and its spread come out small; asking each r for the
+    spread that it would have leaves room on the far side.
     """
     numerator = sum_over_eigenvalues(part, rules, dimension, atoms, counts).value
     denominator = sum_over_eigenvalues(whole, rules, dimension, atoms, counts).value
@@ -59,12 +62,25 @@ def ratio_of_sums(
     if not rules:
         return widened(certain(ratio), ROUNDING, least=0.0, most=1.0)
 
-    def linearised(nodes: np.ndarray) -> np.ndarray:
-        return dimension * (part(nodes) - ratio * whole(nodes)) / denominator
+    def difference(r: float) -> Estimate:
+        return sum_over_eigenvalues(lambda nodes: part(nodes) - r * whole(nodes), rules, dimension, atoms, counts)
 
-    _, deviation, skewness = _mean_of(linearised, rules, dimension)
-    interval = sampling_interval(ratio, deviation, skewness)
-    return Estimate(ratio, max(interval.low, 0.0), min(interval.high, 1.0))
+    low = _last(lambda r: difference(r).low <= 0, ratio, 0.0)
+    high = _last(lambda r: difference(r).high >= 0, ratio, 1.0)
+    return Estimate(ratio, low, high)
+
+
+def _last(holds: Callable[[float], bool], inside: float, outside: float) -> float:
+    """How far from `inside` toward `outside` a condition holds, by bisection."""
+    if holds(outside):
+        return outside
+    for _ in range(BISECTIONS):
+        middle = (inside + outside) / 2
+        if holds(middle):
+            inside = middle
+        else:
+            outside = middle
+    return inside
 
 
 def widened(estimate: Estimate, room: float, *, least: float = -math.inf, most: float = math.inf) -> Estimate:
