@@ -97,3 +97,26 @@ def test_outliers_are_found_and_given_to_slq():
 def test_bad_deflation_is_refused():
     with pytest.raises(spectra.InputError, match="-1"):
         spectra.slq(spectra.DiagonalOperator(np.arange(50.0)), steps=5, deflate=-1)
+
+
+def test_inputs_that_are_orthogonal_already_are_projected_once():
+    rng = np.random.default_rng(1)
+    inner = spectra.DenseOperator(matrix_with_spectrum(rng.normal(size=40), 2))
+    vectors = torch.tensor(rng.normal(size=(40, 5)))
+    both, images = (spectra.DeflatedOperator(inner, vectors, inputs=kind) for kind in ("any", "orthogonal"))
+    start = both.project(torch.tensor(rng.normal(size=(3, 40))))
+    assert torch.allclose(both.rows(start), images.rows(start), atol=1e-12)
+    with pytest.raises(spectra.InputError, match="inputs must be"):
+        spectra.DeflatedOperator(inner, vectors, inputs="some")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_end_that_stays_is_covered_though_the_vectors_are_inexact(seed):
+    print(f"seed = {seed}")
+    rng = np.random.default_rng(seed)
+    values = 0.005 * rng.normal(size=3000) + 0.001
+    values[:40] = np.geomspace(0.3, 27, 40)
+    density = spectra.slq(spectra.DiagonalOperator(values), probes=2, steps=60, deflate=10, seed=seed)
+    end = density.lambda_min()
+    assert end.low <= values.min() <= end.high
+    assert end.half_width < 0.02 * abs(values.min())

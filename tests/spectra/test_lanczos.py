@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from oracles import matrix_with_spectrum, wasserstein
+from oracles import matrix_with_spectrum, normal, wasserstein
 
 import spectra
+from spectra.lanczos import Recurrence
 
 
 def clustered(seed):
@@ -227,3 +228,46 @@ def test_bad_options_are_refused_in_one_line(options):
     with pytest.raises(spectra.InputError) as caught:
         spectra.slq(op, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 12])
+def test_start_vectors_advanced_together_give_what_each_gives_alone(kept):
+    values = np.random.default_rng(4).normal(size=60)
+    op = spectra.DenseOperator(matrix_with_spectrum(values, seed=1))
+    starts = normal(3, 60, seed=2)
+    together = Recurrence(op, starts, keep_basis=kept)
+    together.advance(5)
+    together.advance(7)
+    assert op.products == 36
+    for start, found in zip(starts, together.tridiagonals(), strict=True):
+        alone = spectra.lanczos(op, start, 12, reorthogonalize="full" if kept else "none")
+        np.testing.assert_allclose(found.alphas, alone.alphas, atol=1e-10)
+        np.testing.assert_allclose(found.betas, alone.betas, atol=1e-10)
+
+
+def test_a_start_vector_that_breaks_down_rests_while_the_others_go_on():
+    op = spectra.DiagonalOperator(np.arange(1.0, 21.0))
+    starts = torch.zeros(2, 20, dtype=torch.float64)
+    starts[0, :3] = 1  # three eigenvectors span its Krylov space
+    starts[1] = 1
+    recurrence = Recurrence(op, starts)
+    recurrence.advance(10)
+    short, long = recurrence.tridiagonals()
+    assert (short.steps, long.steps) == (3, 10)
+    assert short.betas[-1] == 0.0
+    assert not recurrence.broken
+    np.testing.assert_allclose(
+        np.linalg.eigvalsh(np.diag(short.alphas) + np.diag(short.betas[:2], 1) * 1.0, UPLO="U"), [1, 2, 3]
+    )
+    assert Recurrence(op, starts[:1]).tridiagonals()[0].steps == 0
+
+
+def test_the_first_images_save_a_product():
+    op = spectra.DiagonalOperator(np.arange(1.0, 21.0))
+    start = normal(1, 20, seed=3)
+    images = op.rows(start)
+    before = op.products
+    recurrence = Recurrence(op, start, first_images=images)
+    recurrence.advance(4)
+    assert op.products - before == 3
+    np.testing.assert_allclose(recurrence.tridiagonals()[0].alphas, spectra.lanczos(op, start[0], 4).alphas)

@@ -127,3 +127,43 @@ def test_what_makes_no_operator_is_refused(make):
     with pytest.raises(spectra.InputError) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+class Rounded(spectra.DiagonalOperator):
+    """Products rounded to three digits, and a measured rounding, as an operator of unknown arithmetic has."""
+
+    rounding = spectra.LinearOperator.rounding
+
+    def _matrows(self, vectors):
+        images = self.values * vectors
+        scale = 1e-3 * images.abs().max()
+        return (images / scale).round() * scale
+
+
+def test_what_the_arithmetic_loses_is_measured():
+    values = normal(400, seed=3)
+    exact, rounded = spectra.DiagonalOperator(values), Rounded(values)
+    assert exact.linearity_gap() < 1e-15
+    assert 1e-4 < rounded.linearity_gap() < 1e-2
+    assert rounded.rounding() == 2 * rounded.linearity_gap()
+    assert spectra.slq(rounded, probes=1, steps=5).noise > 1e6 * spectra.slq(exact, probes=1, steps=5).noise
+    mean = spectra.MeanOperator([exact, rounded])
+    assert mean.rounding() == rounded.rounding()
+
+
+def test_a_product_that_is_not_finite_is_blamed_on_the_vector_or_the_operator():
+    op = spectra.DiagonalOperator(torch.full((4,), 1e200, dtype=torch.float64))
+    with pytest.raises(spectra.NonFiniteError, match="the vector is not finite itself"):
+        op @ torch.tensor([1.0, float("nan"), 0.0, 0.0])
+    with pytest.raises(spectra.NonFiniteError, match="the vector is finite"):
+        op @ torch.full((4,), 1e200, dtype=torch.float64)
+    for wrapped in (spectra.MeanOperator([op, op]), spectra.DeflatedOperator(op, torch.eye(4, 1, dtype=torch.float64))):
+        with pytest.raises(spectra.NonFiniteError, match="the vector is finite"):
+            wrapped @ torch.full((4,), 1e200, dtype=torch.float64)
+
+
+def test_rows_are_columns_of_a_product():
+    op = spectra.DenseOperator(MATRIX)
+    vectors = normal(3, N, seed=5)
+    assert torch.allclose(op.rows(vectors), (op @ vectors.T).T)
+    assert op.products == 6
