@@ -112,9 +112,19 @@ class Recurrence:
         alphas, betas = torch.stack([alpha, beta]).cpu().numpy()  # the step's one wait for the device
         if not np.isfinite(alphas + betas).all():
             self.op.blame(vectors)
+        if self._basis is not None and self._needs_another(alphas, betas):
+            _orthogonalize_each_(residuals, self._basis[:, : step + 1])
+            beta = row_dots(residuals, residuals).sqrt()
+            betas = beta.cpu().numpy()
         self._record(alphas, betas)
         self._beta = torch.where(torch.as_tensor(self._going, device=beta.device), beta, 0)[:, None].to(vectors.dtype)
         self._previous, self._vectors = vectors, residuals.mul_(torch.where(self._beta > 0, 1 / self._beta, 0))
+
+    def _needs_another(self, alphas: np.ndarray, betas: np.ndarray) -> bool:
+        """Whether one pass of Gram-Schmidt may have left more than the root of rounding, which is all that T's accuracy
+        needs (Simon, Math. Comp. 42, 1984): rounding is relative to the norm of T, and grows as a residual shrinks."""
+        scales = np.maximum(self._scales, np.abs(alphas) + betas)
+        return bool((betas[self._going] < np.sqrt(torch.finfo(self.op.dtype).eps) * scales[self._going]).any())
 
     def _record(self, alphas: np.ndarray, betas: np.ndarray) -> None:
         """Keep a step's scalars, and notice which recurrences it ended."""
@@ -130,8 +140,8 @@ class Recurrence:
 def lanczos(op: LinearOperator, start: torch.Tensor, steps: int, *, reorthogonalize: str = "full") -> Tridiagonal:
     """Run at most `steps` steps of the recurrence from `start` (n,), one product each.
 
-    reorthogonalize: "full" keeps the basis and applies classical Gram-Schmidt twice at every step (Giraud, Langou and
-    Rozloznik, 2005); "none" keeps three vectors whatever the number of steps: converged Ritz values then come back as
+    reorthogonalize: "full" keeps the basis and applies classical Gram-Schmidt at every step, twice where a residual is
+    small (Giraud, Langou and Rozloznik, 2005); "none" keeps three vectors whatever the number of steps: converged Ritz values then come back as
     copies whose weights add up to the right total (Greenbaum, Linear Algebra Appl. 113, 1989).
     Stops early where the residual falls to rounding level relative to the norm of T.
     Raises InputError for unusable arguments, NonFiniteError if a product is not finite.
@@ -156,10 +166,9 @@ def orthogonalize_(vector: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 
 
 def _orthogonalize_each_(vectors: torch.Tensor, bases: torch.Tensor) -> None:
-    """`orthogonalize_` for each row of `vectors` (k, n) and its own basis (k, m, n)."""
-    for _ in range(2):
-        coefficients = torch.bmm(bases, vectors[:, :, None])
-        vectors.sub_(torch.bmm(coefficients.transpose(1, 2), bases)[:, 0])
+    """Take out of each row of `vectors` (k, n) its part in its own basis (k, m, n), in place, in one pass."""
+    coefficients = torch.bmm(bases, vectors[:, :, None])
+    vectors.sub_(torch.bmm(coefficients.transpose(1, 2), bases)[:, 0])
 
 
 def choose_policy(op: LinearOperator, steps: int, reorthogonalize: str) -> str:

@@ -22,6 +22,7 @@ from spectra.vectors import gaussian
 SHARES = ("negative", "near_zero", "between")
 SEARCH_PART = 0.12  # of the budget, spent on finding outliers to deflate
 SEARCH_STEPS = (20, 160)  # within these bounds
+SEARCH_BASIS = 256 << 20  # bytes of basis beyond which going through it at every step would show beside the products
 FIRST_STEPS = 50  # of a probe before its bracket is looked at; then half as many again each time
 
 
@@ -92,7 +93,8 @@ def find_outliers(op: LinearOperator, *, products: int, seed: int = 0) -> Eigenp
 def _search_products(op: LinearOperator, budget: int) -> int:
     """How long a recurrence to search for outliers with: a part of the budget, a basis that fits in memory."""
     low, high = SEARCH_STEPS
-    wanted = int(np.clip(SEARCH_PART * budget, low, high))
+    cheap = SEARCH_BASIS // (op.shape[0] * torch.finfo(op.dtype).bits // 8)
+    wanted = int(np.clip(SEARCH_PART * budget, low, np.clip(cheap, low, high)))
     return wanted if wanted <= vectors_that_fit(op) else 0
 
 
