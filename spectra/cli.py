@@ -43,9 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files to take the loss on")
     measure.add_argument("--out", required=True, metavar="DIR", help="run folder to make")
     measure.add_argument("--params", nargs="+", metavar="GLOB", help='parameters to measure, "*mlp*" (default: all)')
-    measure.add_argument(
-        "--probes", type=int, default=4, help="random probes, 4 by default; more narrow the intervals"
-    )
+    measure.add_argument("--probes", type=int, default=4, help="random probes, 4 by default; more narrow the intervals")
     measure.add_argument(
         "--steps", type=int, default=100, help="Lanczos steps a probe, 100 by default; more resolve finer"
     )

@@ -158,6 +158,18 @@ class SpectralDensity:
         weights that a quantizer clips. Part of every share that holds zero."""
         return float(self.counts[self.atoms == 0].sum()) / self.dimension
 
+    def without_known_zeros(self) -> SpectralDensity:
+        """The density of the other eigenvalues alone, whose shares are then shares of these.
+
+        Raises InputError where every eigenvalue is known to be zero.
+        """
+        zeros = self.atoms == 0
+        left = self.dimension - int(self.counts[zeros].sum())
+        if left == 0:
+            raise InputError("every eigenvalue is known to be zero: nothing else is left to look at")
+        kept = {name: getattr(self, name)[~zeros] for name in ("atoms", "counts", "atom_residuals")}
+        return replace(self, dimension=left, **kept)
+
     # -- well-determined quantities
 
     def trace(self) -> Estimate:

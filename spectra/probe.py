@@ -169,7 +169,7 @@ class SpectrumProbe:
             products=op.products,
             seconds=time.perf_counter() - started,
             label=label,
-            extras={**extras, **self._checks[mode]},
+            extras={**extras, **self._checks[mode], "zero_share": density.zero_share()},
             versions=versions(),
             dtype=str(op.dtype).removeprefix("torch."),
             device=device_name(op.device),

@@ -120,3 +120,19 @@ def test_the_end_that_stays_is_covered_though_the_vectors_are_inexact(seed):
     end = density.lambda_min()
     assert end.low <= values.min() <= end.high
     assert end.half_width < 0.02 * abs(values.min())
+
+
+def test_the_rest_beside_the_known_zeros():
+    values = spectrum_with_outliers(zeros=900)
+    density = spectra.slq(spectra.DiagonalOperator(values), probes=3, steps=80, deflate=10, seed=1)
+    rest = density.without_known_zeros()
+    others = values[values != 0]
+    assert rest.dimension == len(others)
+    assert rest.zero_share() == 0.0
+    share = rest.negative_share()
+    assert share.low <= (others < 0).mean() <= share.high
+    assert rest.negative_share().value == pytest.approx(density.negative_share().value / (1 - density.zero_share()))
+    assert rest.trace().value == pytest.approx(density.trace().value)
+    nothing = spectra.slq(spectra.DiagonalOperator(np.zeros(50)), probes=1, steps=5)
+    with pytest.raises(spectra.InputError, match="known to be zero"):
+        nothing.without_known_zeros()
