@@ -141,8 +141,8 @@ def lanczos(op: LinearOperator, start: torch.Tensor, steps: int, *, reorthogonal
     """Run at most `steps` steps of the recurrence from `start` (n,), one product each.
 
     reorthogonalize: "full" keeps the basis and applies classical Gram-Schmidt at every step, twice where a residual is
-    small (Giraud, Langou and Rozloznik, 2005); "none" keeps three vectors whatever the number of steps: converged Ritz values then come back as
-    copies whose weights add up to the right total (Greenbaum, Linear Algebra Appl. 113, 1989).
+    small (Giraud, Langou and Rozloznik, 2005); "none" keeps three vectors whatever the number of steps: converged Ritz
+    values then come back as copies whose weights add up to the right total (Greenbaum, Linear Algebra Appl. 113, 1989).
     Stops early where the residual falls to rounding level relative to the norm of T.
     Raises InputError for unusable arguments, NonFiniteError if a product is not finite.
     """
