@@ -66,7 +66,8 @@ class LinearOperator:
         other = other.detach().to(device=self.device, dtype=self.dtype)
         vectors = other[None] if other.ndim == 1 else other.T.contiguous()
         images = self.rows(vectors)
-        if not torch.isfinite(images.sum(dtype=torch.float64)):  # one sum meets every NaN and infinity
+        # one sum meets every NaN and infinity; only if it overflows itself is every entry looked at
+        if not torch.isfinite(images.sum()) and not torch.isfinite(images).all():
             self.blame(vectors)
         return images[0] if other.ndim == 1 else images.T
 
@@ -220,7 +221,7 @@ class MeanOperator(LinearOperator):
     def blame(self, vectors: torch.Tensor) -> NoReturn:
         """The blame of the member whose product is not finite."""
         for operator in self.operators:
-            if not torch.isfinite(operator.rows(vectors).sum(dtype=torch.float64)):
+            if not torch.isfinite(operator.rows(vectors)).all():
                 operator.blame(vectors)
         super().blame(vectors)
 
