@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from spectra import plots
+from spectra.operators import Preflight
 from spectra.plot_density import curves_of, draw_densities
 from spectra.plot_style import is_reference, new_figure, run_name
 from spectra.records import Run
@@ -15,8 +16,9 @@ from spectra.series import ESTIMATES, available, describe, modes, select, series
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OF_A_MODE = (*ESTIMATES, "loss", "gradient_norm")  # the others do not depend on which Hessian is meant
-LEFT_OUT = ("frobenius", "learning_rate", "symmetry_gap", "repeatability")
+OF_A_MODE = (*ESTIMATES, "zero_share", "loss", "gradient_norm")  # the others do not depend on which Hessian is meant
+CHECKS = tuple(field.name for field in fields(Preflight))  # they say how well was measured, not what
+LEFT_OUT = ("frobenius", "learning_rate", *CHECKS)
 FIRST = ("validation_loss", "training_loss")
 MOST_PANELS = 2
 

@@ -44,6 +44,7 @@ QUANTITIES = {
     "negative_magnitude_share": Quantity("negative magnitude share", "", "Σ |λ| over λ < 0, divided by Σ |λ| over all"),
     "negative_share": Quantity("negative share", "", "how many of all eigenvalues lie below zero"),
     "near_zero_share": Quantity("near-zero share", "", "how many of all eigenvalues lie within the tolerance of zero"),
+    "zero_share": Quantity("known zeros", "", "how many eigenvalues are zero because the operator never touches them"),
     "loss": Quantity("loss on the measured batches", "nats per token", "at the weights that the spectrum belongs to"),
     "gradient_norm": Quantity("gradient norm", "loss per parameter", "the norm of the gradient at the same point"),
     "validation_loss": Quantity("validation loss", "nats per token"),
