@@ -33,7 +33,6 @@ from spectra.probe import NEAR_ZERO, summarize
 
 Limits = Callable[[float], tuple[float, float]]  # factor > 0 -> the interval of after - factor * before
 SEED_BITS = 0xFFFFFFFFFFFFFFFF  # what probes depend on
-BISECTIONS = 50
 MOST_SKEWED = math.sqrt(8)  # of one eigenvalue alone, whose weight is chi-squared with one degree of freedom
 POWERS = {"negative_energy_share": 2, "negative_magnitude_share": 1}
 MEANS = ("trace", "rms", "frobenius", *POWERS)  # means over probes, to first order
@@ -142,20 +141,13 @@ def _ratio(before: Estimate, after: Estimate, limits: Limits) -> Estimate:
     quotients = [end / by for end in (after.low, after.high) for by in (before.low, before.high)]
     low, high = min(quotients), max(quotients)
     if low > 0:
-        low, high = _edge(limits, value, low), _edge(limits, value, high)
+
+        def possible(factor: float) -> bool:
+            least, most = limits(factor)
+            return least <= 0 <= most
+
+        low, high = (moments.last_that_holds(possible, value, end) for end in (low, high))
     return Estimate(value, low, high)
-
-
-def _edge(limits: Limits, inside: float, outside: float) -> float:
-    """Where the factors that hold end, between one that does and one that is far enough out."""
-    for _ in range(BISECTIONS):
-        middle = (inside + outside) / 2
-        low, high = limits(middle)
-        if low <= 0 <= high:
-            inside = middle
-        else:
-            outside = middle
-    return outside
 
 
 def _agreed(difference: Estimate, ratio: Estimate, before: Estimate) -> tuple[Estimate, Estimate]:
@@ -281,8 +273,8 @@ def _staircase(values: np.ndarray, counts: np.ndarray, total: int) -> tuple[np.n
 
 
 def _sampled(density: SpectralDensity, name: str, estimate: Estimate) -> _Sampled:
-    n = density.dimension - int(density.counts.sum())
-    function = _linearised(density, name, n)
+    n = density.sampled
+    function = _linearised(density, name, estimate)
     images = [function(rule.nodes) for rule in density.rules]
     values = np.array([rule.weights @ image for rule, image in zip(density.rules, images, strict=True)])
     spectra = [
@@ -290,14 +282,13 @@ def _sampled(density: SpectralDensity, name: str, estimate: Estimate) -> _Sample
     ]
     size = float(np.mean([rule.weights @ np.abs(image) for rule, image in zip(density.rules, images, strict=True)]))
     size += float(density.counts @ np.abs(function(density.atoms))) / n
-    radius = float(np.abs(density.nodes).max())
-    relative = max(moments.ROUNDING, density.noise / radius if radius > 0 else 0.0)
     drift = _drift(density, name, estimate) if name in POWERS else 0.0
-    return _Sampled(estimate, values, spectra, n, drift, relative * size)
+    return _Sampled(estimate, values, spectra, n, drift, density.rounding * size)
 
 
-def _linearised(density: SpectralDensity, name: str, n: int) -> moments.Function:
+def _linearised(density: SpectralDensity, name: str, estimate: Estimate) -> moments.Function:
     """The function whose mean over eigenvalues varies with the probes as the quantity does."""
+    n = density.sampled
     if name == "trace":
         return lambda theta: n * theta
     if name in POWERS:
@@ -308,8 +299,7 @@ def _linearised(density: SpectralDensity, name: str, n: int) -> moments.Function
 
         known = (density.rules, n, density.atoms, density.counts)
         total = moments.sum_over_eigenvalues(whole, *known).value
-        ratio = getattr(density, name)().value
-        return lambda theta: n / (total or 1.0) * whole(theta) * ((theta < 0) - ratio)
+        return lambda theta: n / (total or 1.0) * whole(theta) * ((theta < 0) - estimate.value)
     norm = density.frobenius().value
     scale = 2 * (norm or 1.0) * (math.sqrt(density.dimension) if name == "rms" else 1.0)
     return lambda theta: n * theta * theta / scale

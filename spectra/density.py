@@ -80,7 +80,7 @@ class SpectralDensity:
         probes, steps = self.alphas.shape
         columns = max(steps, int(self.lengths.max(initial=0)) + len(self.atoms))
         nodes, weights = np.zeros((probes, columns)), np.zeros((probes, columns))
-        share = self._sampled / self.dimension
+        share = self.sampled / self.dimension
         for row, m in enumerate(self.lengths):
             rule = self.rules[row] if m else GaussRule(NOTHING, NOTHING, NOTHING)
             used = np.concatenate([rule.nodes, self.atoms])
@@ -233,15 +233,21 @@ class SpectralDensity:
     # -- how the numbers are made
 
     @property
-    def _sampled(self) -> int:
+    def sampled(self) -> int:
         """The dimension of the space that the probes were drawn from."""
         return self.dimension - int(self.counts.sum())
+
+    @cached_property
+    def rounding(self) -> float:
+        """What the arithmetic may have lost of a sum over eigenvalues, relative to that over their sizes."""
+        radius = float(np.abs(self.nodes).max())
+        return max(moments.ROUNDING, self.noise / radius if radius > 0 else 0.0)
 
     @cached_property
     def _measure(self) -> Measure:
         jacobi = [(self.alphas[row, :m], self.betas[row, :m]) for row, m in enumerate(self.lengths) if m]
         noise = self.noise + (0.0 if self.exact else moments.leak(self.atoms, self.atom_residuals, 0.0))
-        return Measure(jacobi, self._sampled, self.atoms, self.counts, self.atom_residuals, noise)
+        return Measure(jacobi, self.sampled, self.atoms, self.counts, self.atom_residuals, noise)
 
     @cached_property
     def _residuals(self) -> list[np.ndarray]:
@@ -249,10 +255,8 @@ class SpectralDensity:
         return [beta * np.abs(rule.last_components) for beta, rule in zip(last, self.rules, strict=True)]
 
     def _sum(self, function: moments.Function) -> Estimate:
-        radius = float(np.abs(self.nodes).max())
-        rounding = max(moments.ROUNDING, self.noise / radius if radius > 0 else 0.0)
-        known = (self._sampled, self.atoms, self.counts)
-        return moments.sum_over_eigenvalues(function, self.rules, *known, rounding=rounding)
+        known = (self.sampled, self.atoms, self.counts)
+        return moments.sum_over_eigenvalues(function, self.rules, *known, rounding=self.rounding)
 
     def _negative_ratio(self, power: int) -> Estimate:
         """Negative part over the whole of sum |lambda|^power, with room for what more steps would change:
@@ -264,14 +268,15 @@ class SpectralDensity:
         def part(theta: np.ndarray) -> np.ndarray:
             return np.where(theta < 0, whole(theta), 0.0)
 
-        known = (self._sampled, self.atoms, self.counts)
+        known = (self.sampled, self.atoms, self.counts)
         estimate = moments.ratio_of_sums(part, whole, self.rules, *known)
         if not self.rules or not estimate.resolved:
             return estimate
         quarter, half = (
-            moments.ratio_of_sums(
+            moments.ratio_value(
                 part, whole, [gauss_rule(a[: max(len(a) // cut, 1)], b) for a, b in self._measure.jacobi], *known
-            ).value
+            )
+            or 0.0
             for cut in (4, 2)
         )
         estimate = moments.widened(estimate, _remainder(quarter, half, estimate.value), least=0.0, most=1.0)

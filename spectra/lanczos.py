@@ -178,5 +178,5 @@ def choose_policy(op: LinearOperator, steps: int, reorthogonalize: str) -> str:
         raise InputError(f"reorthogonalize must be one of {', '.join(POLICIES)}, got {reorthogonalize!r}")
     if reorthogonalize != "auto":
         return reorthogonalize
-    size = steps * op.shape[0] * torch.finfo(op.dtype).bits // 8
+    size = steps * op.vector_bytes
     return "full" if size <= min(BASIS_LIMIT, memory.available(op.device) // 4) else "none"

@@ -19,7 +19,7 @@ from spectra.quadrature import GaussRule
 Function = Callable[[np.ndarray], np.ndarray]
 ROUNDING = 1e-12  # relative error of sums in float64
 ENDS_ROUNDING = 16  # times the noise of one product: a recurrence and an eigensolver lie between
-BISECTIONS = 30
+BISECTIONS = 50
 RESOLVED_END = 0.05  # relative half-width under which an extreme eigenvalue counts as resolved
 
 
@@ -54,24 +54,31 @@ def ratio_of_sums(
     probes saw too much of a few large eigenvalues, both the ratio and its spread come out small; asking each r for the
     spread that it would have leaves room on the far side.
     """
-    numerator = sum_over_eigenvalues(part, rules, dimension, atoms, counts).value
-    denominator = sum_over_eigenvalues(whole, rules, dimension, atoms, counts).value
-    if denominator == 0:
+    ratio = ratio_value(part, whole, rules, dimension, atoms, counts)
+    if ratio is None:
         return Estimate(0.0, 0.0, 0.0, False, "every eigenvalue is zero")
-    ratio = min(max(numerator / denominator, 0.0), 1.0)
     if not rules:
         return widened(certain(ratio), ROUNDING, least=0.0, most=1.0)
 
     def difference(r: float) -> Estimate:
         return sum_over_eigenvalues(lambda nodes: part(nodes) - r * whole(nodes), rules, dimension, atoms, counts)
 
-    low = _last(lambda r: difference(r).low <= 0, ratio, 0.0)
-    high = _last(lambda r: difference(r).high >= 0, ratio, 1.0)
+    low = last_that_holds(lambda r: difference(r).low <= 0, ratio, 0.0)
+    high = last_that_holds(lambda r: difference(r).high >= 0, ratio, 1.0)
     return Estimate(ratio, low, high)
 
 
-def _last(holds: Callable[[float], bool], inside: float, outside: float) -> float:
-    """How far from `inside` toward `outside` a condition holds, by bisection."""
+def ratio_value(
+    part: Function, whole: Function, rules: Sequence[GaussRule], dimension: int, atoms: np.ndarray, counts: np.ndarray
+) -> float | None:
+    """The ratio of `ratio_of_sums` without its interval, None where `whole` sums to nothing."""
+    numerator = sum_over_eigenvalues(part, rules, dimension, atoms, counts).value
+    denominator = sum_over_eigenvalues(whole, rules, dimension, atoms, counts).value
+    return None if denominator == 0 else min(max(numerator / denominator, 0.0), 1.0)
+
+
+def last_that_holds(holds: Callable[[float], bool], inside: float, outside: float) -> float:
+    """How far from `inside`, where a condition holds, toward `outside` it does, by bisection; rounded outward."""
     if holds(outside):
         return outside
     for _ in range(BISECTIONS):
@@ -80,7 +87,7 @@ def _last(holds: Callable[[float], bool], inside: float, outside: float) -> floa
             inside = middle
         else:
             outside = middle
-    return inside
+    return outside
 
 
 def widened(estimate: Estimate, room: float, *, least: float = -math.inf, most: float = math.inf) -> Estimate:

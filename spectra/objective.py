@@ -85,19 +85,24 @@ class Objective:
         return self.only([part for piece in self.pieces for part in self._split(piece, most)])
 
     def _split(self, piece: Piece, most: int) -> Iterator[Piece]:
-        rows = rows_in(piece.batch)
-        if rows <= most:
+        if rows_in(piece.batch) <= most:
             yield piece
             return
         summed = getattr(self.loss, "reduction", None) == "sum"
-        whole = self.count(piece.batch)
-        for start in range(0, rows, most):
-            stop = min(start + most, rows)
-            part = rows_between(piece.batch, start, stop, rows)
-            count = self.count(part)
+        parts = list(self._parts(piece.batch, most))
+        whole = sum(count for _, count, _ in parts)
+        for part, count, where in parts:
             if count > 0:
                 share = piece.share if summed else piece.share * count / whole
-                yield Piece(part, share, f"{piece.name}, part {start} to {stop - 1}")
+                yield Piece(part, share, f"{piece.name}, part {where}")
+
+    def _parts(self, batch: Any, most: int) -> Iterator[tuple[Any, float, str]]:
+        """The batch in parts of at most so many rows, what each counts, and which rows they are."""
+        rows = rows_in(batch)
+        for start in range(0, rows, most):
+            stop = min(start + most, rows)
+            part = rows_between(batch, start, stop, rows)
+            yield part, self.count(part), f"{start} to {stop - 1}"
 
     def forward(self, piece: Piece, device: torch.device) -> torch.Tensor:
         """The mean loss of one piece, with its graph: a scalar. Raises NonFiniteError naming the batch."""
@@ -139,14 +144,11 @@ class Objective:
         named: list[tuple[Any, float, str]] = []
         for index, raw in enumerate(batches):
             batch = self.complete(raw, index)
-            rows = rows_in(batch)
-            if microbatch is None or microbatch >= rows:
+            if microbatch is None or microbatch >= rows_in(batch):
                 named.append((batch, self.count(batch), f"batch {index}"))
                 continue
-            for start in range(0, rows, microbatch):
-                stop = min(start + microbatch, rows)
-                part = rows_between(batch, start, stop, rows)
-                named.append((part, self.count(part), f"batch {index}, rows {start} to {stop - 1}"))
+            for part, count, where in self._parts(batch, microbatch):
+                named.append((part, count, f"batch {index}, rows {where}"))
         total = sum(count for _, count, _ in named)
         if not total > 0:
             raise InputError(

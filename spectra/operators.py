@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from spectra.errors import InputError, NonFiniteError
+from spectra.vectors import dot, gaussian, norm, orthonormal_rows
 
 if TYPE_CHECKING:
     from spectra.scipy_view import ScipyView
@@ -47,6 +48,11 @@ class LinearOperator:
     device: torch.device
     products: int = 0
     spread: str = "none"
+
+    @property
+    def vector_bytes(self) -> int:
+        """What a vector of n numbers in the operator's dtype takes."""
+        return self.shape[0] * torch.finfo(self.dtype).bits // 8
 
     def __matmul__(self, other: Any) -> Any:
         """A v for (n,), A V for (n, k). A NumPy array comes back as one; a tensor keeps the operator's dtype.
@@ -104,8 +110,6 @@ class LinearOperator:
 
         Zero for an exactly symmetric operator; rounding level for a sound Hessian. Costs two products a pair.
         """
-        from spectra.vectors import dot, gaussian, norm
-
         gaps = []
         for index in range(probes):
             u = gaussian(self, seed=seed, index=2 * index, stream="symmetry")
@@ -121,8 +125,6 @@ class LinearOperator:
         Rounding level of the precision that products are computed in, whatever dtype they come in; larger where they
         are not repeatable. Costs three products.
         """
-        from spectra.vectors import gaussian, norm
-
         u, v = (gaussian(self, seed=seed, index=index, stream="linearity") for index in range(2))
         whole = self @ (u + v)
         scale = norm(whole)
@@ -274,8 +276,6 @@ class DeflatedOperator(LinearOperator):
             raise InputError(f"vectors ({inner.shape[0]}, k) are expected, got {tuple(vectors.shape)}")
         if inputs not in ("any", "orthogonal"):
             raise InputError(f"inputs must be 'any' or 'orthogonal', got {inputs!r}")
-        from spectra.vectors import orthonormal_rows
-
         self.inner, self._orthogonal_inputs = inner, inputs == "orthogonal"
         self.shape, self.dtype, self.device, self.spread = inner.shape, inner.dtype, inner.device, inner.spread
         self._rows = orthonormal_rows(vectors.T.to(device=inner.device, dtype=inner.dtype))

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from spectra.eigs import default_basis
 from spectra.lanczos import choose_policy
 from spectra.stochastic_lanczos import VECTORS_A_PROBE, probes_together
@@ -25,6 +23,7 @@ class MemoryPlan:
     recurrence: the vectors of the probes that advance together, with their basis where they reorthogonalise.
     deflation: the vectors taken out. search: the basis in which those are looked for. kept of pieces: microbatches
     whose graph is kept, of how many; the others are rebuilt at each product. rows: of the largest microbatch.
+    together: probes that advance side by side.
     """
 
     graphs: int
@@ -57,11 +56,11 @@ def plan(
 ) -> MemoryPlan:
     """What `slq(op, ...)` will hold at once, by the engine "reverse"; the batched ones hold a multiple of `product`.
 
-    Graphs and products are measured on one and two rows of the largest microbatch: their size is linear in the rows.
+    Graphs and products are measured on two and three rows of the largest microbatch: their size is linear in the rows.
     """
-    vector = op.shape[0] * torch.finfo(op.dtype).bits // 8
+    vector = op.vector_bytes
     kept_vectors = steps if choose_policy(op, steps, reorthogonalize) == "full" else 0
-    together = min(probes_together(op, kept_vectors), probes)
+    together = min(probes_together(op, kept_vectors, deflated=deflate > 0), probes)
     footprint, pieces = op.footprint(), op.objective.pieces
     fit = op.pieces_that_fit()
     graphs = sum(footprint.graph(rows) for rows in op.objective.rows[:fit])

@@ -93,7 +93,7 @@ def find_outliers(op: LinearOperator, *, products: int, seed: int = 0) -> Eigenp
 def _search_products(op: LinearOperator, budget: int) -> int:
     """How long a recurrence to search for outliers with: a part of the budget, a basis that fits in memory."""
     low, high = SEARCH_STEPS
-    cheap = SEARCH_BASIS // (op.shape[0] * torch.finfo(op.dtype).bits // 8)
+    cheap = SEARCH_BASIS // op.vector_bytes
     wanted = int(np.clip(SEARCH_PART * budget, low, np.clip(cheap, low, high)))
     return wanted if wanted <= vectors_that_fit(op) else 0
 

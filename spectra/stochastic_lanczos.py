@@ -88,7 +88,7 @@ def _run(
     """The Jacobi matrices of these probes, as many at a time as fit in memory."""
     kept = steps if keep_basis else 0
     results: list[tuple[int, Tridiagonal]] = []
-    group = probes_together(space.op, kept)
+    group = probes_together(space.op, kept, deflated=space.pairs is not None)
     for first in range(0, len(indices), group):
         chosen = indices[first : first + group]
         recurrence = space.recurrence(chosen, kept)
@@ -100,7 +100,7 @@ def _run(
     return results
 
 
-def probes_together(op: LinearOperator, kept: int) -> int:
+def probes_together(op: LinearOperator, kept: int, *, deflated: bool) -> int:
     """How many probes may advance together, with `kept` basis vectors each.
 
     All of them where that is cheap, or where a GPU gains from large blocks; a few more where each pass over deflated
@@ -108,14 +108,14 @@ def probes_together(op: LinearOperator, kept: int) -> int:
     """
     fit = vectors_that_fit(op)
     if op.device.type == "cpu":
-        limit = TOGETHER_DEFLATED if isinstance(op, DeflatedOperator) else TOGETHER
-        fit = min(fit, limit // (op.shape[0] * torch.finfo(op.dtype).bits // 8))
+        limit = TOGETHER_DEFLATED if deflated else TOGETHER
+        fit = min(fit, limit // op.vector_bytes)
     return max(fit // (VECTORS_A_PROBE + kept), 1)
 
 
 def vectors_that_fit(op: LinearOperator) -> int:
     """How many vectors of n numbers a quarter of the free memory holds."""
-    fits = memory.available(op.device) // 4 // (op.shape[0] * torch.finfo(op.dtype).bits // 8)
+    fits = memory.available(op.device) // 4 // op.vector_bytes
     return distributed.least(fits, op.device) if op.spread == "batches" else fits
 
 

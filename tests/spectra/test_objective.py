@@ -176,3 +176,11 @@ def test_what_is_no_batch_is_refused_in_one_line(batches):
     with pytest.raises(spectra.InputError) as caught:
         spectra.HessianOperator(tiny_models.mlp(), batches).loss()
     assert "\n" not in str(caught.value)
+
+
+def test_cutting_pieces_in_two_keeps_their_share_whatever_the_weight_says():
+    batches = tiny_models.classification((6, 3))
+    objective = spectra.Objective(tiny_models.mlp(), batches, weight=lambda batch: 1.0)  # not a sum over rows
+    halved = objective.halved()
+    assert max(halved.rows) == 3
+    assert [piece.share for piece in halved.pieces] == pytest.approx([0.25, 0.25, 0.5])
