@@ -77,6 +77,8 @@ class Benchmark:
     def _applies(self, task: str, tool: str, model: str, repeat: int) -> bool:
         if task in OURS_ALONE and not tool.startswith("spectra"):
             return False
+        if task == "slopes" and tool != "spectra":  # once, with the operator as it comes
+            return False
         if task == "slopes":
             models = self.options.models.split(",")
             wanted = SLOPES_ON[self.options.device]
@@ -110,6 +112,7 @@ class Benchmark:
     def _effort(self) -> dict[str, Any]:
         root = self.options.products_scale**0.5
         effort = {"probes": max(round(10 * root), 1), "steps": max(round(100 * root), 10)}
+        effort |= {"engines": not self.options.auto_only, "trace_limit": self.options.trace_limit}
         return effort | (QUICK_EFFORT if self.options.quick else {})
 
     def _keep(self) -> str:
@@ -176,6 +179,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--repeats", type=int, help="default 3")
     made.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     made.add_argument("--products-scale", type=float, help="shrink probes x steps of the density, for every tool")
+    made.add_argument("--auto-only", action="store_true", help="do not time every engine by name as well")
+    made.add_argument("--trace-limit", type=int, default=480, help="products to try at most for a trace to 2 %%")
     made.add_argument("--processes", choices=("task", "tool"), help="one for each task (CPU) or for each tool (GPU)")
     made.add_argument("--time-limit", type=float, help="seconds after which nothing more is started")
     made.add_argument("--quick", action="store_true", help="everything on the tiny model, once")
