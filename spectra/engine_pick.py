@@ -15,7 +15,7 @@ from spectra.errors import InputError
 if TYPE_CHECKING:
     from spectra.hessian import HessianOperator
 
-CAPTURE_BELOW = 0.2  # seconds a vector: longer products are bound by arithmetic, and launching them costs nothing
+CAPTURE_BELOW = 0.2  # seconds a vector and microbatch: longer ones are bound by arithmetic, launching costs nothing
 CLEARLY = 0.9  # of the time of a simpler engine, before that one is left
 SINGLE_CALLS = 3  # products of one vector before it is worth while to look for a faster engine for more of them
 WARM_BELOW = 0.1  # seconds: a shorter first call was mostly warming up; on a GPU any, it allocates and captures
@@ -99,7 +99,8 @@ class EnginePick:
     def _candidates(self, vectors: torch.Tensor, single: float) -> list[str]:
         """What may beat "reverse", which took `single` seconds a vector."""
         batch = len(vectors) > 1 and self._batch_fits(vectors)
-        capture = vectors.device.type == "cuda" and self.op.keeps_every_graph and single < CAPTURE_BELOW
+        launches = single < CAPTURE_BELOW * len(self.op.objective.pieces)
+        capture = vectors.device.type == "cuda" and self.op.keeps_every_graph and launches
         ways = {"batched": batch, "captured": capture, "captured batched": batch and capture}
         return [way for way, possible in ways.items() if possible]
 
