@@ -280,9 +280,10 @@ class SpectralDensity:
             for cut in (4, 2)
         )
         estimate = moments.widened(estimate, _remainder(quarter, half, estimate.value), least=0.0, most=1.0)
-        if estimate.half_width <= RESOLVED_HALF_WIDTH:
+        # to each side: where chance made the ratio small, so is its spread, but the far side still shows it
+        if max(estimate.high - estimate.value, estimate.value - estimate.low) <= RESOLVED_HALF_WIDTH:
             return estimate
-        return replace(estimate, resolved=False, reason=f"{len(self.rules)} probes disagree: use more, or deflate")
+        return replace(estimate, resolved=False, reason=f"{len(self.rules)} probes are too few: use more, or deflate")
 
 
 def _remainder(quarter: float, half: float, whole: float) -> float:

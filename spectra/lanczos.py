@@ -159,16 +159,16 @@ def orthogonalize_(vector: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """Take out of `vector` (n,) its part in the orthonormal rows of `basis` (m, n), in place, as two matrix products
     done twice. Returns the coefficients (m,)."""
     total = basis @ vector
-    vector.sub_(total @ basis)
+    vector.addmv_(basis.T, total, alpha=-1)
     correction = basis @ vector
-    vector.sub_(correction @ basis)
+    vector.addmv_(basis.T, correction, alpha=-1)
     return total + correction
 
 
 def _orthogonalize_each_(vectors: torch.Tensor, bases: torch.Tensor) -> None:
     """Take out of each row of `vectors` (k, n) its part in its own basis (k, m, n), in place, in one pass."""
     coefficients = torch.bmm(bases, vectors[:, :, None])
-    vectors.sub_(torch.bmm(coefficients.transpose(1, 2), bases)[:, 0])
+    vectors[:, None].baddbmm_(coefficients.transpose(1, 2), bases, alpha=-1)
 
 
 def choose_policy(op: LinearOperator, steps: int, reorthogonalize: str) -> str:

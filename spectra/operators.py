@@ -287,13 +287,13 @@ class DeflatedOperator(LinearOperator):
 
     def project(self, vector: torch.Tensor) -> torch.Tensor:
         """The part orthogonal to U, twice for rounding. (n,), or a vector in each row (k, n)."""
-        projected = vector.clone()
+        projected = torch.atleast_2d(vector).clone()
         for _ in range(2):
             self._project_(projected)
-        return projected
+        return projected.view_as(vector)
 
     def _project_(self, vectors: torch.Tensor) -> torch.Tensor:
-        return vectors.sub_((vectors @ self._rows.T) @ self._rows)
+        return vectors.addmm_(vectors @ self._rows.T, self._rows, alpha=-1)
 
     def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
         if not self._orthogonal_inputs:

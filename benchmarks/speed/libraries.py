@@ -17,7 +17,8 @@ from models import Case, Logits, targets
 from tools import ACCURACY, EIGENVALUES, LOOSE, TOLERANCES, Eigenvalues, Tool, Trace, Way
 from torch import nn
 
-ROOMY = 4 * EIGENVALUES  # vectors for ARPACK, which takes 2 k by default
+ARPACK_BASIS = 2 * EIGENVALUES + 1  # vectors that it takes by default
+ROOMY = 4 * EIGENVALUES  # more of them
 RESTARTS = 100  # of ARPACK, far more than a search that converges takes
 LANCZOS_STEPS = (20, 40, 80, 160, 320)
 
@@ -259,6 +260,8 @@ def _arpack(multiply: Callable[[torch.Tensor], torch.Tensor], case: Case) -> dic
 
     def attempt(ncv: int | None, tol: float) -> Callable[[], Eigenvalues]:
         def run() -> Eigenvalues:
+            if n * (ncv or ARPACK_BASIS) > 2**31:  # it would crash, and take this process with it
+                raise ValueError("ARPACK counts the numbers of its basis in 32 bits, which do not reach")
             try:
                 values, _ = eigsh(matrix, EIGENVALUES, which="BE", ncv=ncv, tol=tol, v0=start, maxiter=RESTARTS)
                 return Eigenvalues(values.tolist(), True)
