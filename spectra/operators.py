@@ -278,7 +278,7 @@ class DeflatedOperator(LinearOperator):
             raise InputError(f"inputs must be 'any' or 'orthogonal', got {inputs!r}")
         self.inner, self._orthogonal_inputs = inner, inputs == "orthogonal"
         self.shape, self.dtype, self.device, self.spread = inner.shape, inner.dtype, inner.device, inner.spread
-        self._rows = orthonormal_rows(vectors.T.to(device=inner.device, dtype=inner.dtype))
+        _, self._rows = orthonormal_rows(vectors.T.to(device=inner.device, dtype=inner.dtype))
 
     @property
     def vectors(self) -> torch.Tensor:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spectra.eigs import default_basis
+from spectra.grouping import VECTORS_A_PROBE, probes_together
 from spectra.lanczos import choose_policy
-from spectra.stochastic_lanczos import VECTORS_A_PROBE, probes_together
 
 if TYPE_CHECKING:
     from spectra.hessian import HessianOperator

@@ -19,13 +19,14 @@ from spectra.density import SpectralDensity
 from spectra.eigs import Eigenpairs, default_basis
 from spectra.errors import InputError
 from spectra.estimates import Estimate
+from spectra.grouping import vectors_that_fit
 from spectra.hessian import HessianOperator
 from spectra.isolation import random_states_kept, unwrap
 from spectra.lanczos import choose_policy
 from spectra.objective import as_batches, tensors_of
 from spectra.parameters import Selection
 from spectra.records import Run, SpectrumRecord
-from spectra.stochastic_lanczos import outliers, slq, vectors_that_fit
+from spectra.stochastic_lanczos import outliers, slq
 from spectra.vectors import norm
 
 DEFLATED = 20  # outliers by default: on small language models the interval of the RMS eigenvalue is then 1.5 % wide

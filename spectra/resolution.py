@@ -14,9 +14,10 @@ from spectra.density import SpectralDensity
 from spectra.eigs import Eigenpairs
 from spectra.errors import InputError
 from spectra.estimates import RESOLVED_HALF_WIDTH, Estimate, normal_quantile
+from spectra.grouping import vectors_that_fit
 from spectra.lanczos import Recurrence
 from spectra.operators import LinearOperator
-from spectra.stochastic_lanczos import DEFLATION_TOLERANCE, ProbeSpace, slq, vectors_that_fit
+from spectra.stochastic_lanczos import DEFLATION_TOLERANCE, ProbeSpace, slq
 from spectra.vectors import gaussian
 
 SHARES = ("negative", "near_zero", "between")

@@ -11,19 +11,16 @@ import numpy as np
 import scipy
 import torch
 
-from spectra import distributed, memory, moments
+from spectra import distributed, moments
 from spectra.density import SpectralDensity
 from spectra.eigs import Eigenpairs, topk
 from spectra.errors import InputError
+from spectra.grouping import probes_together
 from spectra.lanczos import Recurrence, Tridiagonal, choose_policy
 from spectra.operators import DeflatedOperator, LinearOperator
 from spectra.vectors import probe
 
 DEFLATION_TOLERANCE = 1e-3  # of |lambda|: what is left of an outlier is then its square, below the bulk
-
-TOGETHER = 256 << 20  # bytes of vectors of probes that advance together on a CPU
-TOGETHER_DEFLATED = 1 << 30  # the same where outliers are deflated
-VECTORS_A_PROBE = 5  # of n numbers: the last two of a recurrence, the new one, and temporaries
 
 
 def slq(
@@ -98,25 +95,6 @@ def _run(
         results += zip(chosen, (replace(t, basis=None) for t in recurrence.tridiagonals()), strict=True)
         report.reach((first + len(chosen)) * steps)
     return results
-
-
-def probes_together(op: LinearOperator, kept: int, *, deflated: bool) -> int:
-    """How many probes may advance together, with `kept` basis vectors each.
-
-    All of them where that is cheap, or where a GPU gains from large blocks; a few more where each pass over deflated
-    vectors serves several; else one, since a product that is bound by arithmetic gains nothing from company.
-    """
-    fit = vectors_that_fit(op)
-    if op.device.type == "cpu":
-        limit = TOGETHER_DEFLATED if deflated else TOGETHER
-        fit = min(fit, limit // op.vector_bytes)
-    return max(fit // (VECTORS_A_PROBE + kept), 1)
-
-
-def vectors_that_fit(op: LinearOperator) -> int:
-    """How many vectors of n numbers a quarter of the free memory holds."""
-    fits = memory.available(op.device) // 4 // op.vector_bytes
-    return distributed.least(fits, op.device) if op.spread == "batches" else fits
 
 
 class ProbeSpace:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from spectra.errors import InputError
 from spectra.estimates import Estimate, certain, sampling_interval, student_interval, union
+from spectra.grouping import probes_together
 from spectra.operators import LinearOperator
-from spectra.vectors import dot, gaussian, norm, probe
+from spectra.vectors import gaussian, orthonormal_rows, probe, row_dots
 
 METHODS = ("hutchinson", "hutch++", "xtrace")
 # XTrace's samples share a sketch, so their spread understates the error of their mean: Student's interval covered 88 %
@@ -50,17 +53,50 @@ def _exact(op: LinearOperator) -> Estimate:
         diagonal[index] = float((op @ unit)[index])
         unit[index] = 0
     slack = 100 * torch.finfo(op.dtype).eps * float(np.abs(diagonal).sum())
-    return _with_products(certain(float(diagonal.sum()), rounding=slack), n)
+    return replace(certain(float(diagonal.sum()), rounding=slack), products=n)
 
 
 def _hutchinson(op: LinearOperator, probes: int, seed: int) -> Estimate:
-    forms, squares = [], []
-    for index in range(probes):
-        v = probe(op, seed=seed, index=index)
-        image = op @ v
-        forms.append(dot(v, image))
-        squares.append(dot(image, image))
-    return _with_products(_sphere_interval(forms, squares, op.shape[0]), probes)
+    forms, squares = _quadratic_forms(op, probes, lambda index: probe(op, seed=seed, index=index))
+    return replace(_sphere_interval(forms, squares, op.shape[0]), products=probes)
+
+
+def _quadratic_forms(
+    op: LinearOperator, count: int, draw: Callable[[int], torch.Tensor], basis: torch.Tensor | None = None
+) -> tuple[list[float], list[float]]:
+    """v . A v and ||A v||^2 for the unit vectors v that `draw` gives; with a basis (k, n) those of the operator
+    restricted to its complement, from which v is taken."""
+    forms: list[float] = []
+    squares: list[float] = []
+    group = probes_together(op, 0)
+    for first in range(0, count, group):
+        vectors = torch.stack([draw(index) for index in range(first, min(first + group, count))])
+        if basis is not None:
+            _complement_(vectors, basis)
+            vectors /= row_dots(vectors, vectors).sqrt()[:, None].to(vectors.dtype)
+        images = _images(op, vectors)
+        forms += row_dots(vectors, images).tolist()
+        if basis is not None:
+            _complement_(images, basis)
+        squares += row_dots(images, images).tolist()
+    return forms, squares
+
+
+def _complement_(vectors: torch.Tensor, basis: torch.Tensor) -> None:
+    """Take out of the rows of `vectors`, in place, their part in the rows of `basis`, twice for rounding."""
+    for _ in range(2):
+        vectors.addmm_(vectors @ basis.T, basis, alpha=-1)
+
+
+def _images(op: LinearOperator, vectors: torch.Tensor) -> torch.Tensor:
+    """A applied to each row of `vectors`, as many at once as fit. (k, n)"""
+    group = probes_together(op, 0)
+    images = torch.empty_like(vectors)
+    for first in range(0, len(vectors), group):
+        images[first : first + group] = op.rows(vectors[first : first + group])
+    if not torch.isfinite(row_dots(images, images)).all():
+        op.blame(vectors)
+    return images
 
 
 def _sphere_interval(forms: list[float], squares: list[float], n: int) -> Estimate:
@@ -76,40 +112,36 @@ def _sphere_interval(forms: list[float], squares: list[float], n: int) -> Estima
 
 
 def _hutch_plus_plus(op: LinearOperator, probes: int, seed: int) -> Estimate:
-    n, sketch = op.shape[0], probes // 3
-    range_basis = _orthonormal(op @ _test_matrix(op, sketch, seed, "sketch"))
-    captured = float((range_basis * (op @ range_basis)).sum(dtype=torch.float64))
-    forms, squares = [], []
-    dimension_left = n - range_basis.shape[1]
-    for index in range(probes - 2 * sketch):
-        v = gaussian(op, seed=seed, index=index, stream="rest")
-        for _ in range(2):
-            v -= range_basis @ (range_basis.T @ v)
-        v /= norm(v)
-        image = op @ v
-        forms.append(dot(v, image))
-        image -= range_basis @ (range_basis.T @ image)
-        squares.append(dot(image, image))
-    left = _sphere_interval(forms, squares, dimension_left)
+    sketch = probes // 3
+    basis = _without_rounding(*orthonormal_rows(_images(op, _test_vectors(op, sketch, seed))))
+    captured = float(row_dots(basis, _images(op, basis)).sum())
+    rest = probes - 2 * sketch
+    forms, squares = _quadratic_forms(
+        op, rest, lambda index: gaussian(op, seed=seed, index=index, stream="rest"), basis
+    )
+    left = _sphere_interval(forms, squares, op.shape[0] - len(basis))
     return Estimate(
         captured + left.value, captured + left.low, captured + left.high, left.resolved, left.reason, probes
     )
 
 
+def _without_rounding(lower: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """The basis without the directions in which the rows that it came from held rounding only."""
+    sizes = torch.diagonal(lower).abs()
+    return basis[sizes > math.sqrt(len(basis)) * torch.finfo(basis.dtype).eps * sizes.max()]
+
+
 def _xtrace(op: LinearOperator, probes: int, seed: int) -> Estimate:
     """Leave each test vector w_i out of the sketch Y = A W = Q R in turn. The basis without it is Q (I - s_i s_i^T),
     with s_i the unit vector along column i of R^-T; the trace on that basis is taken exactly and w_i, projected onto
-    the complement and scaled to the sphere, estimates the rest."""
+    the complement and scaled to the sphere, estimates the rest. Vectors are rows here, so that R is the transpose of
+    the factor."""
     n, count = op.shape[0], probes // 2
-    tests = _test_matrix(op, count, seed, "sketch")
-    images = op @ tests
-    basis, triangle = torch.linalg.qr(images)
-    image_of_basis = op @ basis
-    small = [
-        m.double().cpu().numpy()
-        for m in (triangle, basis.T @ image_of_basis, basis.T @ tests, image_of_basis.T @ tests)
-    ]
-    r, h, w, t = small
+    tests = _test_vectors(op, count, seed)
+    lower, basis = orthonormal_rows(_images(op, tests))
+    images = _images(op, basis)
+    small = (lower.T, basis @ images.T, basis @ tests.T, images @ tests.T)
+    r, h, w, t = (matrix.double().cpu().numpy() for matrix in small)
     h = (h + h.T) / 2
     diagonal = np.abs(np.diag(r))
     if diagonal.min() <= 1e3 * torch.finfo(op.dtype).eps * max(diagonal.max(), 1e-300):
@@ -118,7 +150,7 @@ def _xtrace(op: LinearOperator, probes: int, seed: int) -> Estimate:
         return Estimate(exact, exact - slack, exact + slack, products=2 * count)
     s = np.linalg.inv(r).T
     s /= np.linalg.norm(s, axis=0)
-    lengths = (tests.double() ** 2).sum(dim=0).cpu().numpy()
+    lengths = row_dots(tests, tests).cpu().numpy()
     samples = np.empty(count)
     for i in range(count):
         x = w[:, i] - s[:, i] * (s[:, i] @ w[:, i])
@@ -130,16 +162,5 @@ def _xtrace(op: LinearOperator, probes: int, seed: int) -> Estimate:
     return Estimate(naive.value, naive.value - half, naive.value + half, products=2 * count)
 
 
-def _test_matrix(op: LinearOperator, count: int, seed: int, stream: str) -> torch.Tensor:
-    return torch.stack([gaussian(op, seed=seed, index=i, stream=stream) for i in range(count)], dim=1)
-
-
-def _orthonormal(matrix: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis of the columns' span; directions at rounding level are dropped."""
-    q, r = torch.linalg.qr(matrix)
-    sizes = torch.diagonal(r).abs()
-    return q[:, sizes > math.sqrt(matrix.shape[1]) * torch.finfo(matrix.dtype).eps * sizes.max()]
-
-
-def _with_products(estimate: Estimate, products: int) -> Estimate:
-    return Estimate(estimate.value, estimate.low, estimate.high, estimate.resolved, estimate.reason, products)
+def _test_vectors(op: LinearOperator, count: int, seed: int) -> torch.Tensor:
+    return torch.stack([gaussian(op, seed=seed, index=i, stream="sketch") for i in range(count)])

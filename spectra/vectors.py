@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from spectra.operators import LinearOperator
 
 STRETCHES = {"cpu": 1 << 16, "cuda": 1 << 22}  # pairs drawn in one go: what a cache holds, what fills a GPU
+CHOLESKY_LIMIT = (
+    1e-6  # of triangular factors' diagonals: rows nearer to dependence lose too many digits in a Gram matrix
+)
 BLOCK = 1024  # products summed in one go before float64 takes over
 
 
@@ -44,20 +47,34 @@ def row_dots(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return blocks.sum(dim=1, dtype=torch.float64) + products[:, whole:].sum(dim=1, dtype=torch.float64)
 
 
-def orthonormal_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows with the same span, orthonormal to rounding. rows: (k, n), k <= n, linearly independent.
+def orthonormal_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows = L Q with L (k, k) lower triangular in float64 and Q (k, n) orthonormal to rounding. rows: (k, n), k <= n.
 
-    Two rounds of Cholesky QR, which are matrix products, where the rows are nearly orthonormal already (Yamamoto et
-    al., Electron. Trans. Numer. Anal. 44, 2015); Householder QR otherwise.
+    Two rounds of Cholesky QR with Gram matrices in float64, which are matrix products (Yamamoto et al., Electron.
+    Trans. Numer. Anal. 44, 2015; Yamazaki, Tomov and Dongarra, SIAM J. Sci. Comput. 37, 2015, for the precision);
+    Householder QR where the rows are too nearly dependent for that.
     """
-    gram = (rows @ rows.T).double()
-    if not torch.linalg.matrix_norm(gram - torch.eye(len(rows), dtype=torch.float64, device=rows.device)) < 0.5:
-        return torch.linalg.qr(rows.T)[0].T.contiguous()
+    lower = torch.eye(len(rows), dtype=torch.float64, device=rows.device)
+    basis = rows
     for _ in range(2):
-        factor = torch.linalg.cholesky((rows @ rows.T).double())
+        factor, failed = torch.linalg.cholesky_ex(_gram(basis))
+        sizes = torch.diagonal(factor)
+        if failed or not sizes.min() > CHOLESKY_LIMIT * sizes.max():
+            basis, upper = torch.linalg.qr(rows.T)
+            return upper.T.double(), basis.T.contiguous()
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(rows)).to(factor), upper=False)
-        rows = inverse.to(rows.dtype) @ rows
-    return rows
+        basis, lower = inverse.to(rows.dtype) @ basis, lower @ factor
+    return lower, basis
+
+
+def _gram(rows: torch.Tensor) -> torch.Tensor:
+    """rows @ rows.T in float64, of as many columns at a time as a cache holds. (k, k)"""
+    width = max(STRETCHES.get(rows.device.type, STRETCHES["cpu"]) // len(rows), 1)
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[1], width):
+        part = rows[:, start : start + width].double()
+        total.addmm_(part, part.T)
+    return total
 
 
 def gaussian(op: LinearOperator, *, seed: int, index: int, stream: str) -> torch.Tensor:

@@ -76,9 +76,25 @@ def test_a_gpu_draws_the_same_numbers():
     assert torch.allclose(here, there.cpu(), atol=1e-5)
 
 
-@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
-def test_rows_are_made_orthonormal_and_keep_their_span(spread):
-    rows = torch.linalg.qr(normal(200, 6, seed=1))[0].T + spread * normal(6, 200, seed=2)
-    orthonormal = vectors.orthonormal_rows(rows)
-    assert torch.allclose(orthonormal @ orthonormal.T, torch.eye(6, dtype=torch.float64), atol=1e-13)
-    assert torch.allclose((rows @ orthonormal.T) @ orthonormal, rows, atol=1e-12)
+@pytest.mark.parametrize(
+    ("spread", "dtype"),
+    [(0.0, torch.float64), (1e-3, torch.float64), (1.0, torch.float64), (0.3, torch.float32), (1e-9, torch.float32)],
+)
+def test_rows_are_made_orthonormal_and_their_factor_kept(spread, dtype):
+    """Sizes that fall by four decades, in columns enough for several blocks."""
+    mixed = torch.linalg.qr(normal(200_000, 6, seed=1))[0].T + spread * normal(6, 200_000, seed=2) / 450
+    rows = (torch.logspace(0, -4, 6, dtype=torch.float64)[:, None] * mixed).to(dtype)
+    lower, orthonormal = vectors.orthonormal_rows(rows)
+    digits = 10 * torch.finfo(dtype).eps
+    gram = orthonormal.double() @ orthonormal.double().T
+    assert torch.allclose(gram, torch.eye(6, dtype=torch.float64), atol=10 * digits)
+    assert torch.allclose(lower, lower.tril())
+    error = torch.linalg.vector_norm(lower @ orthonormal.double() - rows.double(), dim=1)
+    assert (error <= 10 * digits * torch.linalg.vector_norm(rows.double(), dim=1)).all()
+
+
+def test_dependent_rows_still_get_an_orthonormal_basis():
+    rows = normal(3, 50, seed=3)
+    lower, orthonormal = vectors.orthonormal_rows(torch.cat([rows, rows[:1]]))
+    assert torch.allclose(orthonormal @ orthonormal.T, torch.eye(4, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(lower @ orthonormal, torch.cat([rows, rows[:1]]), atol=1e-12)
