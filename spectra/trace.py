@@ -19,6 +19,7 @@ METHODS = ("hutchinson", "hutch++", "xtrace")
 # XTrace's samples share a sketch, so their spread understates the error of their mean: Student's interval covered 88 %
 # over 2,800 spectra of benchmarks/trust.
 XTRACE_INFLATION = math.sqrt(2)
+BLOCK = 10  # vectors at once, the most: a GPU gains little beyond, and products hold memory for each
 
 
 def trace(op: LinearOperator, *, method: str = "hutchinson", probes: int = 30, seed: int = 0) -> Estimate:
@@ -68,7 +69,7 @@ def _quadratic_forms(
     restricted to its complement, from which v is taken."""
     forms: list[float] = []
     squares: list[float] = []
-    group = probes_together(op, 0)
+    group = _block(op)
     for first in range(0, count, group):
         vectors = torch.stack([draw(index) for index in range(first, min(first + group, count))])
         if basis is not None:
@@ -82,6 +83,10 @@ def _quadratic_forms(
     return forms, squares
 
 
+def _block(op: LinearOperator) -> int:
+    return min(probes_together(op, 0), BLOCK)
+
+
 def _complement_(vectors: torch.Tensor, basis: torch.Tensor) -> None:
     """Take out of the rows of `vectors`, in place, their part in the rows of `basis`, twice for rounding."""
     for _ in range(2):
@@ -90,7 +95,7 @@ def _complement_(vectors: torch.Tensor, basis: torch.Tensor) -> None:
 
 def _images(op: LinearOperator, vectors: torch.Tensor) -> torch.Tensor:
     """A applied to each row of `vectors`, as many at once as fit. (k, n)"""
-    group = probes_together(op, 0)
+    group = _block(op)
     images = torch.empty_like(vectors)
     for first in range(0, len(vectors), group):
         images[first : first + group] = op.rows(vectors[first : first + group])
