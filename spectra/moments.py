@@ -2,8 +2,11 @@
 
 For a probe uniform on the unit sphere of n dimensions, v . f(A) v has mean m = mean f(lambda), variance
 2 Var f(lambda) / (n + 2) and third central moment 8 mean (f - m)^3 / ((n + 2)(n + 4)): the squared coordinates are
-Dirichlet(1/2, ..., 1/2). The moments of f on the right are estimated from the same quadrature rules, so an interval
-takes no degrees of freedom, and one probe is enough to have one.
+Dirichlet(1/2, ..., 1/2). The moments of f on the right are estimated from the same quadrature rules, so one probe is
+enough to have an interval. How well p probes know the variance follows in the same way: with
+p n (mean (f - m)^2)^2 / mean (f - m)^4 degrees of freedom (Satterthwaite, Biometrics Bulletin 2, 1946), which are many
+unless a few eigenvalues make up the sum. Sums of one sign are then skewed, and the interval allows for it already;
+differences need not be.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ Function = Callable[[np.ndarray], np.ndarray]
 ROUNDING = 1e-12  # relative error of sums in float64
 ENDS_ROUNDING = 16  # times the noise of one product: a recurrence and an eigensolver lie between
 BISECTIONS = 50
+LEAST_FREEDOM = 3.0  # below, the quantile would say more about its own approximation
 RESOLVED_END = 0.05  # relative half-width under which an extreme eigenvalue counts as resolved
 
 
@@ -31,15 +35,18 @@ def sum_over_eigenvalues(
     counts: np.ndarray,
     *,
     rounding: float = ROUNDING,
+    difference: bool = False,
 ) -> Estimate:
     """sum_k f(lambda_k) over all eigenvalues: exactly over the atoms, by quadrature over the rest. rounding: what the
-    arithmetic may have lost, relative to sum |f|."""
+    arithmetic may have lost, relative to sum |f|. difference: f changes its sign, so that the sum need not be skewed
+    where few eigenvalues make it up."""
     known = float(counts @ function(atoms))
     slack = rounding * float(counts @ np.abs(function(atoms)))
     if not rules:
         return certain(known, rounding=slack)
-    mean, deviation, skewness = _mean_of(function, rules, dimension)
-    part = sampling_interval(dimension * mean, dimension * deviation, skewness)
+    mean, deviation, skewness, freedom = _mean_of(function, rules, dimension)
+    freedom = freedom if difference else math.inf
+    part = sampling_interval(dimension * mean, dimension * deviation, skewness, freedom=freedom)
     size = np.mean([rule.weights @ np.abs(function(rule.nodes)) for rule in rules])
     slack += rounding * dimension * float(size)
     return Estimate(known + part.value, known + part.low - slack, known + part.high + slack)
@@ -60,11 +67,14 @@ def ratio_of_sums(
     if not rules:
         return widened(certain(ratio), ROUNDING, least=0.0, most=1.0)
 
-    def difference(r: float) -> Estimate:
-        return sum_over_eigenvalues(lambda nodes: part(nodes) - r * whole(nodes), rules, dimension, atoms, counts)
+    def remainder(r: float) -> Estimate:
+        def function(nodes: np.ndarray) -> np.ndarray:
+            return part(nodes) - r * whole(nodes)
 
-    low = last_that_holds(lambda r: difference(r).low <= 0, ratio, 0.0)
-    high = last_that_holds(lambda r: difference(r).high >= 0, ratio, 1.0)
+        return sum_over_eigenvalues(function, rules, dimension, atoms, counts, difference=True)
+
+    low = last_that_holds(lambda r: remainder(r).low <= 0, ratio, 0.0)
+    high = last_that_holds(lambda r: remainder(r).high >= 0, ratio, 1.0)
     return Estimate(ratio, low, high)
 
 
@@ -156,16 +166,18 @@ def negated(estimate: Estimate) -> Estimate:
     return Estimate(-estimate.value, -estimate.high, -estimate.low, estimate.resolved, estimate.reason)
 
 
-def _mean_of(function: Function, rules: Sequence[GaussRule], dimension: int) -> tuple[float, float, float]:
-    """Mean over probes of f under the rule, its standard deviation, and its skewness."""
+def _mean_of(function: Function, rules: Sequence[GaussRule], dimension: int) -> tuple[float, float, float, float]:
+    """Mean over probes of f under the rule, its standard deviation, its skewness, and the degrees of freedom with which
+    the deviation is known."""
     values = [function(rule.nodes) for rule in rules]
     mean = float(np.mean([rule.weights @ v for rule, v in zip(rules, values, strict=True)]))
-    second, third = (
+    second, third, fourth = (
         float(np.mean([rule.weights @ (v - mean) ** power for rule, v in zip(rules, values, strict=True)]))
-        for power in (2, 3)
+        for power in (2, 3, 4)
     )
     variance = 2 * second / (dimension + 2)
     if variance <= 0:
-        return mean, 0.0, 0.0
+        return mean, 0.0, 0.0, math.inf
     skewness = 8 * third / ((dimension + 2) * (dimension + 4)) / variance**1.5
-    return mean, math.sqrt(variance / len(rules)), skewness / math.sqrt(len(rules))
+    freedom = max(len(rules) * dimension * second**2 / fourth, LEAST_FREEDOM)
+    return mean, math.sqrt(variance / len(rules)), skewness / math.sqrt(len(rules)), freedom
