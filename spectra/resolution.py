@@ -25,6 +25,7 @@ SEARCH_PART = 0.12  # of the budget, spent on finding outliers to deflate
 SEARCH_STEPS = (20, 160)  # within these bounds
 SEARCH_BASIS = 256 << 20  # bytes of basis beyond which going through it at every step would show beside the products
 FIRST_STEPS = 50  # of a probe before its bracket is looked at; then half as many again each time
+FIRST_PART = 1 / 8  # of the budget, spent before that too: a bracket may be narrow early and its middle still far off
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def resolve(
         density = slq(op, probes=1, steps=n, seed=seed)
         return _judged(plan.read(density), plan, op.products - before, budget)
     pairs = find_outliers(op, products=_search_products(op, budget), seed=seed)
-    estimate = _advance(op, pairs, plan, budget=budget - (op.products - before), seed=seed)
+    spent = op.products - before
+    estimate = _advance(op, pairs, plan, budget=budget - spent, least=int(FIRST_PART * budget) - spent, seed=seed)
     return _judged(estimate, plan, op.products - before, budget)
 
 
@@ -99,8 +101,11 @@ def _search_products(op: LinearOperator, budget: int) -> int:
     return wanted if wanted <= vectors_that_fit(op) else 0
 
 
-def _advance(op: LinearOperator, pairs: Eigenpairs | None, plan: _Plan, *, budget: int, seed: int) -> Estimate:
-    """Advance the probes in rounds, each half as long again, and look at the interval after each."""
+def _advance(
+    op: LinearOperator, pairs: Eigenpairs | None, plan: _Plan, *, budget: int, least: int, seed: int
+) -> Estimate:
+    """Advance the probes in rounds, each half as long again, and look at the interval after each, for the first time
+    after `least` products."""
     space = ProbeSpace(op, pairs, seed=seed)
     probes = _probes_needed(space.dimension, plan.half_width)
     probes = max(min(probes, budget // FIRST_STEPS), 1)
@@ -108,8 +113,9 @@ def _advance(op: LinearOperator, pairs: Eigenpairs | None, plan: _Plan, *, budge
     if recurrence is None:
         return plan.read(space.density([], probes=1, steps=1))
     steps, longest = 0, max(budget // probes - 1, 1)
+    first = max(FIRST_STEPS, math.ceil(least / probes))
     while True:
-        target = min(max(FIRST_STEPS, steps + steps // 2), longest)
+        target = min(max(first, steps + steps // 2), longest)
         recurrence.advance(target - steps)
         steps = target
         results = recurrence.tridiagonals()

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The GPU tables of docs/speed.md: bash benchmarks/speed/on_gpus.sh FOLDER [SECONDS]
+#
+# Every GPU takes its turn with a queue of benchmarks and cores of its own, so that none disturbs another; two GPUs or
+# more are also timed together. Each benchmark starts nothing after SECONDS (default 560) from the start of this script.
+set -u
+folder=${1:?a folder for the results is expected}
+limit=${2:-560}
+here=$(dirname "$0")
+mkdir -p "$folder"
+gpus=$(nvidia-smi -L | wc -l)
+[ "$gpus" -gt 0 ] || { echo "on_gpus.sh: no GPU is seen by nvidia-smi; run it where there is one" >&2; exit 2; }
+cores=$(($(nproc --all) / gpus))
+[ "$cores" -gt 0 ] || cores=1
+export PYTHONPATH=$here/../..${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=$((cores < 8 ? cores : 8))
+
+bench() { # gpu name options...
+  local first=$(($1 * cores)) left=$((limit - SECONDS))
+  [ "$left" -gt 0 ] || return 0
+  CUDA_VISIBLE_DEVICES=$1 taskset -c "$first-$((first + cores - 1))" python3 "$here/speed.py" --device cuda --repeats 1 \
+    --auto-only --time-limit "$left" --out "$folder/$2" "${@:3}" >"$folder/$2.log" 2>&1
+}
+
+others=spectra,pyhessian,paper,spectra:precision=tf32,spectra:precision=bfloat16,hessian-eigenthings,curvlinops
+queue() { # the benchmarks of GPU $1, which are every $gpus-th of all
+  local number=0 name options
+  while read -r name options; do
+    # shellcheck disable=SC2086  # options are words
+    [ $((number++ % gpus)) -eq "$1" ] && bench "$1" "$name" $options
+  done <<EOF
+12M --models 12M --bits 16 --products-scale 0.2 --trace-limit 84 --tasks product,density,trace,topk --tools $others
+124M --models 124M --bits 16 --products-scale 0.1 --tasks product,density,trace --tools $others
+1.2B --models 1.2B --bits 16 --products-scale 0.02 --tasks product,density --tools $others
+12M-ours --models 12M --bits 16 --tasks share,slopes,trace --tools spectra
+12M-2bit --models 12M --bits 2 --products-scale 0.1 --tasks product,density --tools $others
+124M-2bit --models 124M --bits 2 --products-scale 0.03 --tasks product,density --tools $others
+1.2B-2bit --models 1.2B --bits 2 --products-scale 0.02 --tasks product --tools spectra,paper
+124M-topk --models 124M --bits 16 --tasks topk --tools spectra,hessian-eigenthings
+EOF
+}
+
+if [ "$gpus" -gt 1 ]; then
+  CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc-per-node 2 "$here/several_devices.py" --batches 4 --probes 4 --steps 10 \
+    --out "$folder/several_devices.json" >"$folder/several_devices.log" 2>&1
+fi
+for ((gpu = 0; gpu < gpus; gpu++)); do queue "$gpu" & done
+wait
+cat "$folder"/*/speed.md
