@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -15,6 +16,7 @@ from spectra.errors import InputError
 if TYPE_CHECKING:
     from spectra.hessian import HessianOperator
 
+T = TypeVar("T")
 CAPTURE_BELOW = 0.2  # seconds a vector and microbatch: longer ones are bound by arithmetic, launching costs nothing
 CLEARLY = 0.9  # of the time of a simpler engine, before that one is left
 SINGLE_CALLS = 3  # products of one vector before it is worth while to look for a faster engine for more of them
@@ -38,13 +40,18 @@ class EnginePick:
         self._captured.clear()
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
-        """The products of the rows of `vectors`: (k, n). Out of memory, it goes on with less, and notes that."""
+        """The products of the rows of `vectors`: (k, n)."""
+        return self.in_memory(lambda: self._multiply(vectors), len(vectors))
+
+    def in_memory(self, run: Callable[[], T], count: int) -> T:
+        """What `run` returns, for a product with `count` vectors. Out of memory, the operator goes on with less, and
+        notes that."""
         while True:
             try:
-                return self._multiply(vectors)
+                return run()
             except torch.OutOfMemoryError as error:
                 reason = str(error).splitlines()[0]
-            self._lighter(len(vectors), reason)  # outside, where the failed attempt's tensors are gone
+            self._lighter(count, reason)  # outside, where the failed attempt's tensors are gone
 
     def _multiply(self, vectors: torch.Tensor) -> torch.Tensor:
         count = len(vectors)

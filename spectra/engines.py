@@ -91,7 +91,8 @@ class ForwardOverReverse:
             return torch.func.jvp(torch.func.grad(loss), (values,), (direction,))[1]
 
         self._eager = torch.func.vmap(product)
-        self._compiled: Callable | None = torch.compile(self._eager)
+        # a second batch of another shape would make shapes symbolic, through which torch cannot differentiate an embedding
+        self._compiled: Callable | None = torch.compile(self._eager, dynamic=False)
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
         """The products of the rows of `vectors`: (k, n)."""

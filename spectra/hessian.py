@@ -180,7 +180,6 @@ class HessianOperator(LinearOperator):
         self.close()
 
     def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
-        self._prepare()
         images = self._engine(vectors)
         return distributed.sum_(images) if self.spread == "batches" else images
 
@@ -299,8 +298,11 @@ class HessianOperator(LinearOperator):
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in state)
         if versions != self._versions:
             self.refresh()
-        if self._loss is not None:
-            return
+            self._versions = versions
+        if self._loss is None:
+            self._engine.in_memory(self._compute, 1)
+
+    def _compute(self) -> None:
         loss, total = 0.0, torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         room = self.pieces_that_fit()
         with random_states_kept(self.device), self._on_stream():
@@ -315,7 +317,7 @@ class HessianOperator(LinearOperator):
         if self.spread == "batches":
             total = distributed.sum_(total)
             loss = distributed.sum_(torch.tensor(loss, dtype=torch.float64, device=self.device)).item()
-        self._loss, self._gradient, self._versions = loss, total, versions
+        self._loss, self._gradient = loss, total
 
     def pieces_that_fit(self) -> int:
         """How many of the first microbatches' graphs are kept: with "auto", those that half of the free memory holds,

@@ -178,6 +178,23 @@ def test_running_out_of_memory_is_survived_in_steps_and_noted(monkeypatch):
     ]
 
 
+def test_running_out_of_memory_for_the_graphs_is_survived_too(monkeypatch):
+    model, batches = tiny_models.causal_lm("llama"), tiny_models.token_batches(((8, 5, 3, 6), (7, 4)))
+    want = spectra.HessianOperator(model, batches).loss()
+    op = spectra.HessianOperator(model, batches, graph="keep")
+    whole = spectra.HessianOperator.build
+
+    def fits_two_rows(self, piece):
+        if self.graph == "keep" or max(self.objective.rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return whole(self, piece)
+
+    monkeypatch.setattr(spectra.HessianOperator, "build", fits_two_rows)
+    with pytest.warns(UserWarning, match="out of memory, went on with"):
+        assert op.loss() == pytest.approx(want, rel=1e-6)
+    assert len(op.notes) == 2
+
+
 def test_what_does_not_fit_at_all_is_refused_in_one_line(monkeypatch):
     def never(self, block, way):
         raise torch.OutOfMemoryError("CUDA out of memory")
