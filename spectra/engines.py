@@ -91,7 +91,7 @@ class ForwardOverReverse:
             return torch.func.jvp(torch.func.grad(loss), (values,), (direction,))[1]
 
         self._eager = torch.func.vmap(product)
-        # a second batch of another shape would make shapes symbolic, through which torch cannot differentiate an embedding
+        # a batch of another shape would make shapes symbolic, through which torch cannot differentiate an embedding
         self._compiled: Callable | None = torch.compile(self._eager, dynamic=False)
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
