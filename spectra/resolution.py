@@ -23,7 +23,7 @@ from spectra.vectors import gaussian
 SHARES = ("negative", "near_zero", "between")
 SEARCH_PART = 0.12  # of the budget, spent on finding outliers to deflate
 SEARCH_STEPS = (20, 160)  # within these bounds
-SEARCH_BASIS = 256 << 20  # bytes of basis beyond which going through it at every step would show beside the products
+SEARCH_BASIS = 1 << 30  # bytes of basis on a CPU: going through more at every step would cost more than it saves
 FIRST_STEPS = 50  # of a probe before its bracket is looked at; then half as many again each time
 FIRST_PART = 1 / 8  # of the budget, spent before that too: a bracket may be narrow early and its middle still far off
 
@@ -94,11 +94,14 @@ def find_outliers(op: LinearOperator, *, products: int, seed: int = 0) -> Eigenp
 
 
 def _search_products(op: LinearOperator, budget: int) -> int:
-    """How long a recurrence to search for outliers with: a part of the budget, a basis that fits in memory."""
+    """How long a recurrence to search for outliers with: a part of the budget, a basis that fits in memory, and that
+    can be gone through quickly. 0 where even a short one does not fit."""
     low, high = SEARCH_STEPS
-    cheap = SEARCH_BASIS // op.vector_bytes
-    wanted = int(np.clip(SEARCH_PART * budget, low, np.clip(cheap, low, high)))
-    return wanted if wanted <= vectors_that_fit(op) else 0
+    wanted = int(np.clip(SEARCH_PART * budget, low, high))
+    if op.device.type == "cpu":
+        wanted = min(wanted, max(SEARCH_BASIS // op.vector_bytes, low))
+    fit = vectors_that_fit(op)
+    return min(wanted, fit) if fit >= low else 0
 
 
 def _advance(
