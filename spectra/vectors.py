@@ -41,7 +41,7 @@ def row_dots(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     that the products stay in its cache.
     """
     count, n = u.shape
-    width = max(STRETCHES["cpu"] // count // BLOCK, 1) * BLOCK if u.device.type == "cpu" else n
+    width = max(STRETCHES["cpu"] // max(count, 1) // BLOCK, 1) * BLOCK if u.device.type == "cpu" else n
     total = torch.zeros(count, dtype=torch.float64, device=u.device)
     for start in range(0, n, width):
         products = u[:, start : start + width] * v[:, start : start + width]

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -103,6 +105,8 @@ def main() -> None:
         if options.out is not None:
             options.out.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
     distributed.stop()
+    sys.stdout.flush()
+    os._exit(0)  # now and then torch with gloo aborts while the interpreter is torn down, long after all is done
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from spectra import engine_pick
 LANGUAGE = 1e-6  # transformers computes norms and softmax in float32 whatever the model holds
 
 
-def no_compiler(function):
+def no_compiler(function, **options):
     """torch.compile takes minutes on a CPU; test_forward_over_reverse_compiles runs it for real."""
 
     def fails(*_):
