@@ -133,7 +133,8 @@ class EnginePick:
         """Do with less memory from here on: one vector at a time, then graphs rebuilt, then smaller microbatches."""
         self._captured.clear()
         if self.used not in ("reverse", ""):
-            self.engine, change = "reverse", "one vector at a time"
+            self.used = self.engine = "reverse"
+            change = "one vector at a time"
         else:
             change = self.op.lighten()
         if not change:

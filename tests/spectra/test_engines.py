@@ -195,6 +195,29 @@ def test_running_out_of_memory_for_the_graphs_is_survived_too(monkeypatch):
     assert len(op.notes) == 2
 
 
+def test_graphs_that_fitted_before_may_not_fit_at_new_weights(monkeypatch):
+    """The engine that multiplied last held more; what has to go first is that, then the graphs."""
+    model = tiny_models.mlp()
+    op = spectra.HessianOperator(model, tiny_models.classification((4,)), engine="batched", graph="keep")
+    op @ normal(op.shape[0], 2, seed=1)
+    whole = spectra.HessianOperator.build
+
+    def fits_rebuilt(self, piece):
+        if self.graph == "keep":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, piece)
+
+    monkeypatch.setattr(spectra.HessianOperator, "build", fits_rebuilt)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.warns(UserWarning, match="out of memory, went on with"):
+        op.loss()
+    assert [note.rpartition("with ")[2] for note in op.notes] == [
+        "one vector at a time",
+        "graphs rebuilt at every product",
+    ]
+
+
 def test_what_does_not_fit_at_all_is_refused_in_one_line(monkeypatch):
     def never(self, block, way):
         raise torch.OutOfMemoryError("CUDA out of memory")
