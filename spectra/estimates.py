@@ -115,10 +115,10 @@ def normal_quantile(confidence: float = CONFIDENCE) -> float:
 
 def student_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
     """t with P(|T| <= t) = confidence for Student's T with so many degrees of freedom; at least one is assumed."""
-    from scipy.special import stdtrit
-
     if math.isinf(freedom):
         return normal_quantile(confidence)
+    from scipy.special import stdtrit  # half a second to load, for few degrees of freedom alone
+
     return float(stdtrit(max(freedom, 1.0), 0.5 + confidence / 2))
 
 

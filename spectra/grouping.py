@@ -5,9 +5,7 @@ from __future__ import annotations
 from spectra import distributed, memory
 from spectra.operators import LinearOperator
 
-TOGETHER = (
-    32 << 20
-)  # bytes of vectors of probes that advance together on a CPU, where larger models gain nothing from it
+TOGETHER = 32 << 20  # bytes of vectors of probes that advance together on a CPU; large models gain nothing from more
 TOGETHER_DEFLATED = 1 << 30  # the same where outliers are deflated
 VECTORS_A_PROBE = 5  # of n numbers: the last two of a recurrence, the new one, and temporaries
 

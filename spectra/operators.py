@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from spectra.errors import InputError, NonFiniteError
-from spectra.vectors import dot, gaussian, norm, orthonormal_rows
+from spectra.vectors import dot, gaussian, norm, orthonormal_rows, take_out_
 
 if TYPE_CHECKING:
     from spectra.scipy_view import ScipyView
@@ -71,11 +71,16 @@ class LinearOperator:
             return other.new_empty(self.shape[0], 0, dtype=self.dtype, device=self.device)
         other = other.detach().to(device=self.device, dtype=self.dtype)
         vectors = other[None] if other.ndim == 1 else other.T.contiguous()
+        images = self.finite_rows(vectors)
+        return images[0] if other.ndim == 1 else images.T
+
+    def finite_rows(self, vectors: torch.Tensor) -> torch.Tensor:
+        """`rows`, whose images are looked at: a NaN or an infinity is blamed."""
         images = self.rows(vectors)
         # one sum meets every NaN and infinity; only if it overflows itself is every entry looked at
         if not torch.isfinite(images.sum()) and not torch.isfinite(images).all():
             self.blame(vectors)
-        return images[0] if other.ndim == 1 else images.T
+        return images
 
     def rows(self, vectors: torch.Tensor) -> torch.Tensor:
         """A applied to each row of `vectors`: (k, n), on the operator's device and in its dtype. What recurrences
@@ -289,16 +294,13 @@ class DeflatedOperator(LinearOperator):
         """The part orthogonal to U, twice for rounding. (n,), or a vector in each row (k, n)."""
         projected = torch.atleast_2d(vector).clone()
         for _ in range(2):
-            self._project_(projected)
+            take_out_(projected, self._rows)
         return projected.view_as(vector)
-
-    def _project_(self, vectors: torch.Tensor) -> torch.Tensor:
-        return vectors.addmm_(vectors @ self._rows.T, self._rows, alpha=-1)
 
     def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
         if not self._orthogonal_inputs:
-            vectors = self._project_(vectors.clone())
-        return self._project_(self.inner.rows(vectors))
+            vectors = take_out_(vectors.clone(), self._rows)
+        return take_out_(self.inner.rows(vectors), self._rows)
 
     def blame(self, vectors: torch.Tensor) -> NoReturn:
         """The blame of the operator deflated."""

@@ -13,7 +13,7 @@ from spectra.errors import InputError
 from spectra.estimates import Estimate, certain, sampling_interval, student_interval
 from spectra.grouping import probes_together
 from spectra.operators import LinearOperator
-from spectra.vectors import gaussian, orthonormal_rows, probe, row_dots
+from spectra.vectors import gaussian, orthonormal_rows, probe, row_dots, take_out_
 
 METHODS = ("hutchinson", "hutch++", "xtrace")
 # XTrace's samples share a sketch, so their spread understates the error of their mean: Student's interval covered 88 %
@@ -75,7 +75,7 @@ def _quadratic_forms(
         if basis is not None:
             _complement_(vectors, basis)
             vectors /= row_dots(vectors, vectors).sqrt()[:, None].to(vectors.dtype)
-        images = _images(op, vectors)
+        images = op.finite_rows(vectors)
         forms += row_dots(vectors, images).tolist()
         if basis is not None:
             _complement_(images, basis)
@@ -90,7 +90,7 @@ def _block(op: LinearOperator) -> int:
 def _complement_(vectors: torch.Tensor, basis: torch.Tensor) -> None:
     """Take out of the rows of `vectors`, in place, their part in the rows of `basis`, twice for rounding."""
     for _ in range(2):
-        vectors.addmm_(vectors @ basis.T, basis, alpha=-1)
+        take_out_(vectors, basis)
 
 
 def _images(op: LinearOperator, vectors: torch.Tensor) -> torch.Tensor:
@@ -98,9 +98,7 @@ def _images(op: LinearOperator, vectors: torch.Tensor) -> torch.Tensor:
     group = _block(op)
     images = torch.empty_like(vectors)
     for first in range(0, len(vectors), group):
-        images[first : first + group] = op.rows(vectors[first : first + group])
-    if not torch.isfinite(row_dots(images, images)).all():
-        op.blame(vectors)
+        images[first : first + group] = op.finite_rows(vectors[first : first + group])
     return images
 
 

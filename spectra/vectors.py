@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from spectra.operators import LinearOperator
 
 STRETCHES = {"cpu": 1 << 16, "cuda": 1 << 22}  # pairs drawn in one go: what a cache holds, what fills a GPU
-CHOLESKY_LIMIT = (
-    1e-6  # of triangular factors' diagonals: rows nearer to dependence lose too many digits in a Gram matrix
-)
+CHOLESKY_LIMIT = 1e-6  # of a factor's diagonal: rows nearer to dependence lose too many digits in a Gram matrix
 BLOCK = 1024  # products summed in one go before float64 takes over
 
 
@@ -52,6 +50,11 @@ def row_dots(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         total += products[:, :whole].reshape(count, -1, BLOCK).sum(dim=2).sum(dim=1, dtype=torch.float64)
         total += products[:, whole:].sum(dim=1, dtype=torch.float64)
     return total
+
+
+def take_out_(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """The rows of `vectors` without their part in the orthonormal rows of `basis`, in place, in one pass. (k, n)"""
+    return vectors.addmm_(vectors @ basis.T, basis, alpha=-1)
 
 
 def orthonormal_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

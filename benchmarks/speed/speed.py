@@ -77,12 +77,10 @@ class Benchmark:
     def _applies(self, task: str, tool: str, model: str, repeat: int) -> bool:
         if task in OURS_ALONE and not tool.startswith("spectra"):
             return False
-        if task == "slopes" and tool != "spectra":  # once, with the operator as it comes
-            return False
-        if task == "slopes":
+        if task == "slopes":  # once, with the operator as it comes
             models = self.options.models.split(",")
             wanted = SLOPES_ON[self.options.device]
-            return repeat == 1 and model == (wanted if wanted in models else models[0])
+            return tool == "spectra" and repeat == 1 and model == (wanted if wanted in models else models[0])
         return True
 
     def _groups(self, tasks: Sequence[str]) -> list[list[str]]:
