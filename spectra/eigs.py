@@ -9,9 +9,8 @@ import scipy
 import torch
 
 from spectra.errors import InputError, NonFiniteError
-from spectra.lanczos import orthogonalize_
 from spectra.operators import LinearOperator
-from spectra.vectors import gaussian, norm
+from spectra.vectors import gaussian, norm, orthogonalize_
 
 WHICH = ("LM", "LA", "SA", "BE")
 DENSE_LIMIT = 4096  # up to this dimension a hard search may end by forming the matrix
@@ -215,27 +214,20 @@ class _Search:
         norm of the new direction."""
         image = self.op @ self.buffer[last]
         self.spent += 1
-        outside = np.zeros(0) if locked is None else orthogonalize_(image, locked).double().cpu().numpy()
-        column = orthogonalize_(image, self.buffer[: last + 1])
-        if locked is not None:
-            orthogonalize_(image, locked)
-        beta = norm(image)
+        (column, *outside), beta = orthogonalize_(image, self.buffer[: last + 1], *([] if locked is None else [locked]))
         if not np.isfinite(beta):
             raise NonFiniteError(f"the operator's product number {self.spent} is not finite; check what it multiplies")
         if beta > 0:
-            self.buffer[last + 1] = image / beta
-        return column.double().cpu().numpy(), outside, beta
+            torch.div(image, beta, out=self.buffer[last + 1])
+        return column, outside[0] if outside else np.zeros(0), beta
 
     def _fresh(self, row: int, locked: torch.Tensor | None) -> None:
         """A random direction orthogonal to everything held, into the buffer's `row`."""
         vector = gaussian(self.op, seed=self.seed, index=self.draws, stream="topk")
         self.draws += 1
         for _ in range(2):
-            if locked is not None:
-                orthogonalize_(vector, locked)
-            if row:
-                orthogonalize_(vector, self.buffer[:row])
-            vector /= norm(vector)
+            _, left = orthogonalize_(vector, self.buffer[:row], *([] if locked is None else [locked]))
+            vector /= left
         self.buffer[row] = vector
 
     def _combine(self, small: np.ndarray, filled: int) -> torch.Tensor:

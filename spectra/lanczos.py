@@ -40,8 +40,8 @@ class Recurrence:
 
     beta_j q_{j+1} = A q_j - alpha_j q_j - beta_{j-1} q_{j-1}, with scalars in float64 and vectors in the operator's
     dtype. A step costs a product for each start vector, all asked for at once, and waits for the device once.
-    starts: (k, n), or (n,) for one. keep_basis: how many basis vectors of each to hold and reorthogonalise against (0:
-    none). first_images: A applied to `starts`, (k, n), where the caller has it already.
+    starts: (k, n), or (n,) for one; unit vectors are used as they are, not copied. keep_basis: how many basis vectors of each to hold and reorthogonalise against (0:
+    none). first_images: A applied to `starts`, (k, n), where the caller has it already; it is overwritten.
     `broken` tells that every residual fell to rounding level relative to the norm of its T: no further step is
     possible. A single one that did so rests, as a vector of zeros, while the others go on.
     """
@@ -59,9 +59,11 @@ class Recurrence:
         if not bool((lengths > 0).all() and torch.isfinite(lengths).all()):
             raise InputError(f"the start vectors must be finite and not zero, their norms are {lengths.tolist()}")
         self.op = op
-        scale = lengths[:, None].to(starts.dtype)
-        self._vectors, self._previous = starts / scale, None
-        self._first_images = None if first_images is None else torch.atleast_2d(first_images) / scale
+        images = None if first_images is None else torch.atleast_2d(first_images)
+        if bool(((lengths - 1).abs() > 4 * torch.finfo(op.dtype).eps).any()):  # else copies would be for nothing
+            scale = lengths[:, None].to(starts.dtype)
+            starts, images = starts / scale, None if images is None else images / scale
+        self._vectors, self._previous, self._first_images = starts, None, images
         count, size = len(starts), min(keep_basis, op.shape[0])
         self._alphas: list[np.ndarray] = []  # of every start vector, a step each
         self._betas: list[np.ndarray] = []
@@ -153,16 +155,6 @@ def lanczos(op: LinearOperator, start: torch.Tensor, steps: int, *, reorthogonal
     recurrence = Recurrence(op, start, keep_basis=steps if reorthogonalize == "full" else 0)
     recurrence.advance(steps)
     return recurrence.tridiagonals()[0]
-
-
-def orthogonalize_(vector: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Take out of `vector` (n,) its part in the orthonormal rows of `basis` (m, n), in place, as two matrix products
-    done twice. Returns the coefficients (m,)."""
-    total = basis @ vector
-    vector.addmv_(basis.T, total, alpha=-1)
-    correction = basis @ vector
-    vector.addmv_(basis.T, correction, alpha=-1)
-    return total + correction
 
 
 def _orthogonalize_each_(vectors: torch.Tensor, bases: torch.Tensor) -> None:

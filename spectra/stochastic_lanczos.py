@@ -121,7 +121,9 @@ class ProbeSpace:
     def recurrence(self, indices: Sequence[int], kept: int) -> Recurrence | None:
         """The probes of these indices, ready to advance, with a basis of `kept` vectors each; None where nothing is
         left to probe."""
-        starts = torch.stack([probe(self.op, seed=self.seed, index=index) for index in indices])
+        drawn = [probe(self.op, seed=self.seed, index=index) for index in indices]
+        starts = torch.stack(drawn) if len(drawn) > 1 else drawn[0][None]  # one alone is not copied
+        del drawn
         if isinstance(self.op, DeflatedOperator):
             starts = self.op.project(starts)
         images = self._find_zeros(starts) if self._zeros is None else None
@@ -143,8 +145,8 @@ class ProbeSpace:
         """
         inner = self.op.inner if isinstance(self.op, DeflatedOperator) else self.op
         images = inner.rows(starts)
-        self._zeros = zeros = (images == 0).all(dim=0)
-        self.zero_count = int(zeros.sum())
+        self._zeros = zeros = ~images.any(dim=0)
+        self.zero_count = int(torch.count_nonzero(zeros))
         if isinstance(self.op, DeflatedOperator):
             if self.zero_count:
                 vectors = self.op.vectors.masked_fill(zeros[:, None], 0)

@@ -11,27 +11,32 @@ import torch
 
 from spectra.errors import InputError
 from spectra.estimates import Estimate, certain, sampling_interval, student_interval
-from spectra.grouping import probes_together
+from spectra.grouping import probes_together, vectors_that_fit
 from spectra.operators import LinearOperator
-from spectra.vectors import gaussian, orthonormal_rows, probe, row_dots, take_out_
+from spectra.vectors import gaussian, inner_products, orthonormal_rows, probe, row_dots, take_out_
 
 METHODS = ("hutchinson", "hutch++", "xtrace")
 # XTrace's samples share a sketch, so their spread understates the error of their mean: Student's interval covered 88 %
 # over 2,800 spectra of benchmarks/trust, this much of it 97 % over 800.
 XTRACE_INFLATION = 1.5
 BLOCK = 10  # vectors at once, the most: a GPU gains little beyond, and products hold memory for each
+LEARNING = 12  # of the products a block, the smallest part: two blocks show whether a dominant range is there
+FADING = 0.5  # of the energy that a block of the Krylov space brought, what the next is taken to bring
+NEGLIGIBLE = 1e3  # units of rounding: directions below were all rounding
 
 
 def trace(op: LinearOperator, *, method: str = "hutchinson", probes: int = 30, seed: int = 0) -> Estimate:
     """tr A with a 95 % interval, from `probes` products.
 
     "hutchinson": n times the mean of v . A v over random unit vectors (Hutchinson, Commun. Stat. 18, 1989).
-    "hutch++": a third of the products finds the dominant range Q, a third takes its trace exactly, the rest estimates
-    what is left (Meyer, Musco, Musco and Woodruff, SOSA 2021).
+    "hutch++": a dominant range Q is found and its trace taken exactly, the rest of the products estimates what is left
+    (Meyer, Musco, Musco and Woodruff, SOSA 2021). Q is a block Krylov space, whose products serve both purposes (Chen
+    and Hallman, SIAM J. Matrix Anal. 44, 2023), and grows, up to half of the products, while that narrows the interval
+    (as in Persson, Cortinovis and Kressner, SIAM J. Matrix Anal. 43, 2022): without a dominant range little is lost.
     "xtrace": half of the products finds a range that every test vector in turn is left out of, so that each serves
     both purposes (Epperly, Tropp and Webber, SIAM J. Matrix Anal. 45, 2024).
-    The last two hold a third or a half of `probes` vectors and win where a few eigenvalues dominate. Where `probes`
-    reaches what the exact trace costs (n products), the exact trace is returned.
+    The last two hold up to half of `probes` vectors and win where a few eigenvalues dominate. Where `probes` reaches
+    what the exact trace costs (n products), the exact trace is returned.
     Raises InputError for an unknown method or too few products.
     """
     least = {"hutchinson": 1, "hutch++": 6, "xtrace": 4}
@@ -69,28 +74,22 @@ def _quadratic_forms(
     restricted to its complement, from which v is taken."""
     forms: list[float] = []
     squares: list[float] = []
-    group = _block(op)
+    group = _block(op, basis)
     for first in range(0, count, group):
         vectors = torch.stack([draw(index) for index in range(first, min(first + group, count))])
         if basis is not None:
-            _complement_(vectors, basis)
+            take_out_(vectors, basis)  # a random vector has next to nothing there: once is enough
             vectors /= row_dots(vectors, vectors).sqrt()[:, None].to(vectors.dtype)
         images = op.finite_rows(vectors)
         forms += row_dots(vectors, images).tolist()
-        if basis is not None:
-            _complement_(images, basis)
-        squares += row_dots(images, images).tolist()
+        inside = 0.0 if basis is None else (images @ basis.T).double().square().sum(dim=1)
+        squares += (row_dots(images, images) - inside).tolist()
     return forms, squares
 
 
-def _block(op: LinearOperator) -> int:
-    return min(probes_together(op, 0), BLOCK)
-
-
-def _complement_(vectors: torch.Tensor, basis: torch.Tensor) -> None:
-    """Take out of the rows of `vectors`, in place, their part in the rows of `basis`, twice for rounding."""
-    for _ in range(2):
-        take_out_(vectors, basis)
+def _block(op: LinearOperator, basis: torch.Tensor | None = None) -> int:
+    """Vectors at once: several where each pass over a basis serves them all."""
+    return min(probes_together(op, 0, deflated=basis is not None), BLOCK)
 
 
 def _images(op: LinearOperator, vectors: torch.Tensor) -> torch.Tensor:
@@ -121,12 +120,9 @@ def _sphere_interval(forms: list[float], squares: list[float], n: int) -> Estima
 
 
 def _hutch_plus_plus(op: LinearOperator, probes: int, seed: int) -> Estimate:
-    sketch = probes // 3
-    basis = _without_rounding(*orthonormal_rows(_images(op, _test_vectors(op, sketch, seed))))
-    captured = float(row_dots(basis, _images(op, basis)).sum())
-    rest = probes - 2 * sketch
+    basis, captured = _dominant_space(op, probes, seed)
     forms, squares = _quadratic_forms(
-        op, rest, lambda index: gaussian(op, seed=seed, index=index, stream="rest"), basis
+        op, probes - len(basis), lambda index: gaussian(op, seed=seed, index=index, stream="rest"), basis
     )
     left = _sphere_interval(forms, squares, op.shape[0] - len(basis))
     return Estimate(
@@ -134,10 +130,50 @@ def _hutch_plus_plus(op: LinearOperator, probes: int, seed: int) -> Estimate:
     )
 
 
-def _without_rounding(lower: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """The basis without the directions in which the rows that it came from held rounding only."""
-    sizes = torch.diagonal(lower).abs()
-    return basis[sizes > math.sqrt(len(basis)) * torch.finfo(basis.dtype).eps * sizes.max()]
+def _dominant_space(op: LinearOperator, probes: int, seed: int) -> tuple[torch.Tensor, float]:
+    """Q, orthonormal rows (m, n) of a block Krylov space that cost m products, and tr(Q A Q^T).
+
+    The variance of the whole estimate is in proportion to (||A||_F^2 - E) / (probes - m), with the energy captured
+    E = 2 ||A Q^T||_F^2 - ||Q A Q^T||_F^2. So another block pays where it captures more than its part of the products
+    left of the energy left.
+    """
+    size = max(min(probes // LEARNING, BLOCK), 1)
+    most = max(min(probes // 2, vectors_that_fit(op)), 2 * size)
+    basis = torch.empty(most, op.shape[0], dtype=op.dtype, device=op.device)
+    block = _filled_up(op, basis[:0], basis[:0], size, seed)
+    captured = energy = total = scale = 0.0
+    filled = 0
+    while True:
+        images = _images(op, block)
+        basis[filled : filled + size] = block
+        squares = row_dots(images, images)
+        inside = images @ basis[: filled + size].T
+        doubled = inside[:, :filled]  # what couples to earlier blocks stands on both sides of the diagonal
+        gain = float(2 * squares.sum() - inside.double().square().sum() - doubled.double().square().sum())
+        captured += float(row_dots(block, images).sum())
+        energy += gain
+        scale = max(scale, float(squares.max().sqrt()))
+        if filled == 0:  # random vectors still: their images show ||A||_F^2
+            total = op.shape[0] * float(squares.sum()) / size
+        filled += size
+        pays = FADING * gain * (probes - filled) > size * max(total - energy, 0.0)
+        if filled + size > most or not (pays or filled == size):
+            return basis[:filled], captured
+        images.addmm_(inside, basis[:filled], alpha=-1)
+        lower, block = orthonormal_rows(take_out_(images, basis[:filled]))
+        rounding = NEGLIGIBLE * torch.finfo(op.dtype).eps * scale
+        block = _filled_up(op, block[torch.diagonal(lower).abs() > rounding], basis[:filled], size, seed)
+
+
+def _filled_up(op: LinearOperator, block: torch.Tensor, basis: torch.Tensor, size: int, seed: int) -> torch.Tensor:
+    """`size` rows, orthonormal and orthogonal to the basis: those of `block` and random ones."""
+    missing = range(len(basis) + len(block), len(basis) + size)
+    if not missing:
+        return block
+    rows = torch.cat([block, *(gaussian(op, seed=seed, index=i, stream="sketch")[None] for i in missing)])
+    for _ in range(2):
+        take_out_(rows, basis)
+    return orthonormal_rows(rows)[1]
 
 
 def _xtrace(op: LinearOperator, probes: int, seed: int) -> Estimate:
@@ -149,8 +185,8 @@ def _xtrace(op: LinearOperator, probes: int, seed: int) -> Estimate:
     tests = _test_vectors(op, count, seed)
     lower, basis = orthonormal_rows(_images(op, tests))
     images = _images(op, basis)
-    small = (lower.T, basis @ images.T, basis @ tests.T, images @ tests.T)
-    r, h, w, t = (matrix.double().cpu().numpy() for matrix in small)
+    small = (lower.T, inner_products(basis, images), inner_products(basis, tests), inner_products(images, tests))
+    r, h, w, t = (matrix.cpu().numpy() for matrix in small)
     h = (h + h.T) / 2
     diagonal = np.abs(np.diag(r))
     if diagonal.min() <= 1e3 * torch.finfo(op.dtype).eps * max(diagonal.max(), 1e-300):

@@ -16,8 +16,9 @@ import torch
 if TYPE_CHECKING:
     from spectra.operators import LinearOperator
 
-STRETCHES = {"cpu": 1 << 16, "cuda": 1 << 22}  # pairs drawn in one go: what a cache holds, what fills a GPU
+STRETCHES = {"cpu": 1 << 16, "cuda": 1 << 22}  # numbers worked on in one go: what a cache holds, what fills a GPU
 CHOLESKY_LIMIT = 1e-6  # of a factor's diagonal: rows nearer to dependence lose too many digits in a Gram matrix
+ENOUGH_LEFT = 0.1  # of a vector, after one pass of Gram-Schmidt, for it to be orthogonal to ten units of rounding
 BLOCK = 1024  # products summed in one go before float64 takes over
 
 
@@ -34,22 +35,66 @@ def norm(v: torch.Tensor) -> float:
 def row_dots(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The dot products of corresponding rows, (k,) in float64, on the vectors' device. u, v: (k, n).
 
-    Blocks of a thousand products are summed in the vectors' dtype and the blocks in float64: as exact as float64
-    throughout to within a few units of float32's last digit, and several times faster. On a CPU stretch by stretch, so
-    that the products stay in its cache.
+    Short stretches are summed in the vectors' dtype and the stretches in float64: as exact as float64 throughout to
+    within a few units of float32's last digit, and several times faster.
     """
     count, n = u.shape
-    width = max(STRETCHES["cpu"] // max(count, 1) // BLOCK, 1) * BLOCK if u.device.type == "cpu" else n
-    total = torch.zeros(count, dtype=torch.float64, device=u.device)
-    for start in range(0, n, width):
-        products = u[:, start : start + width] * v[:, start : start + width]
-        if products.dtype == torch.float64:
-            total += products.sum(dim=1)
-            continue
-        whole = products.shape[1] // BLOCK * BLOCK
-        total += products[:, :whole].reshape(count, -1, BLOCK).sum(dim=2).sum(dim=1, dtype=torch.float64)
-        total += products[:, whole:].sum(dim=1, dtype=torch.float64)
+    width = STRETCHES.get(u.device.type, STRETCHES["cpu"])
+    if n >= width:  # one pass over memory, by the vendor's dot product
+        pairs = [
+            pair for row in zip(u, v, strict=True) for pair in zip(*(part.split(width) for part in row), strict=True)
+        ]
+        return torch.stack([torch.dot(*pair) for pair in pairs]).view(count, -1).sum(dim=1, dtype=torch.float64)
+    products = u * v
+    if products.dtype == torch.float64:
+        return products.sum(dim=1)
+    whole = n // BLOCK * BLOCK
+    total = products[:, :whole].reshape(count, -1, BLOCK).sum(dim=2).sum(dim=1, dtype=torch.float64)
+    return total + products[:, whole:].sum(dim=1, dtype=torch.float64)
+
+
+def coefficients(basis: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """basis @ vector as `row_dots` sums it: (m,) in float64. basis: (m, n), vector: (n,)."""
+    if vector.device.type != "cpu":
+        return (basis @ vector).double()
+    width = STRETCHES["cpu"]
+    total = torch.zeros(len(basis), dtype=torch.float64)
+    for start in range(0, len(vector), width):
+        total += basis[:, start : start + width] @ vector[start : start + width]
     return total
+
+
+def inner_products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """rows @ others.T in float64, of as many columns at a time as a cache holds. (k, j)"""
+    width = max(STRETCHES.get(rows.device.type, STRETCHES["cpu"]) // max(len(rows), len(others), 1), 1)
+    total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[1], width):
+        part = rows[:, start : start + width].double()
+        other = part if others is rows else others[:, start : start + width].double()
+        total.addmm_(part, other.T)
+    return total
+
+
+def orthogonalize_(vector: torch.Tensor, *bases: torch.Tensor) -> tuple[list[np.ndarray], float]:
+    """Take out of `vector` (n,) its part in the rows of `bases`, each (m, n), which are orthonormal together, in place.
+    Returns the coefficients, an array (m,) for each basis, and the norm of what is left.
+
+    Classical Gram-Schmidt: matrix products, a second time where so little was left that rounding shows in it (Daniel,
+    Gragg, Kaufman and Stewart, Math. Comp. 30, 1976).
+    """
+    totals = [np.zeros(len(basis)) for basis in bases]
+    left = norm(vector)
+    for _ in range(2):
+        before = left
+        found = torch.cat([coefficients(basis, vector) for basis in bases])
+        parts = found.split([len(basis) for basis in bases])
+        for basis, part in zip(bases, parts, strict=True):
+            vector.addmv_(basis.T, part.to(vector.dtype), alpha=-1)
+        totals = [total + part.cpu().numpy() for total, part in zip(totals, parts, strict=True)]
+        left = norm(vector)
+        if left > ENOUGH_LEFT * before:
+            break
+    return totals, left
 
 
 def take_out_(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
@@ -67,7 +112,7 @@ def orthonormal_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     lower = torch.eye(len(rows), dtype=torch.float64, device=rows.device)
     basis = rows
     for _ in range(2):
-        factor, failed = torch.linalg.cholesky_ex(_gram(basis))
+        factor, failed = torch.linalg.cholesky_ex(inner_products(basis, basis))
         sizes = torch.diagonal(factor)
         if failed or not sizes.min() > CHOLESKY_LIMIT * sizes.max():
             basis, upper = torch.linalg.qr(rows.T)
@@ -75,16 +120,6 @@ def orthonormal_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(rows)).to(factor), upper=False)
         basis, lower = inverse.to(rows.dtype) @ basis, lower @ factor
     return lower, basis
-
-
-def _gram(rows: torch.Tensor) -> torch.Tensor:
-    """rows @ rows.T in float64, of as many columns at a time as a cache holds. (k, k)"""
-    width = max(STRETCHES.get(rows.device.type, STRETCHES["cpu"]) // len(rows), 1)
-    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-    for start in range(0, rows.shape[1], width):
-        part = rows[:, start : start + width].double()
-        total.addmm_(part, part.T)
-    return total
 
 
 def gaussian(op: LinearOperator, *, seed: int, index: int, stream: str) -> torch.Tensor:
@@ -139,4 +174,4 @@ def probe(op: LinearOperator, *, seed: int, index: int) -> torch.Tensor:
     matrix all their spread disappears.
     """
     vector = gaussian(op, seed=seed, index=index, stream="probe")
-    return vector / norm(vector)
+    return vector.div_(norm(vector))

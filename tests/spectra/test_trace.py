@@ -70,6 +70,43 @@ def test_exact_when_the_rank_is_below_the_sketch(method):
     assert estimate.low - 1e-8 <= 3 <= estimate.high + 1e-8
 
 
+def test_a_few_outliers_leave_a_fifth_of_the_products():
+    """Half of the products of a space of the dominant range, where the bulk holds a twentieth of the energy."""
+    rng = np.random.default_rng(7)
+    values = np.concatenate([rng.normal(size=1980) / 44, rng.uniform(0.5, 5, size=20)])
+    op = spectra.DenseOperator(matrix_with_spectrum(values, seed=8))
+    widths = [
+        np.median([spectra.trace(op, method=m, probes=120, seed=s).half_width for s in range(5)]) for m in METHODS
+    ]
+    assert widths[1] < widths[0] / 3
+    assert widths[1] < widths[2]
+
+
+def test_without_outliers_little_is_lost():
+    """A flat spectrum has no dominant range: Hutch++ notices, and has nearly the interval of plain Hutchinson."""
+    values = np.random.default_rng(8).normal(size=1500) + 0.3
+    op = spectra.DenseOperator(matrix_with_spectrum(values, seed=9))
+    plain, better = (
+        np.mean([spectra.trace(op, method=method, probes=120, seed=seed).half_width for seed in range(10)])
+        for method in ("hutchinson", "hutch++")
+    )
+    assert better < 1.25 * plain
+
+
+@pytest.mark.parametrize("copies", [8, 15, 40])
+def test_repeated_eigenvalues_do_not_mislead_hutch(copies):
+    """A Krylov space holds as many copies of an eigenvalue as its block has vectors; the rest is estimated."""
+    values = np.concatenate([np.zeros(500), np.full(copies, 2.0)])
+    op = spectra.DenseOperator(matrix_with_spectrum(values, seed=10))
+    hits = 0
+    for seed in range(20):
+        op.products = 0
+        estimate = spectra.trace(op, method="hutch++", probes=60, seed=seed)
+        assert op.products == estimate.products == 60
+        hits += estimate.low - 1e-9 <= 2 * copies <= estimate.high + 1e-9
+    assert hits >= 17, hits
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_operators_smaller_than_the_number_of_probes(method, n):

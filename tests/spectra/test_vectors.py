@@ -98,3 +98,29 @@ def test_dependent_rows_still_get_an_orthonormal_basis():
     lower, orthonormal = vectors.orthonormal_rows(torch.cat([rows, rows[:1]]))
     assert torch.allclose(orthonormal @ orthonormal.T, torch.eye(4, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(lower @ orthonormal, torch.cat([rows, rows[:1]]), atol=1e-12)
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 5), (3, 65_535), (4, 3_000_001)])
+def test_products_with_rows_keep_their_digits(m, n):
+    """All entries positive, so that a naive float32 sum would drift."""
+    rows, vector = normal(m, n, seed=6, dtype=torch.float32).abs(), normal(n, seed=7, dtype=torch.float32).abs()
+    exact = rows.double() @ vector.double()
+    assert torch.allclose(vectors.coefficients(rows, vector), exact, rtol=2e-6)
+    assert torch.allclose(vectors.inner_products(rows, vector[None])[:, 0], exact, rtol=1e-12)
+    assert torch.allclose(vectors.inner_products(rows, rows), rows.double() @ rows.double().T, rtol=1e-12)
+
+
+@pytest.mark.parametrize("left", [1.0, 1e-3, 1e-6])
+def test_what_is_left_is_orthogonal_to_every_basis(left):
+    """Also where almost all of the vector lies in the bases, which one pass does not survive."""
+    first, second = torch.linalg.qr(normal(100_000, 7, seed=8))[0].T.float().split([3, 4])
+    inside = 3 * first[0] - 2 * second[3]
+    vector = inside + left * normal(100_000, seed=9, dtype=torch.float32) / 100_000**0.5
+    exact = vector.double()
+    (one, other), size = vectors.orthogonalize_(vector, first, second)
+    assert np.allclose(one, (first.double() @ exact).numpy(), atol=1e-6)
+    assert np.allclose(other, (second.double() @ exact).numpy(), atol=1e-6)
+    assert size == pytest.approx(float(vector.double().norm()), rel=1e-6)
+    assert size == pytest.approx(left, rel=0.1)
+    for basis in (first, second):
+        assert float((basis.double() @ vector.double()).abs().max()) < 1e-5 * size
