@@ -40,8 +40,9 @@ class Recurrence:
 
     beta_j q_{j+1} = A q_j - alpha_j q_j - beta_{j-1} q_{j-1}, with scalars in float64 and vectors in the operator's
     dtype. A step costs a product for each start vector, all asked for at once, and waits for the device once.
-    starts: (k, n), or (n,) for one; unit vectors are used as they are, not copied. keep_basis: how many basis vectors of each to hold and reorthogonalise against (0:
-    none). first_images: A applied to `starts`, (k, n), where the caller has it already; it is overwritten.
+    starts: (k, n), or (n,) for one; unit vectors are used as they are, not copied. keep_basis: how many basis vectors
+    of each to hold and reorthogonalise against (0: none). first_images: A applied to `starts`, (k, n), where the caller
+    has it already; it is overwritten.
     `broken` tells that every residual fell to rounding level relative to the norm of its T: no further step is
     possible. A single one that did so rests, as a vector of zeros, while the others go on.
     """

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The GPU tables of docs/speed.md: bash benchmarks/speed/on_gpus.sh FOLDER [SECONDS]
 #
-# Every GPU takes its turn with a queue of benchmarks and cores of its own, so that none disturbs another; two GPUs or
-# more are also timed together. Each benchmark starts nothing after SECONDS (default 560) from the start of this script.
+# Every GPU has cores of its own and takes the next benchmark when it is free, so that none disturbs another; two GPUs or
+# more are also timed together. Nothing is started after SECONDS (default 560) from the start of this script; called
+# again with the same FOLDER it goes on with the benchmarks that have not begun.
 set -u
 folder=${1:?a folder for the results is expected}
 limit=${2:-560}
@@ -21,25 +22,29 @@ bench() { # gpu name options...
     --auto-only --time-limit "$left" --out "$folder/$2" "${@:3}" >"$folder/$2.log" 2>&1
 }
 
-others=spectra,pyhessian,paper,spectra:precision=tf32,spectra:precision=bfloat16,hessian-eigenthings,curvlinops
-queue() { # the benchmarks of GPU $1, which are every $gpus-th of all
-  local number=0 name options
+others=spectra,pyhessian,paper,hessian-eigenthings,spectra:precision=tf32,spectra:precision=bfloat16
+queue() { # on GPU $1, every benchmark that no GPU has begun; the longest come first
+  local name options
   while read -r name options; do
+    [ "$SECONDS" -lt "$limit" ] && mkdir "$folder/$name" 2>/dev/null || continue
     # shellcheck disable=SC2086  # options are words
-    [ $((number++ % gpus)) -eq "$1" ] && bench "$1" "$name" $options
+    bench "$1" "$name" $options
   done <<EOF
-12M --models 12M --bits 16 --products-scale 0.2 --trace-limit 84 --tasks product,density,trace,topk --tools $others
 124M --models 124M --bits 16 --products-scale 0.1 --tasks product,density,trace --tools $others
-1.2B --models 1.2B --bits 16 --products-scale 0.02 --tasks product,density --tools $others
-12M-ours --models 12M --bits 16 --tasks share,slopes,trace --tools spectra
-12M-2bit --models 12M --bits 2 --products-scale 0.1 --tasks product,density --tools $others
-124M-2bit --models 124M --bits 2 --products-scale 0.03 --tasks product,density --tools $others
-1.2B-2bit --models 1.2B --bits 2 --products-scale 0.02 --tasks product --tools spectra,paper
+12M --models 12M --bits 16 --products-scale 0.2 --trace-limit 84 --tasks product,density,trace,topk --tools $others,curvlinops
+1.2B --models 1.2B --bits 16 --products-scale 0.02 --tasks product,density --tools $others,curvlinops
 124M-topk --models 124M --bits 16 --tasks topk --tools spectra,hessian-eigenthings
+12M-ours --models 12M --bits 16 --tasks share,slopes,trace --tools spectra
+124M-curvlinops --models 124M --bits 16 --products-scale 0.1 --tasks product,density --tools spectra,curvlinops
+124M-2bit --models 124M --bits 2 --products-scale 0.03 --tasks product,density --tools $others
+12M-2bit --models 12M --bits 2 --products-scale 0.1 --tasks product,density --tools $others
+124M-compiled --models 124M --bits 16 --tasks product --tools spectra,spectra:engine=forward
+12M-compiled --models 12M --bits 16 --tasks product --tools spectra,spectra:engine=forward
+1.2B-2bit --models 1.2B --bits 2 --products-scale 0.02 --tasks product --tools spectra,paper
 EOF
 }
 
-if [ "$gpus" -gt 1 ]; then
+if [ "$gpus" -gt 1 ] && [ ! -e "$folder/several_devices.log" ]; then
   CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc-per-node 2 "$here/several_devices.py" --batches 4 --probes 4 --steps 10 \
     --out "$folder/several_devices.json" >"$folder/several_devices.log" 2>&1
 fi
