@@ -80,6 +80,7 @@ class EnginePick:
         return self.op.multiply(vectors, way)
 
     def _capture(self, way: str, example: torch.Tensor) -> CapturedProducts:
+        self.op.prepare()  # a recording of earlier weights would multiply by the Hessian there
         count = len(example)
         if count not in self._captured:
             self._captured[count] = self.op.capture(example, way)

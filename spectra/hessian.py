@@ -98,13 +98,13 @@ class HessianOperator(LinearOperator):
 
     def loss(self) -> float:
         """L at the current weights."""
-        self._prepare()
+        self.prepare()
         assert self._loss is not None
         return self._loss
 
     def gradient(self) -> torch.Tensor:
         """dL/d theta at the current weights: (n,)."""
-        self._prepare()
+        self.prepare()
         assert self._gradient is not None
         return self._gradient.clone()
 
@@ -126,7 +126,7 @@ class HessianOperator(LinearOperator):
 
     def linearity_gap(self, *, seed: int = 0) -> float:
         """See `LinearOperator.linearity_gap`; measured once at the current weights."""
-        self._prepare()
+        self.prepare()
         if self._linearity_gap is None:
             self._linearity_gap = super().linearity_gap(seed=seed)
         return self._linearity_gap
@@ -141,7 +141,7 @@ class HessianOperator(LinearOperator):
         measured once at the current weights. Zero where no lower precision was asked for."""
         if self.precision not in LOWER:
             return 0.0
-        self._prepare()
+        self.prepare()
         if self._precision_error is None:
             vector = gaussian(self, seed=0, index=0, stream="precision")[None]
             lower = self.rows(vector)
@@ -186,13 +186,13 @@ class HessianOperator(LinearOperator):
     def multiply(self, vectors: torch.Tensor, way: str) -> torch.Tensor:
         """The products of the rows of `vectors` (k, n) by one engine, "reverse", "batched" or "forward": what `@`
         calls with the engine it has picked."""
-        self._prepare()
+        self.prepare()
         with self._on_stream():
             return self._sum_over_pieces(vectors, way)
 
     def capture(self, example: torch.Tensor, way: str) -> engines.CapturedProducts:
         """The products of blocks like `example` (k, n), recorded as a CUDA graph at the current weights."""
-        self._prepare()
+        self.prepare()
         if self._stream is None or not self.keeps_every_graph:
             raise InputError("a product can be captured on a CUDA device with every graph kept: use engine='auto'")
         return engines.CapturedProducts(lambda vectors: self._sum_over_pieces(vectors, way), example, self._stream)
@@ -292,8 +292,8 @@ class HessianOperator(LinearOperator):
             gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
         return loss.detach(), gradient
 
-    def _prepare(self) -> None:
-        """Loss, gradient and the graphs worth keeping, at the current weights."""
+    def prepare(self) -> None:
+        """Loss, gradient and the graphs worth keeping at the current weights; what belongs to others is forgotten."""
         state = (*self.model.parameters(), *self.model.buffers())
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in state)
         if versions != self._versions:

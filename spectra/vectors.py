@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 STRETCHES = {"cpu": 1 << 16, "cuda": 1 << 22}  # numbers worked on in one go: what a cache holds, what fills a GPU
 CHOLESKY_LIMIT = 1e-6  # of a factor's diagonal: rows nearer to dependence lose too many digits in a Gram matrix
 ENOUGH_LEFT = 0.1  # of a vector, after one pass of Gram-Schmidt, for it to be orthogonal to ten units of rounding
+DOTS = {"cpu": 1 << 16, "cuda": 1 << 26}  # numbers of a dot product, the most that float32 sums without loss there
 BLOCK = 1024  # products summed in one go before float64 takes over
 
 
@@ -39,8 +40,8 @@ def row_dots(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     within a few units of float32's last digit, and several times faster.
     """
     count, n = u.shape
-    width = STRETCHES.get(u.device.type, STRETCHES["cpu"])
-    if n >= width:  # one pass over memory, by the vendor's dot product
+    if n >= STRETCHES.get(u.device.type, STRETCHES["cpu"]):  # one pass over memory, by the vendor's dot product
+        width = DOTS.get(u.device.type, DOTS["cpu"])
         pairs = [
             pair for row in zip(u, v, strict=True) for pair in zip(*(part.split(width) for part in row), strict=True)
         ]

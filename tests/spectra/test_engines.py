@@ -233,6 +233,33 @@ def test_what_does_not_fit_at_all_is_refused_in_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["captured", "captured batched"])
+def test_what_was_captured_does_not_outlive_the_weights(engine, monkeypatch):
+    """Without a GPU: a recording that multiplies, as a CUDA graph does, at the weights that it was made at."""
+    made = []
+
+    def record(op, example, way):
+        op.prepare()
+        images = op.multiply(torch.eye(op.shape[0], dtype=example.dtype), "reverse")
+        made.append(way)
+        return lambda vectors: vectors @ images
+
+    monkeypatch.setattr(spectra.HessianOperator, "capture", record)
+    model = tiny_models.mlp()
+    op = spectra.HessianOperator(model, tiny_models.classification((3,)), engine=engine)
+    vectors = normal(op.shape[0], 4, seed=1)
+    before = op @ vectors
+    assert torch.allclose(op @ vectors, before)
+    assert len(made) == 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    moved = op @ vectors
+    assert len(made) == 2
+    assert not torch.allclose(moved, before)
+    assert relative_error(moved, spectra.HessianOperator(model, tiny_models.classification((3,))) @ vectors) < 1e-10
+
+
+@pytest.mark.parametrize("engine", ["captured", "captured batched"])
 def test_capture_needs_a_gpu(engine):
     op = spectra.HessianOperator(tiny_models.mlp(), tiny_models.classification((3,)), engine=engine)
     with pytest.raises(spectra.InputError, match="CUDA"):
