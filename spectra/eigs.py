@@ -8,6 +8,7 @@ import numpy as np
 import scipy
 import torch
 
+from spectra.arithmetic import in_float32
 from spectra.errors import InputError, NonFiniteError
 from spectra.operators import LinearOperator
 from spectra.vectors import gaussian, norm, orthogonalize_
@@ -31,6 +32,7 @@ class Eigenpairs:
     products: int
 
 
+@in_float32
 def topk(
     op: LinearOperator,
     k: int,

@@ -42,7 +42,7 @@ class HessianOperator(LinearOperator):
     are asked for); loss, gradient and products are then summed over the ranks, which all have to ask for them.
     precision: "float32" or "float64" measures a copy of the model in that precision. Without it a model with bf16 or
     fp16 weights is refused: their rounding is larger than most eigenvalues. "tf32" and "bfloat16" make matrix products
-    in that precision, with float32 weights and sums; what they change is measured, noted, and widens the intervals.
+    in that precision; what that changes is measured, noted, and widens the intervals. Nothing else lets TF32 in.
 
     Weights changed in place, as optimizers do, are noticed and the graph is rebuilt; after writing through `.data`
     call `refresh()`. `close()` (or a `with` block) gives the memory of the graphs back.
@@ -293,7 +293,7 @@ class HessianOperator(LinearOperator):
         return loss.detach(), gradient
 
     def prepare(self) -> None:
-        """Loss, gradient and the graphs worth keeping at the current weights; what belongs to others is forgotten."""
+        """Loss, gradient and graphs at the current weights; what belongs to others is forgotten."""
         state = (*self.model.parameters(), *self.model.buffers())
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in state)
         if versions != self._versions:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from spectra import memory
+from spectra.arithmetic import in_float32
 from spectra.errors import InputError
 from spectra.operators import LinearOperator
 from spectra.vectors import row_dots
@@ -140,6 +141,7 @@ class Recurrence:
         self._betas.append(np.where(self._going, betas, 0.0))
 
 
+@in_float32
 def lanczos(op: LinearOperator, start: torch.Tensor, steps: int, *, reorthogonalize: str = "full") -> Tridiagonal:
     """Run at most `steps` steps of the recurrence from `start` (n,), one product each.
 

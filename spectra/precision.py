@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from spectra.arithmetic import float32_products
 from spectra.errors import InputError
 from spectra.parameters import ParameterSpace
 
@@ -35,18 +36,11 @@ def in_precision(model: nn.Module, precision: str | None) -> nn.Module:
 
 @contextlib.contextmanager
 def arithmetic(precision: str | None, device: torch.device) -> Iterator[None]:
-    """Matrix products of the lower precisions inside; of any other, whatever the caller has set."""
-    if precision == "bfloat16":
-        with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
-            yield
-    elif precision == "tf32":
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-    else:
+    """Inside, products of float32 matrices in the precision asked for, and never in a lower one."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(float32_products(device, tf32=precision == "tf32", convolutions=True))
+        if precision == "bfloat16":
+            stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False))
         yield
 
 

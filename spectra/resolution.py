@@ -10,6 +10,7 @@ import numpy as np
 import scipy
 import torch
 
+from spectra.arithmetic import in_float32
 from spectra.density import SpectralDensity
 from spectra.eigs import Eigenpairs
 from spectra.errors import InputError
@@ -36,6 +37,7 @@ class _Plan:
     half_width: float
 
 
+@in_float32
 def resolve(
     op: LinearOperator,
     *,

@@ -12,6 +12,7 @@ import scipy
 import torch
 
 from spectra import distributed, moments
+from spectra.arithmetic import in_float32
 from spectra.density import SpectralDensity
 from spectra.eigs import Eigenpairs, topk
 from spectra.errors import InputError
@@ -23,6 +24,7 @@ from spectra.vectors import probe
 DEFLATION_TOLERANCE = 1e-3  # of |lambda|: what is left of an outlier is then its square, below the bulk
 
 
+@in_float32
 def slq(
     op: LinearOperator,
     *,

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from spectra.arithmetic import in_float32
 from spectra.errors import InputError
 from spectra.estimates import Estimate, certain, sampling_interval, student_interval
 from spectra.grouping import probes_together, vectors_that_fit
@@ -25,6 +26,7 @@ FADING = 0.5  # of the energy that a block of the Krylov space brought, what the
 NEGLIGIBLE = 1e3  # units of rounding: directions below were all rounding
 
 
+@in_float32
 def trace(op: LinearOperator, *, method: str = "hutchinson", probes: int = 30, seed: int = 0) -> Estimate:
     """tr A with a 95 % interval, from `probes` products.
 
