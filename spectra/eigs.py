@@ -11,7 +11,7 @@ import torch
 from spectra.arithmetic import in_float32
 from spectra.errors import InputError, NonFiniteError
 from spectra.operators import LinearOperator
-from spectra.vectors import gaussian, norm, orthogonalize_
+from spectra.vectors import gaussian, norm, orthogonalize_, row_dots
 
 WHICH = ("LM", "LA", "SA", "BE")
 DENSE_LIMIT = 4096  # up to this dimension a hard search may end by forming the matrix
@@ -92,7 +92,7 @@ def topk(
     residuals = np.hypot(residuals, op.precision_error() * np.abs(values))  # of a product in a lower precision
     converged = residuals <= search.allowed(values)
     return Eigenpairs(
-        values[order], vectors[torch.as_tensor(order)].T.contiguous(), residuals[order], converged[order], search.spent
+        values[order], vectors[torch.as_tensor(order)].T, residuals[order], converged[order], search.spent
     )
 
 
@@ -236,7 +236,7 @@ class _Search:
         """Ritz vectors, one a row, from columns of coefficients; of length one to the last digit."""
         rotation = torch.as_tensor(small.T, dtype=self.op.dtype, device=self.op.device)
         vectors = rotation @ self.buffer[:filled]
-        return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=torch.float64).to(vectors.dtype)
+        return vectors.div_(row_dots(vectors, vectors).sqrt()[:, None].to(vectors.dtype))
 
     def _restart(
         self, projected: np.ndarray, coupling: np.ndarray, values: np.ndarray, small: np.ndarray, k: int, which: str

@@ -91,7 +91,7 @@ def find_outliers(op: LinearOperator, *, products: int, seed: int = 0) -> Eigenp
     if not len(good) or recurrence.broken:
         return None
     rotation = torch.as_tensor(small[:, good].T, dtype=op.dtype, device=op.device)
-    vectors = (rotation @ found.basis).T.contiguous()
+    vectors = (rotation @ found.basis).T
     return Eigenpairs(values[good], vectors, residuals[good], np.ones(len(good), dtype=bool), found.steps)
 
 
