@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -26,7 +26,7 @@ def float32_products(device: torch.device, *, tf32: bool = False, convolutions: 
     torch keeps these settings in an older and in a newer place, and refuses to read the older one where they differ:
     both are set alike, or the newer one alone where the caller has made them differ.
     """
-    backends = torch.backends
+    backends: Any = torch.backends  # whose parts are not all declared
     places = [backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul]
     if convolutions and device.type == "cuda":
         places += [backends.cudnn.conv, backends.cudnn.rnn]
