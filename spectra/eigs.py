@@ -168,13 +168,12 @@ class _Search:
         reach there.
         """
         begun = self.spent
-        room = self.op.shape[0] - (0 if locked is None else len(locked))
+        locked = self.buffer[:0] if locked is None else locked
+        room = self.op.shape[0] - len(locked)
         size = min(self.size, room)
         k = min(k, room)
         projected = np.zeros((size, size))
-        coupling = np.zeros(
-            (0 if locked is None else len(locked), size)
-        )  # locked . A basis: locked pairs are not exact
+        coupling = np.zeros((len(locked), size))  # locked . A basis: locked pairs are not exact
         filled = 0
         self._fresh(0, locked)
         if start is not None:
@@ -211,24 +210,24 @@ class _Search:
         threats = ends[(reach < beat[0]) | (reach > beat[1])]
         return bool(np.all(residuals[threats] <= STRICTER * self.allowed(values[threats])))
 
-    def _expand(self, last: int, locked: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray, float]:
+    def _expand(self, last: int, locked: torch.Tensor) -> tuple[np.ndarray, np.ndarray, float]:
         """Multiply the newest vector; the image's coefficients against the basis and against what is locked, and the
         norm of the new direction."""
         image = self.op @ self.buffer[last]
         self.spent += 1
-        (column, *outside), beta = orthogonalize_(image, self.buffer[: last + 1], *([] if locked is None else [locked]))
+        (column, outside), beta = orthogonalize_(image, self.buffer[: last + 1], locked)
         if not np.isfinite(beta):
             raise NonFiniteError(f"the operator's product number {self.spent} is not finite; check what it multiplies")
         if beta > 0:
             torch.div(image, beta, out=self.buffer[last + 1])
-        return column, outside[0] if outside else np.zeros(0), beta
+        return column, outside, beta
 
-    def _fresh(self, row: int, locked: torch.Tensor | None) -> None:
+    def _fresh(self, row: int, locked: torch.Tensor) -> None:
         """A random direction orthogonal to everything held, into the buffer's `row`."""
         vector = gaussian(self.op, seed=self.seed, index=self.draws, stream="topk")
         self.draws += 1
         for _ in range(2):
-            _, left = orthogonalize_(vector, self.buffer[:row], *([] if locked is None else [locked]))
+            _, left = orthogonalize_(vector, self.buffer[:row], locked)
             vector /= left
         self.buffer[row] = vector
 

@@ -172,7 +172,7 @@ def _filled_up(op: LinearOperator, block: torch.Tensor, basis: torch.Tensor, siz
     missing = range(len(basis) + len(block), len(basis) + size)
     if not missing:
         return block
-    rows = torch.cat([block, *(gaussian(op, seed=seed, index=i, stream="sketch")[None] for i in missing)])
+    rows = torch.cat([block, _test_vectors(op, missing, seed)])
     for _ in range(2):
         take_out_(rows, basis)
     return orthonormal_rows(rows)[1]
@@ -184,7 +184,7 @@ def _xtrace(op: LinearOperator, probes: int, seed: int) -> Estimate:
     the complement and scaled to the sphere, estimates the rest. Vectors are rows here, so that R is the transpose of
     the factor."""
     n, count = op.shape[0], probes // 2
-    tests = _test_vectors(op, count, seed)
+    tests = _test_vectors(op, range(count), seed)
     lower, basis = orthonormal_rows(_images(op, tests))
     images = _images(op, basis)
     small = (lower.T, inner_products(basis, images), inner_products(basis, tests), inner_products(images, tests))
@@ -209,5 +209,5 @@ def _xtrace(op: LinearOperator, probes: int, seed: int) -> Estimate:
     return Estimate(naive.value, naive.value - half, naive.value + half, products=2 * count)
 
 
-def _test_vectors(op: LinearOperator, count: int, seed: int) -> torch.Tensor:
-    return torch.stack([gaussian(op, seed=seed, index=i, stream="sketch") for i in range(count)])
+def _test_vectors(op: LinearOperator, indices: range, seed: int) -> torch.Tensor:
+    return torch.stack([gaussian(op, seed=seed, index=index, stream="sketch") for index in indices])

@@ -40,8 +40,8 @@ def row_dots(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     within a few units of float32's last digit, and several times faster.
     """
     count, n = u.shape
-    if n >= STRETCHES.get(u.device.type, STRETCHES["cpu"]):  # one pass over memory, by the vendor's dot product
-        width = DOTS.get(u.device.type, DOTS["cpu"])
+    if n >= _sized(STRETCHES, u.device):  # one pass over memory, by the vendor's dot product
+        width = _sized(DOTS, u.device)
         pairs = [
             pair for row in zip(u, v, strict=True) for pair in zip(*(part.split(width) for part in row), strict=True)
         ]
@@ -67,7 +67,7 @@ def coefficients(basis: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
 
 def inner_products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """rows @ others.T in float64, of as many columns at a time as a cache holds. (k, j)"""
-    width = max(STRETCHES.get(rows.device.type, STRETCHES["cpu"]) // max(len(rows), len(others), 1), 1)
+    width = max(_sized(STRETCHES, rows.device) // max(len(rows), len(others), 1), 1)
     total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=rows.device)
     for start in range(0, rows.shape[1], width):
         part = rows[:, start : start + width].double()
@@ -134,12 +134,17 @@ def gaussian(op: LinearOperator, *, seed: int, index: int, stream: str) -> torch
     key = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
     n, half = op.shape[0], (op.shape[0] + 1) // 2
     numbers = torch.empty(n, dtype=op.dtype, device=op.device)
-    stretch = STRETCHES.get(op.device.type, STRETCHES["cpu"])
+    stretch = _sized(STRETCHES, op.device)
     for start in range(0, half, stretch):
         stop = min(start + stretch, half)
         numbers[start:stop], second = _normal_pairs(key, start, stop, op.device)
         numbers[half + start : half + stop] = second[: n - half - start]
     return numbers
+
+
+def _sized(table: dict[str, int], device: torch.device) -> int:
+    """The entry for this kind of device, or that of a CPU."""
+    return table.get(device.type, table["cpu"])
 
 
 def _normal_pairs(key: int, start: int, stop: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -70,8 +70,8 @@ def test_exact_when_the_rank_is_below_the_sketch(method):
     assert estimate.low - 1e-8 <= 3 <= estimate.high + 1e-8
 
 
-def test_a_few_outliers_leave_a_fifth_of_the_products():
-    """Half of the products of a space of the dominant range, where the bulk holds a twentieth of the energy."""
+def test_a_few_outliers_make_hutch_three_times_as_narrow():
+    """Twenty eigenvalues hold all but a few hundredths of the energy: a Krylov space takes them out."""
     rng = np.random.default_rng(7)
     values = np.concatenate([rng.normal(size=1980) / 44, rng.uniform(0.5, 5, size=20)])
     op = spectra.DenseOperator(matrix_with_spectrum(values, seed=8))
