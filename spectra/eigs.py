@@ -9,6 +9,7 @@ import scipy
 import torch
 
 from spectra.arithmetic import in_float32
+from spectra.complement import STEPS, nothing_beyond
 from spectra.errors import InputError, NonFiniteError
 from spectra.operators import LinearOperator
 from spectra.vectors import gaussian, norm, orthogonalize_, row_dots
@@ -17,7 +18,6 @@ WHICH = ("LM", "LA", "SA", "BE")
 DENSE_LIMIT = 4096  # up to this dimension a hard search may end by forming the matrix
 START_NOISE = 1e-2  # of a random direction beside guessed eigenvectors
 STRICTER = 0.1  # of the tolerance
-TRIAL_STEPS = 15  # a random start reveals a missed outlier within these: each step multiplies its share of the vector
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,10 @@ def topk(
     which: "LM" largest magnitude, "LA" largest, "SA" smallest, "BE" from both ends (the odd one from the top).
     tol: a pair has converged when ||A x - lambda x|| <= tol * |lambda|, or is at the rounding level of the operator.
     basis: vectors held at once (default max(3k + 10, 40)). max_products: stop there, with what has not converged
-    marked so (by default 100 * basis). verify: after convergence search the complement of the pairs found from a fresh
-    random vector, because one Krylov space holds a single copy of a repeated eigenvalue; about as many products again.
+    marked so (by default 100 * basis). verify: after convergence look into the complement from a fresh random vector,
+    because one Krylov space holds a single copy of a repeated eigenvalue: four to fifteen products, until an
+    eigenvalue that belongs to those wanted would be missed with a probability of at most 5 % (`spectra.complement`) or
+    Ritz values stay short of that, and a search there where one shows.
     start: (n, j) guesses of the eigenvectors, such as those of an earlier checkpoint; the search begins from their sum.
 
     The basis is kept orthonormal to rounding, so a converged value never comes back as a copy ("ghost"). Small
@@ -75,7 +77,8 @@ def topk(
     hard = n if max_products is None and n <= DENSE_LIMIT else None  # products after which forming A is cheaper
     search = _Search(op, size, tol, seed, budget=max_products or hard or 100 * size)
     values, vectors, residuals = search.run(k, which, start=start)
-    while verify and search.spent < search.budget:
+    incomplete = verify and search.spent < search.budget and not search.seen_all(vectors, _to_beat(values, which))
+    while incomplete and search.spent < search.budget:
         # What the complement holds at the ends that were asked for joins if it beats what was found there.
         found = search.run(2, "BE", locked=vectors, beat=_to_beat(values, which))
         merged_values = np.concatenate([values, found[0]])
@@ -144,6 +147,8 @@ class _Search:
     radius: float = 0.0
     draws: int = 0
     buffer: torch.Tensor = field(init=False)
+    others: tuple[np.ndarray, np.ndarray, np.ndarray] = field(init=False)  # values, residuals and coefficients of the
+    # last run's Ritz vectors that it did not find worth returning
 
     def __post_init__(self) -> None:
         self.buffer = torch.empty(self.size + 1, self.op.shape[0], dtype=self.op.dtype, device=self.op.device)
@@ -192,8 +197,10 @@ class _Search:
             wanted = select(values, min(k, filled), which)
             settled = filled >= k and bool(np.all(residuals[wanted] <= self.allowed(values[wanted])))
             if beat is not None:
-                settled = self.spent - begun >= TRIAL_STEPS and self._beaten(values, residuals, beat)
+                settled = self.spent - begun >= STEPS and self._beaten(values, residuals, beat)
             if exhausted or settled or self.spent >= self.budget:
+                others = np.delete(np.arange(filled), wanted)
+                self.others = values[others], residuals[others], small[:, others]
                 outside = np.linalg.norm(coupling[:, :filled] @ small[:, wanted], axis=0)
                 return values[wanted], self._combine(small[:, wanted], filled), np.hypot(residuals[wanted], outside)
             if beta <= 10 * self.eps * self.radius:  # an invariant subspace: go on in a new direction
@@ -201,6 +208,28 @@ class _Search:
                 beta = 0.0
             if filled == size:
                 filled = self._restart(projected, coupling, values, small, k, which)
+
+    def seen_all(self, vectors: torch.Tensor, beat: tuple[float, float]) -> bool:
+        """Whether nothing shows below the first or above the second, to a random vector, outside the pairs that the
+        last run found and its other Ritz vectors.
+
+        Of those only the ones whose residuals r move no eigenvalue out there by more than the tolerance, which a Ritz
+        value at a distance d does by r^2 / d at most.
+        """
+        low, high = (
+            end + sign * self.allowed(end) if np.isfinite(end) else end for end, sign in zip(beat, (-1, 1), strict=True)
+        )
+        values, residuals, small = self.others
+        closest = self.eps * self.radius + np.finfo(float).tiny
+        moves = residuals**2 / np.maximum(np.minimum(values - low, high - values), closest)
+        order = np.argsort(moves)
+        settled = order[np.cumsum(moves[order]) <= self.allowed(np.array(beat)).min()]
+        more = self._combine(small[:, settled], len(small))
+        basis = torch.cat([vectors, more], out=self.buffer[: len(vectors) + len(more)])
+        before, steps = self.op.products, min(STEPS, self.budget - self.spent)
+        clear = nothing_beyond(self.op, basis, low, high, seed=self.seed, stream="topk trial", steps=steps)
+        self.spent += self.op.products - before
+        return clear
 
     def _beaten(self, values: np.ndarray, residuals: np.ndarray, beat: tuple[float, float]) -> bool:
         """Whether neither end can still reach past `beat`, or one that does has converged. That is asked more strictly

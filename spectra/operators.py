@@ -270,20 +270,22 @@ class MeanOperator(LinearOperator):
 class DeflatedOperator(LinearOperator):
     """P A P with P = I - U U^T: A without the eigenpairs whose vectors are the columns of U.
 
-    vectors: (n, k), orthonormalised here. On the complement of U the result acts as A does; on U it is zero. Vectors
-    that are eigenvectors only to a residual r leave an eigenvalue of order r^2 / |lambda| behind. A product costs one
-    of A and 8 n k further operations, or 4 n k with `inputs="orthogonal"`, which is for callers whose vectors have no
-    part in U, as in a recurrence that started so. Products are counted by `inner`, the operator deflated, too.
+    vectors: (n, k), orthonormalised here unless they are `orthonormal` already. On the complement of U the result acts
+    as A does; on U it is zero. Vectors that are eigenvectors only to a residual r leave an eigenvalue of order
+    r^2 / |lambda| behind. A product costs one of A and 8 n k further operations, or 4 n k with `inputs="orthogonal"`,
+    which is for callers whose vectors have no part in U, as in a recurrence that started so. Products are counted by
+    `inner`, the operator deflated, too.
     """
 
-    def __init__(self, inner: LinearOperator, vectors: torch.Tensor, *, inputs: str = "any"):
+    def __init__(self, inner: LinearOperator, vectors: torch.Tensor, *, inputs: str = "any", orthonormal: bool = False):
         if vectors.ndim != 2 or vectors.shape[0] != inner.shape[0]:
             raise InputError(f"vectors ({inner.shape[0]}, k) are expected, got {tuple(vectors.shape)}")
         if inputs not in ("any", "orthogonal"):
             raise InputError(f"inputs must be 'any' or 'orthogonal', got {inputs!r}")
         self.inner, self._orthogonal_inputs = inner, inputs == "orthogonal"
         self.shape, self.dtype, self.device, self.spread = inner.shape, inner.dtype, inner.device, inner.spread
-        _, self._rows = orthonormal_rows(vectors.T.to(device=inner.device, dtype=inner.dtype))
+        rows = vectors.T.to(device=inner.device, dtype=inner.dtype)
+        self._rows = rows if orthonormal else orthonormal_rows(rows)[1]
 
     @property
     def vectors(self) -> torch.Tensor:

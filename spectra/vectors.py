@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
 STRETCHES = {"cpu": 1 << 16, "cuda": 1 << 22}  # numbers worked on in one go: what a cache holds, what fills a GPU
 CHOLESKY_LIMIT = 1e-6  # of a factor's diagonal: rows nearer to dependence lose too many digits in a Gram matrix
 ENOUGH_LEFT = 0.1  # of a vector, after one pass of Gram-Schmidt, for it to be orthogonal to ten units of rounding
-DOTS = {"cpu": 1 << 16, "cuda": 1 << 26}  # numbers of a dot product, the most that float32 sums without loss there
-BLOCK = 1024  # products summed in one go before float64 takes over
+DOTS = {"cpu": 1 << 17, "cuda": 1 << 26}  # numbers of a dot product, the most that float32 sums without loss there
 
 
 def dot(u: torch.Tensor, v: torch.Tensor) -> float:
@@ -36,22 +36,35 @@ def norm(v: torch.Tensor) -> float:
 def row_dots(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The dot products of corresponding rows, (k,) in float64, on the vectors' device. u, v: (k, n).
 
-    Short stretches are summed in the vectors' dtype and the stretches in float64: as exact as float64 throughout to
-    within a few units of float32's last digit, and several times faster.
+    Long rows are summed in stretches by the vendor's dot product, in the vectors' dtype and one pass over memory, and
+    the stretches in float64: as exact as float64 throughout to within a few units of float32's last digit.
     """
-    count, n = u.shape
-    if n >= _sized(STRETCHES, u.device):  # one pass over memory, by the vendor's dot product
-        width = _sized(DOTS, u.device)
-        pairs = [
-            pair for row in zip(u, v, strict=True) for pair in zip(*(part.split(width) for part in row), strict=True)
-        ]
-        return torch.stack([torch.dot(*pair) for pair in pairs]).view(count, -1).sum(dim=1, dtype=torch.float64)
-    products = u * v
-    if products.dtype == torch.float64:
-        return products.sum(dim=1)
-    whole = n // BLOCK * BLOCK
-    total = products[:, :whole].reshape(count, -1, BLOCK).sum(dim=2).sum(dim=1, dtype=torch.float64)
-    return total + products[:, whole:].sum(dim=1, dtype=torch.float64)
+    if u.shape[1] < _sized(STRETCHES, u.device):
+        return (u * v).sum(dim=1, dtype=torch.float64)
+    width = _sized(DOTS, u.device)
+    dots = [torch.dot(a, b) for row in zip(u, v, strict=True) for a, b in _stretches(width, *row)]
+    return torch.stack(dots).view(len(u), -1).sum(dim=1, dtype=torch.float64)
+
+
+def subtract_(rows: torch.Tensor, others: torch.Tensor, factors: torch.Tensor, against: torch.Tensor) -> torch.Tensor:
+    """rows -= factors * others in place; then the dot products of corresponding rows with `against`, as `row_dots`.
+
+    rows, others, against: (k, n); factors: (k,) in float64. On a CPU one pass over memory does both.
+    """
+    if rows.device.type != "cpu" or rows.shape[1] < STRETCHES["cpu"]:
+        rows.addcmul_(others, factors[:, None].to(rows.dtype), value=-1)
+        return row_dots(rows, against)
+    dots = [
+        torch.dot(part.sub_(other, alpha=factor), partner)
+        for factor, *row in zip(factors.tolist(), rows, others, against, strict=True)
+        for part, other, partner in _stretches(DOTS["cpu"], *row)
+    ]
+    return torch.stack(dots).view(len(rows), -1).sum(dim=1, dtype=torch.float64)
+
+
+def _stretches(width: int, *vectors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Corresponding parts of vectors (n,), at most `width` long."""
+    return zip(*(vector.split(width) for vector in vectors), strict=True)
 
 
 def coefficients(basis: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,24 @@ def test_dots_and_norms_of_float32_vectors_keep_their_digits(n):
     ]
 
 
+@pytest.mark.parametrize("n", [1, 1000, 70_000, 600_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_are_subtracted_and_their_dots_are_those_of_what_results(n, dtype):
+    rows, others, against = normal(3, 3, n, seed=n, dtype=dtype)
+    factors = torch.tensor([0.5, -2.0, 0.0], dtype=torch.float64)
+    exact = rows.double() - factors[:, None] * others.double()
+    eps = torch.finfo(dtype).eps
+    for partner in (against, rows):  # of `rows` itself it is what they have become
+        result = rows.clone()
+        along = result if partner is rows else partner
+        dots = vectors.subtract_(result, others, factors, against=along)
+        torch.testing.assert_close(result.double(), exact, rtol=0, atol=16 * eps)
+        partners = exact if partner is rows else partner.double()
+        scale = (exact.norm(dim=1) * partners.norm(dim=1)).max().item()
+        torch.testing.assert_close(dots, (exact * partners).sum(dim=1), rtol=0, atol=8 * eps * scale)
+        assert dots.dtype == torch.float64
+
+
 def ones(n, **options):
     return spectra.DiagonalOperator(torch.ones(n, dtype=torch.float32, **options))
 
