@@ -216,14 +216,13 @@ class _Search:
         Of those only the ones whose residuals r move no eigenvalue out there by more than the tolerance, which a Ritz
         value at a distance d does by r^2 / d at most.
         """
-        low, high = (
-            end + sign * self.allowed(end) if np.isfinite(end) else end for end, sign in zip(beat, (-1, 1), strict=True)
-        )
+        beyond = self.allowed(np.nan_to_num(np.array(beat)))
+        low, high = float(beat[0] - beyond[0]), float(beat[1] + beyond[1])
         values, residuals, small = self.others
         closest = self.eps * self.radius + np.finfo(float).tiny
         moves = residuals**2 / np.maximum(np.minimum(values - low, high - values), closest)
         order = np.argsort(moves)
-        settled = order[np.cumsum(moves[order]) <= self.allowed(np.array(beat)).min()]
+        settled = order[np.cumsum(moves[order]) <= beyond.min()]
         more = self._combine(small[:, settled], len(small))
         basis = torch.cat([vectors, more], out=self.buffer[: len(vectors) + len(more)])
         before, steps = self.op.products, min(STEPS, self.budget - self.spent)
