@@ -77,8 +77,8 @@ def topk(
     hard = n if max_products is None and n <= DENSE_LIMIT else None  # products after which forming A is cheaper
     search = _Search(op, size, tol, seed, budget=max_products or hard or 100 * size)
     values, vectors, residuals = search.run(k, which, start=start)
-    incomplete = verify and search.spent < search.budget and not search.seen_all(vectors, _to_beat(values, which))
-    while incomplete and search.spent < search.budget:
+    missed = verify and search.spent < search.budget and not search.seen_all(vectors, _to_beat(values, which))
+    while missed and search.spent < search.budget:
         # What the complement holds at the ends that were asked for joins if it beats what was found there.
         found = search.run(2, "BE", locked=vectors, beat=_to_beat(values, which))
         merged_values = np.concatenate([values, found[0]])
@@ -210,11 +210,11 @@ class _Search:
                 filled = self._restart(projected, coupling, values, small, k, which)
 
     def seen_all(self, vectors: torch.Tensor, beat: tuple[float, float]) -> bool:
-        """Whether nothing shows below the first or above the second, to a random vector, outside the pairs that the
-        last run found and its other Ritz vectors.
+        """Whether a random vector shows nothing below the first or above the second, outside the pairs that the last run
+        found.
 
-        Of those only the ones whose residuals r move no eigenvalue out there by more than the tolerance, which a Ritz
-        value at a distance d does by r^2 / d at most.
+        Its other Ritz vectors are left out too as far as that changes little: a residual r at a distance d from there
+        moves an eigenvalue by at most r^2 / d, and all together may move one by the tolerance.
         """
         beyond = self.allowed(np.nan_to_num(np.array(beat)))
         low, high = float(beat[0] - beyond[0]), float(beat[1] + beyond[1])
@@ -222,8 +222,8 @@ class _Search:
         closest = self.eps * self.radius + np.finfo(float).tiny
         moves = residuals**2 / np.maximum(np.minimum(values - low, high - values), closest)
         order = np.argsort(moves)
-        settled = order[np.cumsum(moves[order]) <= beyond.min()]
-        more = self._combine(small[:, settled], len(small))
+        harmless = order[np.cumsum(moves[order]) <= beyond.min()]
+        more = self._combine(small[:, harmless], len(small))
         basis = torch.cat([vectors, more], out=self.buffer[: len(vectors) + len(more)])
         before, steps = self.op.products, min(STEPS, self.budget - self.spent)
         clear = nothing_beyond(self.op, basis, low, high, seed=self.seed, stream="topk trial", steps=steps)
