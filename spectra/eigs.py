@@ -210,10 +210,9 @@ class _Search:
                 filled = self._restart(projected, coupling, values, small, k, which)
 
     def seen_all(self, vectors: torch.Tensor, beat: tuple[float, float]) -> bool:
-        """Whether a random vector shows nothing below the first or above the second, outside the pairs that the last run
-        found.
+        """Whether a random vector shows nothing below the first or above the second outside the pairs last found.
 
-        Its other Ritz vectors are left out too as far as that changes little: a residual r at a distance d from there
+        The search's other Ritz vectors are left out too as far as that changes little: a residual r at a distance d from there
         moves an eigenvalue by at most r^2 / d, and all together may move one by the tolerance.
         """
         beyond = self.allowed(np.nan_to_num(np.array(beat)))
