@@ -212,8 +212,8 @@ class _Search:
     def seen_all(self, vectors: torch.Tensor, beat: tuple[float, float]) -> bool:
         """Whether a random vector shows nothing below the first or above the second outside the pairs last found.
 
-        The search's other Ritz vectors are left out too as far as that changes little: a residual r at a distance d from
-        there moves an eigenvalue by at most r^2 / d, and all together may move one by the tolerance.
+        The search's other Ritz vectors are left out too as far as that changes little: a residual r at a distance d
+        from there moves an eigenvalue by at most r^2 / d, and all together may move one by the tolerance.
         """
         beyond = self.allowed(np.nan_to_num(np.array(beat)))
         low, high = float(beat[0] - beyond[0]), float(beat[1] + beyond[1])
