@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
@@ -105,8 +106,9 @@ class HessianOperator(LinearOperator):
     def gradient(self) -> torch.Tensor:
         """dL/d theta at the current weights: (n,)."""
         self.prepare()
-        assert self._gradient is not None
-        return self._gradient.clone()
+        if self._gradient is not None:
+            return self._gradient.clone()
+        return functools.reduce(torch.add, map(self._flat, self._kept.values()))
 
     def preflight(self) -> Preflight:
         """Check that the loss is a deterministic function and its Hessian symmetric; seven products.
@@ -247,7 +249,7 @@ class HessianOperator(LinearOperator):
         for index, piece in enumerate(self.objective.pieces):
             products = self._piece_products(index, piece, vectors, "reverse")
             for product in products:
-                self._check_finite(product, f"the Hessian product of {piece.name}")
+                self.space.check_finite(product, f"the Hessian product of {piece.name}")
         raise NonFiniteError("the sum of the Hessian products over batches overflows; measure with precision='float64'")
 
     def _piece_products(self, index: int, piece: Piece, vectors: torch.Tensor, way: str) -> torch.Tensor:
@@ -308,8 +310,8 @@ class HessianOperator(LinearOperator):
         with random_states_kept(self.device), self._on_stream():
             for index, piece in enumerate(self.objective.pieces):
                 value, gradient = self.build(piece)
-                flat = self.space.flatten([g.detach() for g in gradient])
-                self._check_finite(flat, f"the gradient of {piece.name}")
+                flat = self._flat(gradient)
+                self.space.check_finite(flat, f"the gradient of {piece.name}")
                 loss += value.item()
                 total += flat
                 if index < room:
@@ -317,7 +319,12 @@ class HessianOperator(LinearOperator):
         if self.spread == "batches":
             total = distributed.sum_(total)
             loss = distributed.sum_(torch.tensor(loss, dtype=torch.float64, device=self.device)).item()
-        self._loss, self._gradient = loss, total
+        self._loss = loss
+        if self.spread == "batches" or not self.keeps_every_graph:  # else the graphs have it
+            self._gradient = total
+
+    def _flat(self, gradient: engines.Gradient) -> torch.Tensor:
+        return self.space.flatten([part.detach() for part in gradient])
 
     def pieces_that_fit(self) -> int:
         """How many of the first microbatches' graphs are kept: with "auto", those that half of the free memory holds,
@@ -339,12 +346,3 @@ class HessianOperator(LinearOperator):
 
     def _needs(self, rows: int) -> int:
         return self.footprint().graph(rows) + self.footprint().product(rows)
-
-    def _check_finite(self, flat: torch.Tensor, what: str) -> None:
-        bad = ~torch.isfinite(flat)
-        if bad.any():
-            name = self.space.name_at(int(bad.nonzero()[0]))
-            raise NonFiniteError(
-                f"{what} is not finite in parameter '{name}' ({int(bad.sum())} of {len(flat)} entries); "
-                "check the model's weights, or measure in float64 with precision='float64'"
-            )

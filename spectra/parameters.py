@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from spectra.errors import InputError
+from spectra.errors import InputError, NonFiniteError
 
 Predicate = Callable[[str, nn.Parameter], bool]
 Selection = (
@@ -75,6 +75,16 @@ class ParameterSpace:
                 return name
             index -= size
         raise IndexError(index)
+
+    def check_finite(self, flat: torch.Tensor, what: str) -> None:
+        """Raise the NonFiniteError that names the first parameter where a vector (n,) holds NaN or infinity."""
+        bad = ~torch.isfinite(flat)
+        if bad.any():
+            name = self.name_at(int(bad.nonzero()[0]))
+            raise NonFiniteError(
+                f"{what} is not finite in parameter '{name}' ({int(bad.sum())} of {len(flat)} entries); "
+                "check the model's weights, or measure in float64 with precision='float64'"
+            )
 
 
 def _names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:

@@ -117,6 +117,20 @@ def test_after_an_optimizer_step_the_new_weights_count(optimizer, graph):
     assert relative_error(op @ v, before) > 1e-2
 
 
+@pytest.mark.parametrize("graph", ["keep", "rebuild"])
+def test_a_gradient_is_the_callers_own(graph):
+    model, batches = tiny_models.mlp(), tiny_models.regression((20, 7))
+    op = spectra.HessianOperator(model, batches, loss=functional.mse_loss, graph=graph)
+    first = op.gradient()
+    kept = first.clone()
+    first.zero_()
+    assert torch.equal(op.gradient(), kept)
+    v = normal(op.shape[0], seed=1)
+    before = op @ v
+    op.gradient().zero_()
+    assert torch.equal(op @ v, before)
+
+
 def test_weights_loaded_or_written_count():
     model, batches = tiny_models.mlp(0), tiny_models.regression((9,))
     op = spectra.HessianOperator(model, batches)
