@@ -9,7 +9,7 @@ import torch
 from spectra.lanczos import Recurrence, Tridiagonal
 from spectra.operators import DeflatedOperator, LinearOperator
 from spectra.quadrature import christoffel, gauss_rule
-from spectra.vectors import gaussian, norm
+from spectra.vectors import gaussian
 
 STEPS = 15  # after which a random start should have shown an outlier: each multiplies its share of the vector
 RISK = 0.05  # of missing an eigenvalue that would have to be among those wanted
@@ -29,7 +29,7 @@ def nothing_beyond(
         return True
     complement = DeflatedOperator(op, basis.T, inputs="orthogonal", orthonormal=True)
     start = complement.project(gaussian(op, seed=seed, index=0, stream=stream))
-    recurrence = Recurrence(complement, start.div_(norm(start)))
+    recurrence = Recurrence(complement, start)
     for _ in range(steps):
         recurrence.advance(1)
         found = recurrence.tridiagonals()[0]

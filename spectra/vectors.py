@@ -43,7 +43,7 @@ def row_dots(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return (u * v).sum(dim=1, dtype=torch.float64)
     width = _sized(DOTS, u.device)
     dots = [torch.dot(a, b) for row in zip(u, v, strict=True) for a, b in _stretches(width, *row)]
-    return torch.stack(dots).view(len(u), -1).sum(dim=1, dtype=torch.float64)
+    return _row_sums(dots, len(u))
 
 
 def subtract_(rows: torch.Tensor, others: torch.Tensor, factors: torch.Tensor, against: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,12 @@ def subtract_(rows: torch.Tensor, others: torch.Tensor, factors: torch.Tensor, a
         for factor, *row in zip(factors.tolist(), rows, others, against, strict=True)
         for part, other, partner in _stretches(DOTS["cpu"], *row)
     ]
-    return torch.stack(dots).view(len(rows), -1).sum(dim=1, dtype=torch.float64)
+    return _row_sums(dots, len(rows))
+
+
+def _row_sums(dots: list[torch.Tensor], count: int) -> torch.Tensor:
+    """The sums over each of `count` rows of the dot products of its stretches, in float64."""
+    return torch.stack(dots).view(count, -1).sum(dim=1, dtype=torch.float64)
 
 
 def _stretches(width: int, *vectors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
