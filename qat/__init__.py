@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qat import telemetry
-from qat.config import QuantConfig, WinQConfig
-from qat.convert import ConversionReport, quantize_model
-from qat.linear import QuantEmbedding, QuantLayer, QuantLinear, decay_exempt, quant_layers
-from qat.modes import MODES, hessian_mode, hessian_operator
-from qat.winq import PRESETS, WinQ, interpolate_, reset_steps
-from spectra.errors import InputError
+from qat.hessian import MODES, hessian_mode, hessian_operator
+from qat.layers.config import QuantConfig
+from qat.layers.convert import ConversionReport, quantize_model
+from qat.layers.linear import QuantEmbedding, QuantLayer, QuantLinear, decay_exempt, quant_layers
+from qat.training import telemetry
+from qat.training.winq import PRESETS, WinQ, WinQConfig, interpolate_, reset_steps
+from spectra.backend.errors import InputError
 
 if TYPE_CHECKING:
-    from qat.callback import WinQCallback
+    from qat.training.callback import WinQCallback
 
 __all__ = [
     "MODES",
@@ -46,7 +46,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Subclasses transformers' TrainerCallback: imported when it is used, so that `import qat` stays light.
     if name == "WinQCallback":
-        from qat.callback import WinQCallback
+        from qat.training.callback import WinQCallback
 
         return WinQCallback
     raise AttributeError(f"module 'qat' has no attribute {name!r}")

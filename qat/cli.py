@@ -9,22 +9,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
-from qat.config import BITS, SUPPORTED_BITS, WinQConfig
-from qat.modes import MODES
-from qat.settings import (
-    METHODS,
-    PRETRAINED_RATE,
-    SCHEDULES,
-    SMALL_LLAMA_RATE,
-    SmallLlamaConfig,
-    StudyConfig,
-    TrainConfig,
-    choose_device,
-)
-from qat.winq import PRESETS
-from qat.workers import MOST_WORKERS, available_cores, threads
-from spectra.command_line import run_command
-from spectra.errors import InputError
+from qat.hessian import MODES
+from qat.layers.config import BITS, SUPPORTED_BITS
+from qat.study.config import METHODS, SmallLlamaConfig, StudyConfig, choose_device
+from qat.study.workers import MOST_WORKERS, available_cores, threads
+from qat.training.config import PRETRAINED_RATE, SCHEDULES, SMALL_LLAMA_RATE, TrainConfig
+from qat.training.winq import PRESETS, WinQConfig
+from spectra.backend.errors import InputError
+from spectra.cli.command_line import run_command
 
 LISTED_BITS = ",".join(f"{bits:g}" for bits in BITS)
 # Options that have the name of the setting they give.
@@ -162,7 +154,7 @@ def _compare(options: argparse.Namespace) -> None:
     if workers is None:
         workers = min(available_cores(), MOST_WORKERS) if _is_small(options.model, options.device) else 1
     config = _study_config(options, bits=_listed(options.bits), methods=_listed(options.methods), workers=workers)
-    from qat.study import compare
+    from qat.study.compare import compare
 
     with _threads_for(config):
         compare(config, say=_say)
@@ -170,7 +162,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     config = _study_config(options, bits=(options.bits,), methods=(options.method,))
-    from qat.study import train_one
+    from qat.study.compare import train_one
 
     with _threads_for(config):
         train_one(config, say=_say)
@@ -179,10 +171,10 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     import torch
 
-    from qat.corpus import Blocks
-    from qat.evaluate import perplexity
-    from qat.models import check_fit, load_model, load_tokenizer
-    from spectra.loading import quiet_transformers, read_texts
+    from qat.study.models import check_fit, load_model, load_tokenizer
+    from qat.text.corpus import Blocks
+    from qat.training.evaluate import perplexity
+    from spectra.integrations.loading import quiet_transformers, read_texts
 
     text = "\n\n".join(read_texts(options.text))
     device = choose_device(options.device)

@@ -5,29 +5,33 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from spectra.batch_noise import NoiseSplit, batch_noise
-from spectra.changes import Change, compare
-from spectra.density import SpectralDensity
-from spectra.eigs import Eigenpairs, topk
-from spectra.errors import InputError, NonFiniteError
-from spectra.estimates import Estimate
-from spectra.hessian import HessianOperator
-from spectra.lanczos import Tridiagonal, lanczos
-from spectra.objective import Objective
-from spectra.operators import DeflatedOperator, DenseOperator, DiagonalOperator, LinearOperator, MeanOperator
-from spectra.parameters import ParameterSpace
-from spectra.plan import MemoryPlan, plan
-from spectra.probe import SpectrumProbe
-from spectra.records import Run, SpectrumRecord
-from spectra.resolution import resolve
-from spectra.stochastic_lanczos import slq
-from spectra.trace import trace
+from spectra.algorithms.batch_noise import NoiseSplit, batch_noise
+from spectra.algorithms.lanczos import Tridiagonal, lanczos
+from spectra.algorithms.plan import MemoryPlan, plan
+from spectra.algorithms.resolve import resolve
+from spectra.algorithms.slq import slq
+from spectra.algorithms.topk import Eigenpairs, topk
+from spectra.algorithms.trace import trace
+from spectra.backend import ranks as distributed
+from spectra.backend.errors import InputError, NonFiniteError
+from spectra.backend.version import __version__
+from spectra.estimates.changes import Change, compare
+from spectra.estimates.density import SpectralDensity
+from spectra.estimates.estimate import Estimate
+from spectra.operators.base import LinearOperator
+from spectra.operators.derived import DeflatedOperator, MeanOperator
+from spectra.operators.explicit import DenseOperator, DiagonalOperator
+from spectra.operators.hessian.objective import Objective
+from spectra.operators.hessian.operator import HessianOperator
+from spectra.operators.hessian.parameters import ParameterSpace
+from spectra.runs.folder import Run
+from spectra.runs.probe import SpectrumProbe
+from spectra.runs.record import SpectrumRecord
 
 if TYPE_CHECKING:
-    from spectra import plots, report
-    from spectra.integrations.transformers import SpectrumCallback
-
-__version__ = "0.1.0"
+    from spectra.integrations.trainer import SpectrumCallback
+    from spectra.views import page as report
+    from spectra.views import plots
 
 __all__ = [
     "Change",
@@ -51,8 +55,10 @@ __all__ = [
     "SpectrumProbe",
     "SpectrumRecord",
     "Tridiagonal",
+    "__version__",
     "batch_noise",
     "compare",
+    "distributed",
     "lanczos",
     "plan",
     "plots",
@@ -65,9 +71,9 @@ __all__ = [
 
 # Loaded when first asked for: they bring in matplotlib, jinja2 and transformers.
 _LAZY = {
-    "plots": ("spectra.plots", None),
-    "report": ("spectra.report", None),
-    "SpectrumCallback": ("spectra.integrations.transformers", "SpectrumCallback"),
+    "plots": ("spectra.views.plots", None),
+    "report": ("spectra.views.page", None),
+    "SpectrumCallback": ("spectra.integrations.trainer", "SpectrumCallback"),
 }
 
 

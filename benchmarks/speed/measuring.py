@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+MARK = "RESULT "  # before a line of a worker's own among what libraries print
 PACKAGES = {
     "torch": "torch",
     "transformers": "transformers",

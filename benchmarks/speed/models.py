@@ -144,7 +144,7 @@ def build(name: str, bits: int, *, seed: int = 0) -> nn.Module:
 
 def text_tokens(vocabulary: int) -> torch.Tensor:
     """The interpreter's standard library as token ids: a byte each, or two where the vocabulary has room for that."""
-    from qat.corpus import standard_library
+    from qat.text.corpus import standard_library
 
     parts: list[str] = []
     for document in standard_library().train:

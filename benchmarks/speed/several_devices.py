@@ -41,8 +41,8 @@ def in_turns(
     found, seconds = [alone(), together()], ([], [])
     for _ in range(repeats):
         for run, samples in zip((alone, together), seconds, strict=True):
-            distributed.gathered(None)  # start together
-            samples.append(max(distributed.gathered(timed(run, device)[0])))
+            distributed.all_gather(None)  # start together
+            samples.append(max(distributed.all_gather(timed(run, device)[0])))
     one, many = map(median, seconds)
     difference = torch.linalg.norm(found[0] - found[1]) / torch.linalg.norm(found[0])
     return {"alone": one, "together": many, "gain": one / many, "difference": float(difference), "samples": seconds}
@@ -100,8 +100,8 @@ def main() -> None:
         over_batches(case, batches=options.batches, repeats=3 * options.repeats),
     ]
     if distributed.rank() == 0:
-        about = environment(device) | {"ranks": distributed.ranks(), "dimension": case.dimension}
-        print(f"{options.model}, {about}\n{table(rows, distributed.ranks())}", flush=True)
+        about = environment(device) | {"ranks": distributed.rank_count(), "dimension": case.dimension}
+        print(f"{options.model}, {about}\n{table(rows, distributed.rank_count())}", flush=True)
         if options.out is not None:
             options.out.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
     distributed.stop()

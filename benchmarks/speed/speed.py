@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from measuring import MARK
 from speed_tables import table
 
-MARK = "RESULT "  # before a line of a worker's own among what libraries print
 TOOLS = "spectra,pyhessian,hessian-eigenthings,curvlinops,paper"
 TASKS = "product,density,trace,topk,share,slopes"
 SIZES = "tiny,1M,10M,12M,124M,1.2B"

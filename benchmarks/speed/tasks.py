@@ -20,6 +20,7 @@ from models import Case
 from tools import ACCURACY, EIGENVALUES, Eigenvalues, Spectra, Tool, Trace, engines
 
 import spectra
+from spectra.backend import memory
 
 Row = dict[str, Any]
 WARM_UP_STEPS = 3
@@ -249,7 +250,7 @@ def _products_needed(found: Trace, run: Callable[[int], Trace], limit: int) -> f
 def topk(bench: Bench) -> list[Row]:
     """Five eigenvalues at each end. Each way tries harder until it says it has converged and is right to 1e-3."""
     needed = BASIS * bench.case.dimension * bench.case.dtype.itemsize
-    if bench.truth is None or needed > spectra.memory.available(bench.case.device):
+    if bench.truth is None or needed > memory.available(bench.case.device):
         return [{"way": "topk", "error": f"no reference: {BASIS} vectors of this size do not fit in memory"}]
     rows = []
     with bench.tool() as (tool, gauge):

@@ -14,10 +14,9 @@ import libraries
 import tasks
 import tools
 import torch
-from measuring import environment, use_all_cores
+from measuring import MARK, environment, use_all_cores
 from models import Case, load, prepare
 from slopes import slopes
-from speed import MARK
 
 import spectra
 

@@ -35,7 +35,7 @@ from cases import Case, bulks, language_model_cases
 from families import BULKS
 from ways import WAYS, Row, measure
 
-from qat.workers import available_cores
+from qat.study.workers import available_cores
 
 Job = tuple[Case, int, frozenset[str]]
 LANGUAGE_MODELS = "language-models"

@@ -19,9 +19,9 @@ from families import BULKS, OUTLIERS, eigenvalues
 from tables import markdown
 
 import spectra
-from spectra import vectors
-from spectra.brackets import Bracket, bracket
-from spectra.quadrature import gauss_rule
+from spectra.backend import vectors
+from spectra.estimates.brackets import Bracket, bracket
+from spectra.estimates.quadrature import gauss_rule
 
 
 @dataclass(frozen=True)

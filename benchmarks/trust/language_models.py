@@ -29,9 +29,10 @@ from safetensors.numpy import save_file
 
 import qat
 import spectra
-from qat.corpus import Blocks, load_text
-from qat.models import small_llama
-from qat.settings import SmallLlamaConfig, TrainConfig
+from qat.study.config import SmallLlamaConfig
+from qat.study.models import small_llama
+from qat.text.corpus import Blocks, load_text
+from qat.training.config import TrainConfig
 
 FIXTURE = Path(__file__).resolve().parent / "fixtures" / "language_models.safetensors"
 LAYERS = {"full": 3, "1": 2, "1.58": 1, "2": 2, "3": 1, "4": 1}  # by bit-width; 2,176 parameters a layer
@@ -88,7 +89,7 @@ def exact_spectrum(op: spectra.HessianOperator) -> Spectrum:
 
 def spectra_of(bits: str) -> Iterator[tuple[str, Spectrum]]:
     """The Hessians of one bit-width by name, such as "2bit-ste-after-reset", or "full"."""
-    from qat.training import train  # seconds to load, for making the fixture alone
+    from qat.training.train import train  # seconds to load, for making the fixture alone
 
     text = load_text()
     blocks, validation = byte_blocks(text.train, 4_000_000), byte_blocks(text.validation, 200_000)

@@ -10,6 +10,7 @@ import torch
 from cases import NEAR_ZERO, truths
 
 import spectra
+from spectra.estimates.quantities import summarize
 
 WAYS = ("slq", "resolve", "rotated", "trace", "counts", "peers")
 RESOLVE = "resolve"
@@ -80,7 +81,7 @@ def estimates(values: np.ndarray, seed: int, ways: frozenset[str]) -> dict[str, 
 
 def of_density(op: spectra.LinearOperator, seed: int, **options: Any) -> dict[str, spectra.Estimate]:
     density = spectra.slq(op, seed=seed, **options)
-    summary = spectra.probe.summarize(density, NEAR_ZERO)
+    summary = summarize(density, NEAR_ZERO)
     return {name: with_products(estimate, op.products) for name, estimate in summary.items()}
 
 

@@ -1,1 +1,1 @@
-"""Spectra inside other people's training loops. Each module imports its framework; none is loaded before it is used."""
+"""Other people's programs: the Hugging Face Trainer, models and texts. Each module imports its framework."""

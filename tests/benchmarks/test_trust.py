@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import spectra
+from spectra.estimates.quantities import summarize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "trust"))
 
@@ -88,7 +89,7 @@ def test_intervals_cover_on_the_language_models(name, seed):
     assert found.products <= 400
     density = spectra.slq(spectra.DiagonalOperator(values), probes=4, steps=40, seed=seed)
     for quantity in ("negative_share", "near_zero_share", "lambda_max", "lambda_min"):  # whose bounds are not by chance
-        estimate = spectra.probe.summarize(density, cases.NEAR_ZERO)[quantity]
+        estimate = summarize(density, cases.NEAR_ZERO)[quantity]
         assert estimate.low <= truth[quantity] <= estimate.high, quantity
 
 

@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 
-from spectra.estimates import Estimate
-from spectra.operators import DiagonalOperator
-from spectra.probe import summarize
-from spectra.records import Run, SpectrumRecord
-from spectra.stochastic_lanczos import slq
+from spectra.algorithms.slq import slq
+from spectra.estimates.estimate import Estimate
+from spectra.estimates.quantities import summarize
+from spectra.operators.explicit import DiagonalOperator
+from spectra.runs.folder import Run
+from spectra.runs.record import SpectrumRecord
 
 TOLERANCE = 1e-3
 

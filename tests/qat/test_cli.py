@@ -13,8 +13,9 @@ import texts
 import torch
 
 from qat import cli
-from qat.settings import SMALL_LLAMA_RATE, SmallLlamaConfig, StudyConfig, TrainConfig
-from spectra.records import Run
+from qat.study.config import SmallLlamaConfig, StudyConfig
+from qat.training.config import SMALL_LLAMA_RATE, TrainConfig
+from spectra.runs.folder import Run
 
 QUICK = [
     "--steps",
@@ -80,7 +81,7 @@ def test_compare_leaves_what_it_says(capfd, llama, tmp_path):
 
 def test_every_option_reaches_the_study(monkeypatch, llama, tmp_path):
     seen = []
-    monkeypatch.setattr("qat.study.compare", lambda config, say: seen.append(config))
+    monkeypatch.setattr("qat.study.compare.compare", lambda config, say: seen.append(config))
     options = """--bits 2 --methods winq --out OUT --tokenizer some/name --length 9 --trust-remote-code --device cpu
         --steps 7 --batch-size 3 --lr 0.5 --schedule wsd --warmup 0.1 --weight-decay 0.2 --evaluate-every 2
         --validation-sequences 5 --seed 11 --quantizer rtn --skip a b --preset released --every 3 --sigma 0.25
@@ -122,7 +123,7 @@ def test_every_option_reaches_the_study(monkeypatch, llama, tmp_path):
 
 def test_without_options_the_defaults_are_those_of_the_settings(monkeypatch):
     seen = []
-    monkeypatch.setattr("qat.study.compare", lambda config, say: seen.append(config))
+    monkeypatch.setattr("qat.study.compare.compare", lambda config, say: seen.append(config))
     monkeypatch.setattr(cli, "available_cores", lambda: 3)
     assert cli.main(["compare", "--out", "OUT", "--device", "cpu"]) == 0
     assert cli.main(["compare", "--out", "OUT", "--device", "cpu", "--model", "some/name"]) == 0
@@ -134,7 +135,7 @@ def test_without_options_the_defaults_are_those_of_the_settings(monkeypatch):
 
 def test_the_options_of_the_default_model_reach_it(monkeypatch):
     seen = []
-    monkeypatch.setattr("qat.study.train_one", lambda config, say: seen.append(config))
+    monkeypatch.setattr("qat.study.compare.train_one", lambda config, say: seen.append(config))
     arguments = "train --out OUT --vocabulary-size 500 --base-steps 30 --method baseline --bits 1.58 --device cpu"
     assert cli.main(arguments.split()) == 0
     assert seen[0].small_llama == SmallLlamaConfig(vocabulary_size=500, steps=30)

@@ -1,0 +1,108 @@
+"""What to quantize and how, and when to reset: frozen dataclasses, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from spectra.backend.errors import InputError
+
+BITS = (1, 1.58, 2, 3, 4, 8)
+
+# The bit-widths that each scheme is defined for; the schemes themselves are in qat/quantizers.
+SUPPORTED_BITS: dict[str, tuple[float, ...]] = {
+    "rtn": (2, 3, 4, 8),
+    "lsq": (3, 4, 8),
+    "seq": (1.58, 2),
+    "binary": (1,),
+}
+
+# What quantizer="auto" stands for.
+AUTO_QUANTIZER: dict[float, str] = {1: "binary", 1.58: "seq", 2: "seq", 3: "lsq", 4: "lsq", 8: "lsq"}
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Which weights become low-bit, at which width and by which scheme.
+
+    bits: 1, 1.58, 2, 3, 4 or 8, as a number or as text. quantizer: a name in `SUPPORTED_BITS`, or "auto" for binary
+    at 1 bit, seq at 1.58 and 2, lsq from 3. activation_bits: 16, activations are left alone. quantize_head,
+    quantize_embeddings: also the output head, the token embeddings. skip: globs of module names to leave in full
+    precision; a glob that matches a parent takes everything below it.
+    Raises InputError where a value is not supported, naming those that are.
+    """
+
+    bits: float = 2
+    quantizer: str = "auto"
+    activation_bits: int = 16
+    quantize_head: bool = False
+    quantize_embeddings: bool = False
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        bits = parse_bits(self.bits)
+        object.__setattr__(self, "bits", bits)
+        object.__setattr__(self, "skip", _globs(self.skip))
+        check_quantizer(self.quantizer, bits)
+        if self.activation_bits != 16:
+            raise InputError(
+                f"activation_bits must be 16 (activations stay in full precision); got {self.activation_bits!r}"
+            )
+        for name in ("quantize_head", "quantize_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be True or False; got {getattr(self, name)!r}")
+
+    @property
+    def scheme(self) -> str:
+        """The name of the quantizer in use, with "auto" resolved."""
+        return AUTO_QUANTIZER[self.bits] if self.quantizer == "auto" else self.quantizer
+
+
+def parse_bits(value: Any) -> float:
+    """The bit-width that a number or a text stands for: one of `BITS`, an int where it is whole.
+
+    Raises InputError for anything else.
+    """
+    number = math.nan
+    if is_real(value) or isinstance(value, str):
+        with suppress(ValueError):
+            number = float(value)
+    for bits in BITS:
+        if number == bits:
+            return bits
+    raise InputError(f"bits must be one of {_listed(BITS)}; got {value}")
+
+
+def check_quantizer(name: Any, bits: float) -> None:
+    """Raises InputError unless `name` is "auto" or a scheme that is defined at this bit-width."""
+    if name == "auto":
+        return
+    if not isinstance(name, str) or name not in SUPPORTED_BITS:
+        raise InputError(f"quantizer must be one of auto, {_listed(SUPPORTED_BITS)}; got {name!r}")
+    if bits not in SUPPORTED_BITS[name]:
+        able = [other for other, widths in SUPPORTED_BITS.items() if bits in widths]
+        raise InputError(
+            f"quantizer {name!r} supports {_listed(SUPPORTED_BITS[name])} bits; got {bits}: "
+            f"use quantizer={' or '.join(repr(other) for other in ['auto', *able])}"
+        )
+
+
+def _globs(skip: Any) -> tuple[str, ...]:
+    if isinstance(skip, str):
+        return (skip,)
+    patterns = tuple(skip) if isinstance(skip, Iterable) else (skip,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise InputError(f"skip must be a list of globs of module names, such as ('*.mlp.*',); got {skip!r}")
+    return patterns
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(str(value) for value in values)

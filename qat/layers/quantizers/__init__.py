@@ -1,0 +1,1 @@
+"""Weight quantizers: one scheme a file, one interface."""

@@ -1,0 +1,85 @@
+"""The interface that every weight quantizer has."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qat.layers.config import SUPPORTED_BITS, check_quantizer, parse_bits
+from qat.layers.quantizers.rounding import floor_scale
+
+
+class Quantizer(ABC):
+    """Maps weights (rows, columns), one row an output feature, to q = scale * level, one scale a row.
+
+    weight: (rows, columns) float; scale: (rows, 1) of the same dtype; codes: (rows, columns) int8. In exact terms
+    `quantizer(w, s)` has the value of `dequantize(codes(w, s), s)`, bit for bit, and the derivatives of the scheme's
+    straight-through estimator. Every code is monotone in w, and codes(q) = codes(w): a weight moved toward q by any
+    share keeps its code while the scale stays.
+    Raises InputError for a bit-width that the scheme is not defined at.
+    """
+
+    name: ClassVar[str]
+    learned_scale: ClassVar[bool]
+
+    def __init__(self, bits: float) -> None:
+        self.bits = parse_bits(bits)
+        check_quantizer(self.name, self.bits)
+
+    @property
+    def supported_bits(self) -> tuple[float, ...]:
+        """The bit-widths that the scheme is defined at."""
+        return SUPPORTED_BITS[self.name]
+
+    @property
+    @abstractmethod
+    def levels(self) -> tuple[float, ...]:
+        """The values of q / scale, ascending."""
+
+    @abstractmethod
+    def initial_scale(self, weight: Tensor) -> Tensor:
+        """The scale to start from, (rows, 1), positive, without a graph."""
+
+    @abstractmethod
+    def codes(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """The integer code of each weight, (rows, columns) int8."""
+
+    @abstractmethod
+    def dequantize(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """The value that each code stands for, (rows, columns) in the scale's dtype."""
+
+    @abstractmethod
+    def mask(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Where the gradient reaches the weight: True inside the clip bounds, bounds included. (rows, columns) bool."""
+
+    @abstractmethod
+    def __call__(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """The quantized weight with its straight-through derivatives, (rows, columns)."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(bits={self.bits})"
+
+
+def gradient_scale(weight: Tensor, top: float) -> float:
+    """1 / sqrt(numel * top), which brings a scale's gradient to the size of a weight's (LSQ, arXiv 1902.08153, 2.2).
+
+    numel counts the whole weight tensor, as ParetoQ (arXiv 2502.02631) does, not the row that a scale serves.
+    """
+    return 1.0 / math.sqrt(weight.numel() * top)
+
+
+def largest_magnitude_scale(weight: Tensor, top: float) -> Tensor:
+    """max|w| / top for each row, (rows, 1): the largest weight of a row lies on the bound, and inside it.
+
+    Where the division rounded down, the scale is the next float up: else an accident of rounding would count the
+    largest weight as clipped and cut its gradient, here or in a float64 copy of the layer.
+    """
+    largest = weight.detach().abs().amax(dim=1, keepdim=True)
+    scale = largest / top
+    short = (scale.double() * top < largest.double()) | (largest / scale > top)
+    above = torch.nextafter(scale, torch.full_like(scale, math.inf))
+    return floor_scale(torch.where(short, above, scale))

@@ -1,0 +1,44 @@
+"""Elastic binarization: one bit, the sign of the weight times a learned scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qat.layers.quantizers.base import Quantizer, gradient_scale
+from qat.layers.quantizers.rounding import floor_scale, sign, trained_scale
+
+
+class BinaryElastic(Quantizer):
+    """q = s sign(w) with sign(0) = +1, s learned, starting at mean|w| of the row.
+
+    dq/dw = 1 where |w| <= s, else 0. dq/ds = gs * sign(w) everywhere, with gs = 1 / sqrt(numel). Codes -1 and +1.
+    BiT (arXiv 2205.13016) in the form that ParetoQ (arXiv 2502.02631) uses at one bit.
+    """
+
+    name = "binary"
+    learned_scale = True
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return (-1.0, 1.0)
+
+    def initial_scale(self, weight: Tensor) -> Tensor:
+        return floor_scale(weight.detach().abs().mean(dim=1, keepdim=True))
+
+    def codes(self, weight: Tensor, scale: Tensor) -> Tensor:
+        return sign(weight.detach()).to(torch.int8)
+
+    def dequantize(self, codes: Tensor, scale: Tensor) -> Tensor:
+        return floor_scale(scale) * codes.to(scale.dtype)
+
+    def mask(self, weight: Tensor, scale: Tensor) -> Tensor:
+        return weight.detach().abs() <= floor_scale(scale.detach())
+
+    def __call__(self, weight: Tensor, scale: Tensor) -> Tensor:
+        # The straight-through part is clamp(w, -s, s) with s held fixed, beside s * sign(w) and not inside it: inside,
+        # dq/ds would be sign(w) - w / s, which is not this scheme's.
+        magnitude = trained_scale(scale, gradient_scale(weight, 1)) * sign(weight.detach())
+        bound = floor_scale(scale.detach())
+        clipped = weight.clamp(-bound, bound)
+        return magnitude + (clipped - clipped.detach())

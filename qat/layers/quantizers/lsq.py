@@ -1,0 +1,23 @@
+"""Learned step size: the uniform grid of round to nearest with a scale that is trained."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qat.layers.quantizers.base import gradient_scale
+from qat.layers.quantizers.rounding import trained_scale
+from qat.layers.quantizers.rtn import RoundToNearest
+
+
+class LearnedStepSize(RoundToNearest):
+    """q = s clamp(round(w / s), Qn, Qp), Qn = -2^(b-1), Qp = 2^(b-1) - 1, s learned, starting at max|w| / Qp.
+
+    dq/dw = 1 where Qn <= w / s <= Qp, else 0. dq/ds = gs * (round(w / s) - w / s) there, else gs * Qn or gs * Qp,
+    with gs = 1 / sqrt(numel * Qp). 3, 4 and 8 bits. LSQ (arXiv 1902.08153, section 2.1), as ParetoQ uses it.
+    """
+
+    name = "lsq"
+    learned_scale = True
+
+    def __call__(self, weight: Tensor, scale: Tensor) -> Tensor:
+        return self._quantize(weight, trained_scale(scale, gradient_scale(weight, self.highest)))

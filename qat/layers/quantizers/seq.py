@@ -1,0 +1,54 @@
+"""Stretched elastic quantization: levels spread evenly over [-s, s], for 1.58 and 2 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qat.layers.quantizers.base import Quantizer, gradient_scale, largest_magnitude_scale
+from qat.layers.quantizers.rounding import floor_scale, round_ste, trained_scale
+
+# Just inside 1: at 1 itself rounding would reach a fifth level at 2 bits.
+CLIP = 0.99
+
+
+class StretchedElastic(Quantizer):
+    """q = s (round(n clamp(w / s, -.99, .99) - h) + h) / n, s learned, starting at max|w| of the row.
+
+    2 bits: n = 2, h = 1/2, levels -3/4, -1/4, 1/4, 3/4. 1.58 bits: n = 3/2, h = 0, levels -2/3, 0, 2/3.
+    dq/dw = 1 where |w / s| <= .99, else 0. dq/ds = gs * (q / s - w / s) there, else gs times the outermost level,
+    with gs = 1 / sqrt(numel). ParetoQ (arXiv 2502.02631, section 3).
+    At 1.58 bits the code released with ParetoQ has +-1 for a clipped weight in dq/ds; the derivative is +-2/3, the
+    outermost level, and that is what is used here.
+    """
+
+    name = "seq"
+    learned_scale = True
+
+    def __init__(self, bits: float) -> None:
+        super().__init__(bits)
+        self.stretch, self.shift = (2.0, 0.5) if self.bits == 2 else (1.5, 0.0)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        codes = (-2, -1, 0, 1) if self.bits == 2 else (-1, 0, 1)
+        return tuple((code + self.shift) / self.stretch for code in codes)
+
+    def initial_scale(self, weight: Tensor) -> Tensor:
+        return largest_magnitude_scale(weight, 1)
+
+    def codes(self, weight: Tensor, scale: Tensor) -> Tensor:
+        position = (weight.detach() / floor_scale(scale.detach())).clamp(-CLIP, CLIP)
+        return torch.round(self.stretch * position - self.shift).to(torch.int8)
+
+    def dequantize(self, codes: Tensor, scale: Tensor) -> Tensor:
+        return floor_scale(scale) * ((codes.to(scale.dtype) + self.shift) / self.stretch)
+
+    def mask(self, weight: Tensor, scale: Tensor) -> Tensor:
+        position = weight.detach() / floor_scale(scale.detach())
+        return (position >= -CLIP) & (position <= CLIP)
+
+    def __call__(self, weight: Tensor, scale: Tensor) -> Tensor:
+        scale = trained_scale(scale, gradient_scale(weight, 1))
+        position = (weight / scale).clamp(-CLIP, CLIP)
+        return scale * ((round_ste(self.stretch * position - self.shift) + self.shift) / self.stretch)

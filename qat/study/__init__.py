@@ -1,0 +1,1 @@
+"""The study behind `qat compare`: methods over bit-widths, with spectra along the way."""

@@ -1,0 +1,62 @@
+"""The cache folder: what was trained once (tokenizers, full-precision models) and is used again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from spectra.backend.errors import InputError
+
+FORMAT = 1  # part of every key: raise it when what is kept changes meaning
+
+
+def cache_folder() -> Path:
+    """`QAT_CACHE`, else `qat` in `XDG_CACHE_HOME`, else `~/.cache/qat`."""
+    if folder := os.environ.get("QAT_CACHE"):
+        return Path(folder).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "qat"
+
+
+def cache_key(texts: Iterable[str], settings: dict[str, Any]) -> str:
+    """A name for what is made of these texts with these settings: 16 hexadecimal digits of a SHA-256."""
+    digest = hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True, default=str).encode())
+    for text in texts:
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return digest.hexdigest()[:16]
+
+
+def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `name` in the cache; when it is not there, `make(folder)` fills a new one.
+
+    The folder is filled under another name and then renamed, so that it is whole or absent, whatever interrupts
+    and however many processes make it at once. Raises InputError when the cache cannot be written.
+    """
+    target = cache_folder() / name
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise InputError(
+            f"cannot write the cache folder {cache_folder()} ({error.strerror}): "
+            "set QAT_CACHE to a folder that can be written"
+        ) from error
+    try:
+        make(work)
+        try:
+            work.rename(target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was first, and its folder is as good
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target

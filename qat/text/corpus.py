@@ -1,0 +1,242 @@
+"""Text to train on and to validate on: where it comes from, how it is split, and its tokens in blocks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from qat.text.cache import cache_key, cached_folder
+from qat.text.hub import offline_unless_reachable
+from spectra.backend.errors import InputError
+from spectra.integrations.loading import read_texts
+
+VALIDATION_SHARE = 0.1
+FILES_TO_SPLIT_BY = 10  # with fewer files than this, each file gives its own tail
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # the bytes and the end of text
+DATASET_CHARACTERS = 20_000_000  # of a dataset on the hub, as much as this is read
+# Packages of others, tests, tables of characters, generated documentation, and what only some installations carry.
+SKIPPED_FOLDERS = frozenset(
+    [
+        *("site-packages", "dist-packages", "__pycache__", "lib-dynload", "test", "tests", "encodings", "pydoc_data"),
+        *("idlelib", "lib2to3", "distutils", "tkinter", "turtledemo", "ensurepip", "__phello__"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents to train on and documents to validate on; `source` says where they come from."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    source: str
+
+    @property
+    def characters(self) -> int:
+        """Of both parts together."""
+        return sum(map(len, self.train)) + sum(map(len, self.validation))
+
+
+def load_text(files: Sequence[str | Path] = (), dataset: str | None = None) -> Text:
+    """The given files, else the dataset of that name on the hub, else the source of the standard library."""
+    if files and dataset:
+        raise InputError("give text files or a dataset, not both: leave out --text or --dataset")
+    if files:
+        return read_files(files)
+    return read_dataset(dataset) if dataset else standard_library()
+
+
+def standard_library() -> Text:
+    """The source of the running interpreter's standard library, split by file. No test folders, no site-packages."""
+    root = Path(sysconfig.get_path("stdlib"))
+    documents = {}
+    for path in _python_files(root):
+        try:
+            document = path.read_bytes().decode("utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        if document.strip():
+            documents[path.relative_to(root).as_posix()] = document
+    if len(documents) < FILES_TO_SPLIT_BY:
+        raise InputError(f"this Python has no source of its standard library in {root}: give text with --text FILE")
+    train, validation = split_by_file(documents)
+    return Text(train, validation, "standard library")
+
+
+def read_files(files: Sequence[str | Path]) -> Text:
+    """A person's own files, UTF-8. Ten files or more are split by file; of fewer, each gives its last tenth."""
+    documents = dict(zip([Path(file).as_posix() for file in files], read_texts(files), strict=True))
+    if len(documents) >= FILES_TO_SPLIT_BY:
+        train, validation = split_by_file(documents)
+    else:
+        train, validation = split_by_tail(list(documents.values()))
+    return Text(train, validation, ", ".join(documents))
+
+
+def read_dataset(name: str) -> Text:
+    """The text of a dataset on the hub: its train split, and its validation or test split when it has one."""
+    import datasets
+
+    with offline_unless_reachable() as reachable:
+        try:
+            splits: Any = datasets.load_dataset(name)
+        except Exception as error:
+            hint = "check the name, or give files with --text" if reachable else "no network: give files with --text"
+            raise InputError(f"the dataset {name!r} could not be loaded ({_first_line(error)}): {hint}") from error
+    train_split = splits["train"] if "train" in splits else next(iter(splits.values()))
+    train = _text_column(train_split, name, DATASET_CHARACTERS)
+    for other in ("validation", "valid", "dev", "test"):
+        if other in splits and "train" in splits:
+            validation = _text_column(splits[other], name, int(DATASET_CHARACTERS * VALIDATION_SHARE))
+            return Text((train,), (validation,), f"dataset {name}")
+    return Text(*split_by_tail([train]), f"dataset {name}")
+
+
+def split_by_file(documents: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Train and validation documents. Whole files go to validation in the order of a hash of their path.
+
+    So the order they are given in does not matter. At most a tenth of the text goes there; when files are so uneven
+    that none fits, every file gives its tail instead.
+    """
+    total = sum(map(len, documents.values()))
+    held_out, taken = set(), 0
+    for name in sorted(documents, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()):
+        if taken + len(documents[name]) <= VALIDATION_SHARE * total:
+            held_out.add(name)
+            taken += len(documents[name])
+        if taken >= VALIDATION_SHARE * total / 2:
+            break
+    if taken < VALIDATION_SHARE * total / 4:
+        return split_by_tail(list(documents.values()))
+    train = tuple(document for name, document in documents.items() if name not in held_out)
+    return train, tuple(document for name, document in documents.items() if name in held_out)
+
+
+def split_by_tail(documents: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of each document the first nine tenths to train on and the rest to validate on, cut at a line end if near."""
+    train, validation = [], []
+    for document in documents:
+        cut = int(len(document) * (1 - VALIDATION_SHARE))
+        newline = document.rfind("\n", int(cut * 0.98), cut)
+        cut = newline + 1 if newline >= 0 else cut
+        train.append(document[:cut])
+        validation.append(document[cut:])
+    return tuple(train), tuple(validation)
+
+
+def trained_tokenizer(text: Text, vocabulary_size: int = 1024):
+    """A byte-level BPE tokenizer trained on the training documents, kept in the cache. Any language: no unknown tokens.
+
+    Raises InputError for a vocabulary smaller than the bytes.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if vocabulary_size < SMALLEST_VOCABULARY:
+        raise InputError(f"a byte-level vocabulary has {SMALLEST_VOCABULARY} tokens or more, got {vocabulary_size}")
+
+    def make(folder: Path) -> None:
+        from tokenizers import ByteLevelBPETokenizer
+
+        tokenizer = ByteLevelBPETokenizer()
+        tokenizer.train_from_iterator(
+            text.train, vocab_size=vocabulary_size, special_tokens=[END_OF_TEXT], show_progress=False
+        )
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=END_OF_TEXT).save_pretrained(folder)
+
+    key = cache_key(text.train, {"vocabulary_size": vocabulary_size})
+    return PreTrainedTokenizerFast.from_pretrained(cached_folder(f"tokenizer-{key}", make))
+
+
+def tokenize(documents: Iterable[str], tokenizer) -> torch.Tensor:
+    """All documents as one row of token ids, int64, each followed by the end-of-text token if there is one."""
+    documents = list(documents)
+    if not documents:
+        return torch.empty(0, dtype=torch.int64)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    rows = [np.array([*tokens, *end], dtype=np.int64) for tokens in encoded["input_ids"]]
+    return torch.from_numpy(np.concatenate(rows))
+
+
+class Blocks(Dataset):
+    """Tokens in blocks of `length`, the incomplete last one dropped; an item has input_ids and labels, (length,)."""
+
+    def __init__(self, tokens: torch.Tensor, length: int) -> None:
+        count = len(tokens) // length
+        self.length = length
+        self.blocks = tokens[: count * length].view(count, length)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
+
+    def evenly(self, count: int) -> Blocks:
+        """At most `count` of the blocks, spread evenly over all."""
+        if count >= len(self):
+            return self
+        return Blocks(self.blocks[torch.arange(count) * len(self) // count].flatten(), self.length)
+
+
+def make_blocks(text: Text, tokenizer, *, length: int, train_blocks: int = 1, validation_blocks: int = 1):
+    """The blocks of the training and of the validation documents.
+
+    train_blocks, validation_blocks: the fewest that will do. Raises InputError, with the counts, when there are fewer.
+    """
+    return (
+        _enough(tokenize(text.train, tokenizer), length, train_blocks, "training", text.source),
+        _enough(tokenize(text.validation, tokenizer), length, validation_blocks, "validation", text.source),
+    )
+
+
+def _enough(tokens: torch.Tensor, length: int, needed: int, part: str, source: str) -> Blocks:
+    blocks = Blocks(tokens, length)
+    if len(blocks) < needed:
+        source = source if len(source) < 80 else source[:77] + "..."
+        raise InputError(
+            f"the text is too short: the {part} part of {source} has {len(tokens)} tokens and {needed * length} are "
+            f"needed ({needed} blocks of {length}): give more text, or a smaller --length or --batch-size"
+        )
+    return blocks
+
+
+def _python_files(root: Path) -> list[Path]:
+    """The .py files below, in the order of their relative path."""
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
+        found += [
+            Path(folder, name) for name in files if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _text_column(split, name: str, characters: int) -> str:
+    """The column named text, else the first one that holds strings, as one document of at most so many characters."""
+    columns = [column for column in split.column_names if getattr(split.features[column], "dtype", "") == "string"]
+    if not columns:
+        raise InputError(f"the dataset {name!r} has no column of text (its columns: {', '.join(split.column_names)})")
+    column = "text" if "text" in columns else columns[0]
+    pieces, taken = [], 0
+    for row in split:
+        piece = row[column] or ""
+        pieces.append(piece)
+        taken += len(piece)
+        if taken >= characters:
+            break
+    return "\n".join(pieces)[:characters]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,208 @@
+"""Training a language model, quantized or not, with the Hugging Face Trainer as the engine."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from qat.layers.linear import decay_exempt
+from qat.text.corpus import Blocks
+from qat.training.config import TrainConfig
+from qat.training.evaluate import evaluate
+from qat.training.progress import progress_bar
+from spectra.backend.errors import NonFiniteError
+from spectra.runs.folder import Run
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training went. curve: (step, validation loss) pairs, from step 0 to the last."""
+
+    steps: int
+    curve: tuple[tuple[int, float], ...]
+    seconds: float
+
+    @property
+    def validation_loss(self) -> float:
+        """The last of the curve."""
+        return self.curve[-1][1]
+
+
+def train(
+    model: nn.Module,
+    train_blocks: Blocks,
+    validation_blocks: Blocks,
+    config: TrainConfig,
+    *,
+    name: str = "training",
+    run: Run | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    telemetry: Any = None,
+    device: str | None = None,
+) -> TrainResult:
+    """Train in place, and return the validation curve. The same config.seed gives the same batches in the same order.
+
+    run: gets a line of telemetry every config.telemetry_every steps and at every evaluation.
+    telemetry: has `measure() -> dict`, called where gradients are at hand and added to the line.
+    device: "cpu", "cuda" or None for the GPU if there is one. callbacks: run at every step before our own.
+    Raises NonFiniteError, naming the step, when a loss is NaN or infinite; what was recorded stays.
+    """
+    set_seed(config.seed)
+    with tempfile.TemporaryDirectory(prefix="qat-trainer-") as scratch:  # the Trainer insists on a folder
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=config.steps,
+            per_device_train_batch_size=config.batch_size,
+            max_grad_norm=config.gradient_clip,
+            seed=config.seed,
+            use_cpu=device == "cpu" or not torch.cuda.is_available(),
+            save_strategy="no",
+            eval_strategy="no",
+            logging_strategy="no",
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+            report_to=[],
+            remove_unused_columns=False,
+        )
+        _ = arguments.device
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # the Trainer would spread one batch over all GPUs, which changes it
+        optimizer = make_optimizer(model, config)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, config))
+        watch = _Watch(validation_blocks, config, name=name, run=run, telemetry=telemetry)
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=train_blocks,
+            callbacks=[*callbacks, watch],
+            optimizers=(optimizer, schedule),
+        )
+        trainer.watch = watch
+        trainer.ordered = Subset(train_blocks, data_order(len(train_blocks), config))
+        trainer.remove_callback(PrinterCallback)
+        started = time.perf_counter()
+        try:
+            watch.validate(model.to(arguments.device), 0)
+            trainer.train()
+        finally:
+            watch.close()
+            model.zero_grad(set_to_none=True)
+    return TrainResult(config.steps, tuple(watch.curve), time.perf_counter() - started)
+
+
+def schedule_factor(step: int, config: TrainConfig) -> float:
+    """What the learning rate is multiplied by in the update after `step` updates, 0 <= step < steps.
+
+    Warmup over w = warmup * steps updates: (step + 1) / w. Then constant: 1; cosine: (1 + cos(pi t)) / 2 with t the
+    share of the rest that is done; wsd: 1, and (steps - step) / d over the last d = decay * steps updates.
+    """
+    warmup = config.warmup * config.steps
+    if step < warmup:
+        return min(1.0, (step + 1) / warmup)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (config.steps - warmup))))
+    decay = config.decay * config.steps
+    if config.schedule == "wsd" and decay > 0:
+        return max(0.0, min(1.0, (config.steps - step) / decay))
+    return 1.0
+
+
+def data_order(blocks: int, config: TrainConfig) -> list[int]:
+    """Which block is used when: one shuffle of all blocks after another, drawn from config.seed alone."""
+    generator = torch.Generator().manual_seed(config.seed)
+    needed = config.steps * config.batch_size
+    order: list[int] = []
+    while len(order) < needed:
+        order += torch.randperm(blocks, generator=generator).tolist()
+    return order[:needed]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices alone: none on the scales of quantizers, whatever their shape, nor on biases."""
+    exempt = decay_exempt(model)
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim >= 2 and name not in exempt else others).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
+
+
+class _Trainer(Trainer):
+    """The Trainer with our data order, and with a look at every loss."""
+
+    watch: _Watch
+    ordered: Subset
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(self.ordered, batch_size=self.args.per_device_train_batch_size)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *arguments: Any, **options: Any) -> Any:
+        return model(**inputs).loss  # the mean over predicted tokens, whatever the Trainer's version counts as items
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        loss = super().training_step(*arguments, **options)
+        self.watch.loss = self.watch.finite(loss.item(), "training loss", self.state.global_step + 1)
+        return loss
+
+
+class _Watch(TrainerCallback):
+    """Validation losses, telemetry lines, and the progress bar."""
+
+    def __init__(self, blocks: Blocks, config: TrainConfig, *, name: str, run: Run | None, telemetry: Any) -> None:
+        self.blocks, self.config, self.name, self.run, self.telemetry = blocks, config, name, run, telemetry
+        self.evaluation_steps = frozenset(config.evaluation_steps())
+        self.loss = math.nan
+        self.curve: list[tuple[int, float]] = []
+        self.measured: dict[str, float] = {}
+        self.bar = progress_bar(config.steps, name, "step")
+
+    def finite(self, loss: float, what: str, step: int) -> float:
+        if math.isfinite(loss):
+            return loss
+        if self.run is not None:
+            self.run.append_telemetry({"step": step, "loss": loss})
+        kept = "" if self.run is None else f"; what was recorded is in {self.run.folder}"
+        raise NonFiniteError(
+            f"{self.name}: the {what} is {loss} at step {step} of {self.config.steps}: "
+            f"use a learning rate below {self.config.learning_rate:g}, or check the model's weights{kept}"
+        )
+
+    def validate(self, model: nn.Module, step: int) -> float:
+        loss = evaluate(model, self.blocks, batch_size=self.config.batch_size).loss
+        self.curve.append((step, self.finite(loss, "validation loss", step)))
+        if step == 0 and self.run is not None:
+            self.run.append_telemetry({"step": 0, "validation_loss": loss})
+        return loss
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        if self.telemetry is not None and self._due(state.global_step + 1):
+            self.measured = self.telemetry.measure()  # after the update, while the gradients are still there
+
+    def on_step_end(self, args, state, control, *, model: nn.Module, lr_scheduler: Any, **kwargs) -> None:
+        step = state.global_step
+        line = {
+            "step": step,
+            "loss": self.loss,
+            "learning_rate": self.config.learning_rate * schedule_factor(step - 1, self.config),
+        }
+        if step in self.evaluation_steps:
+            line["validation_loss"] = self.validate(model, step)
+        if self.run is not None and self._due(step):
+            self.run.append_telemetry(line | self.measured)
+        self.bar.update()
+        self.bar.set_postfix_str(f"loss {self.loss:.3f}, validation {self.curve[-1][1]:.3f}", refresh=False)
+
+    def _due(self, step: int) -> bool:
+        return step % self.config.telemetry_every == 0 or step in self.evaluation_steps
+
+    def close(self) -> None:
+        self.bar.close()

@@ -1,0 +1,1 @@
+"""What spends Hessian-vector products: Lanczos, quadrature, eigenpairs, traces, shares."""

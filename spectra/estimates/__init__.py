@@ -1,0 +1,1 @@
+"""From Lanczos matrices to numbers with intervals. NumPy and SciPy alone."""

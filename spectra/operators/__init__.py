@@ -1,0 +1,1 @@
+"""What can be multiplied by a vector: symmetric linear operators."""

@@ -1,0 +1,70 @@
+"""Operators whose entries or eigenvalues are held in memory: what the others are tested against."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from spectra.backend.errors import InputError
+from spectra.operators.base import ROUNDING_STEPS, LinearOperator
+
+
+class DenseOperator(LinearOperator):
+    """A symmetric matrix held in memory. matrix: (n, n) tensor or array, symmetric to rounding."""
+
+    def __init__(self, matrix: torch.Tensor | np.ndarray):
+        matrix = _real(matrix)
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+            raise InputError(f"a square matrix is expected, got shape {tuple(matrix.shape)}")
+        if not torch.isfinite(matrix).all():
+            raise InputError("the matrix holds NaN or infinity; every entry must be finite")
+        scale = matrix.abs().max()
+        if (matrix - matrix.T).abs().max() > 1e3 * torch.finfo(matrix.dtype).eps * scale:
+            raise InputError("the matrix is not symmetric; pass (A + A.T) / 2 if that is what you mean")
+        self.matrix = matrix
+        self.shape = (matrix.shape[0], matrix.shape[0])
+        self.dtype, self.device = matrix.dtype, matrix.device
+
+    def rounding(self) -> float:
+        """One product is one round of roundings: nothing to measure."""
+        return ROUNDING_STEPS * torch.finfo(self.dtype).eps
+
+    def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
+        return self.matrix @ vector
+
+    def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors @ self.matrix.T
+
+
+class DiagonalOperator(LinearOperator):
+    """diag(values). values: (n,); the eigenvalues, which makes it the oracle of choice at large n."""
+
+    def __init__(self, values: torch.Tensor | np.ndarray):
+        values = _real(values)
+        if values.ndim != 1 or not len(values):
+            raise InputError(f"a vector of eigenvalues is expected, got shape {tuple(values.shape)}")
+        if not torch.isfinite(values).all():
+            raise InputError("the values hold NaN or infinity; every one must be finite")
+        self.values = values
+        self.shape = (len(values), len(values))
+        self.dtype, self.device = values.dtype, values.device
+
+    def rounding(self) -> float:
+        """One product is one round of roundings: nothing to measure."""
+        return ROUNDING_STEPS * torch.finfo(self.dtype).eps
+
+    def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
+        return self.values * vector
+
+    def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self.values * vectors
+
+
+def _real(values: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """A tensor in float32 or float64; integers and narrower floats are widened, complex numbers refused."""
+    tensor = torch.as_tensor(values).detach()
+    if tensor.is_complex():
+        raise InputError(f"real numbers are expected, got {tensor.dtype}")
+    if tensor.dtype == torch.float64 or tensor.dtype == torch.float32:
+        return tensor
+    return tensor.to(torch.float32 if tensor.is_floating_point() else torch.float64)

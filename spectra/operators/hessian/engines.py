@@ -1,0 +1,141 @@
+"""Ways to multiply a Hessian with several vectors at once: the same numbers, at different speeds.
+
+With g = dL/d theta and its graph kept, H v is the gradient of g . v ("reverse"). Several vectors can share one pass
+through that graph ("batched"), which pays where dispatching operations costs more than their arithmetic. Forward over
+reverse ("forward") differentiates the gradient along v without keeping a graph, and can be compiled as a whole. On a
+GPU the first two can be captured once as a CUDA graph and replayed ("captured", "captured batched").
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from spectra.operators.hessian.parameters import ParameterSpace
+
+ENGINES = ("auto", "reverse", "batched", "forward", "captured", "captured batched")
+Gradient = tuple[torch.Tensor, ...]
+Multiply = Callable[[torch.Tensor], torch.Tensor]
+
+
+def reverse(gradient: Gradient, space: ParameterSpace, vectors: torch.Tensor, *, keep: bool) -> torch.Tensor:
+    """The gradient of g . v for each row v of `vectors`: (k, n), one pass through the graph a row. keep: whether the
+    graph is wanted again."""
+    images = torch.empty_like(vectors)
+    for row, vector in enumerate(vectors):
+        last = row == len(vectors) - 1
+        parts = _differentiated(gradient, space, space.unflatten(vector), keep=keep or not last, batched=False)
+        torch.cat([part.reshape(-1) for part in parts], out=images[row])
+    return images
+
+
+def batched(gradient: Gradient, space: ParameterSpace, vectors: torch.Tensor, *, keep: bool) -> torch.Tensor:
+    """The same as `reverse` in one pass through the graph for all rows, with k times its memory."""
+    k = len(vectors)
+    cotangents = [
+        part.view(k, *parameter.shape)
+        for part, parameter in zip(vectors.split(space.sizes, dim=1), space.parameters, strict=True)
+    ]
+    parts = _differentiated(gradient, space, cotangents, keep=keep, batched=True)
+    # where a parameter takes no part the zeros come without the dimension of the block
+    whole = [part.expand(k, *p.shape).reshape(k, -1) for part, p in zip(parts, space.parameters, strict=True)]
+    return torch.cat(whole, dim=1)
+
+
+def _differentiated(
+    gradient: Gradient, space: ParameterSpace, cotangents: Sequence[torch.Tensor], *, keep: bool, batched: bool
+) -> Gradient:
+    outputs = [(g, v) for g, v in zip(gradient, cotangents, strict=True) if g.requires_grad]
+    if not outputs:  # a loss linear in the parameters
+        return tuple(torch.zeros_like(p) for p in space.parameters)
+    return torch.autograd.grad(
+        [g for g, _ in outputs],
+        space.parameters,
+        [v for _, v in outputs],
+        retain_graph=keep,
+        materialize_grads=True,
+        is_grads_batched=batched,
+    )
+
+
+class _Loss(nn.Module):
+    """evaluate() as a module that holds the model, so that functional_call can put other parameters into it."""
+
+    def __init__(self, model: nn.Module, evaluate: Callable[[], torch.Tensor]):
+        super().__init__()
+        self.model, self.evaluate = model, evaluate
+
+    def forward(self) -> torch.Tensor:
+        return self.evaluate()
+
+
+class ForwardOverReverse:
+    """The derivative of theta -> dL/d theta along each of several directions, by torch.func, compiled if it can be.
+
+    evaluate: () -> the loss of `model`, with its graph, without a look at any value.
+    """
+
+    def __init__(self, model: nn.Module, space: ParameterSpace, evaluate: Callable[[], torch.Tensor]):
+        self.space = space
+        self._names = [f"model.{name}" for name in space.names]
+        module = _Loss(model, evaluate)
+        values = {name: p.detach() for name, p in zip(self._names, space.parameters, strict=True)}
+
+        def loss(chosen: dict[str, torch.Tensor]) -> torch.Tensor:
+            return torch.func.functional_call(module, chosen, ())
+
+        def product(direction: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return torch.func.jvp(torch.func.grad(loss), (values,), (direction,))[1]
+
+        self._eager = torch.func.vmap(product)
+        # a batch of another shape would make shapes symbolic, through which torch cannot differentiate an embedding
+        self._compiled: Callable | None = torch.compile(self._eager, dynamic=False)
+
+    def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The products of the rows of `vectors`: (k, n)."""
+        k = len(vectors)
+        parts = vectors.split(self.space.sizes, dim=1)
+        directions = {
+            name: part.reshape(k, *parameter.shape)
+            for name, part, parameter in zip(self._names, parts, self.space.parameters, strict=True)
+        }
+        images = self._products(directions)
+        return torch.cat([images[name].reshape(k, -1) for name in self._names], dim=1)
+
+    def _products(self, directions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self._compiled is not None:
+            try:
+                return self._compiled(directions)
+            except Exception as error:  # the compiler fails in ways of its own; eager gives the same numbers
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                warnings.warn(f"the model cannot be compiled ({reason}): running it eagerly", stacklevel=2)
+                self._compiled = None
+        return self._eager(directions)
+
+
+class CapturedProducts:
+    """A product recorded once as a CUDA graph and replayed: the same kernels without the cost of launching them.
+
+    multiply: works on the CUDA stream given, on which the graphs it goes through were built. example: (k, n), a block
+    like those to come.
+    """
+
+    def __init__(self, multiply: Multiply, example: torch.Tensor, stream: torch.cuda.Stream):
+        self._vectors = example.clone()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # libraries choose algorithms and allocate workspaces at their first calls
+                multiply(self._vectors)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
+            self._images = multiply(self._vectors)
+
+    def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The products of the rows of `vectors`: (k, n)."""
+        self._vectors.copy_(vectors)
+        self._graph.replay()
+        return self._images.clone()

@@ -1,0 +1,340 @@
+"""A whole study on a tiny model: what it measures when, what it compares, and what it leaves on disk."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import saved_models
+import texts
+import tiny_models
+import torch
+from transformers import TrainerCallback
+
+import qat
+from qat.study import compare as study
+from qat.study import models
+from qat.study.config import SmallLlamaConfig, StudyConfig
+from qat.training.config import TrainConfig
+from qat.training.evaluate import evaluate
+from spectra.backend.errors import InputError, NonFiniteError
+from spectra.runs.folder import Run
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QAT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    return str(saved_models.save(folder / "model")), str(saved_models.write_text(folder))
+
+
+def tiny(llama, out, **changes):
+    folder, text = llama
+    training = TrainConfig(
+        steps=changes.pop("steps", STEPS),
+        batch_size=4,
+        learning_rate=changes.pop("learning_rate", 3e-2),
+        seed=changes.pop("seed", 0),
+    )
+    given = {
+        "out": str(out),
+        "bits": (1, 2),
+        "model": folder,
+        "text": (text,),
+        "device": "cpu",
+        "length": 8,
+        "train": training,
+        "validation_sequences": 8,
+        "probes": 2,
+        "lanczos_steps": 6,
+        "measure_sequences": 3,
+    }
+    return StudyConfig(**given | changes)
+
+
+@pytest.fixture(scope="module")
+def done(llama, tmp_path_factory):
+    """A finished study, the rows it returned and the lines it said."""
+    said = []
+    out = tmp_path_factory.mktemp("study") / "out"
+    rows = study.compare(tiny(llama, out), say=said.append)
+    return out, rows, said
+
+
+def run_of(out, bits, method):
+    return Run(out / f"{bits}bit-{method}")
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_spectra_are_taken_at_start_quarters_resets_and_end(done, bits):
+    marks = {m: [(r.step, r.label) for r in run_of(done[0], bits, m).records] for m in ("baseline", "winq")}
+    assert marks["baseline"] == [(0, "start"), (2, "quarter"), (4, "quarter"), (6, "quarter"), (8, "end")]
+    resets = [(step, f"{when}-reset") for step in (2, 4, 6) for when in ("before", "after")]
+    assert marks["winq"] == [(0, "start"), *resets, (8, "end")]
+
+
+def test_every_spectrum_is_of_the_same_batches_with_the_same_probes(done):
+    runs = Run(done[0]).runs
+    assert len(runs) == 5
+    assert len({run.config["batches"] for run in runs}) == 1
+    assert {(r.seed, r.probes, r.lanczos_steps) for run in runs for r in run.records} == {(0, 2, 6)}
+    assert len({r.dimension for run in runs for r in run.records}) == 1
+
+
+def test_both_methods_start_from_the_same_point(done):
+    for bits in (1, 2):
+        starts = [run_of(done[0], bits, method).records[0] for method in ("baseline", "winq")]
+        assert starts[0].loss == starts[1].loss
+        assert starts[0].estimates == starts[1].estimates
+        first = [run_of(done[0], bits, method).telemetry[0]["validation_loss"] for method in ("baseline", "winq")]
+        assert first[0] == first[1]
+
+
+def test_a_reset_keeps_the_loss_and_brings_the_weights_to_the_grid(done):
+    for bits in (1, 2):
+        run = run_of(done[0], bits, "winq")
+        for step in (2, 4, 6):
+            before, after = [record for record in run.records if record.step == step]
+            assert before.loss == after.loss
+        distance = {line["step"]: line["distance_to_grid"] for line in run.telemetry if "distance_to_grid" in line}
+        assert distance[3] < distance[2]
+
+
+def test_the_end_of_a_record_the_curve_and_the_table_agree(done):
+    out, rows, _ = done
+    for row in rows:
+        run = run_of(out, row["bits"], row["method"])
+        assert row["validation_loss"] == run.telemetry[-1]["validation_loss"]
+        assert row["perplexity"] == pytest.approx(math.exp(row["validation_loss"]))
+        assert row["lambda_max_start"] == run.records[0].estimates["lambda_max"]
+        assert row["near_zero_share_end"] == run.records[-1].estimates["near_zero_share"]
+
+
+def test_the_table_has_a_row_for_each_bit_width_and_method(done):
+    out, rows, said = done
+    kinds = [(1, "baseline"), (1, "winq"), (2, "baseline"), (2, "winq")]
+    assert [(row["bits"], row["method"]) for row in rows] == kinds
+    stored = json.loads((out / "table.json").read_text())
+    assert [(row["bits"], row["method"]) for row in stored] == kinds
+    quantities = {key.removesuffix("_start") for key in stored[0] if key.endswith("_start")}
+    assert quantities == set(run_of(out, 1, "winq").records[0].estimates)
+    for row in stored:
+        assert {"value", "low", "high"} <= set(row["rms_end"])
+    assert "steps to baseline loss" in "\n".join(said)
+    assert (out / "table.md").read_text().count("\n| ") == 1 + 1 + 4
+
+
+def test_figures_and_a_report_are_left(done):
+    out, _, _ = done
+    names = {path.stem for path in (out / "figures").glob("*.png")}
+    wanted = "lambda_max lambda_min rms trace negative_energy_share near_zero_share negative_share flip_rate"
+    wanted += " relative_gradient_norm distance_to_grid validation_loss"
+    assert {f"trajectory-{name}" for name in wanted.split()} <= names
+    assert {"density-1bit", "density-2bit"} <= names
+    assert (out / "report.html").stat().st_size > 50_000
+
+
+def test_the_reference_is_the_full_precision_model_in_the_same_weights(done, llama):
+    run = Run(done[0] / "full-precision")
+    (record,) = run.records
+    assert record.mode == "full"
+    model = models.load_model(llama[0])
+    config = tiny(llama, "unused")
+    start = study.prepare(config, say=lambda line: None)
+    (batch,) = start.batches
+    with torch.no_grad():
+        assert record.loss == pytest.approx(model(**batch).loss.item(), rel=1e-6)
+
+
+def test_config_says_what_was_done(done, llama):
+    out, _, _ = done
+    config = run_of(out, 2, "winq").config
+    want = {"bits": 2, "method": "winq", "schedule": "constant", "learning_rate": 3e-2, "steps": STEPS, "alpha": 0.4}
+    assert config | want == config
+    assert config["model_name"] == llama[0]
+    assert Run(out).config["train"] == asdict(TrainConfig(steps=STEPS, batch_size=4, learning_rate=3e-2))
+    assert "alpha" not in run_of(out, 2, "baseline").config
+
+
+def test_a_folder_that_holds_a_study_is_refused_before_anything_is_loaded(done, llama, monkeypatch):
+    monkeypatch.setattr(study, "prepare", None)
+    with pytest.raises(InputError, match="already holds a run"):
+        study.compare(tiny(llama, done[0]))
+
+
+def test_a_run_inside_is_refused_too(tmp_path, llama, monkeypatch):
+    Run.create(tmp_path / "out" / "2bit-winq", {})
+    monkeypatch.setattr(study, "prepare", None)
+    with pytest.raises(InputError, match="2bit-winq already holds a run"):
+        study.compare(tiny(llama, tmp_path / "out"))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing is tested above, and takes longer than all else."""
+    monkeypatch.setattr(study, "_write_report", lambda *given, **options: None)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_side_by_side_and_again_the_numbers_are_the_same(done, llama, tmp_path):
+    rows = study.compare(tiny(llama, tmp_path / "out", workers=2), say=lambda line: None)
+    assert rows == done[1]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_measuring_less_trains_the_same(done, llama, tmp_path):
+    config = tiny(llama, tmp_path / "out", bits=(2,), methods=("winq",), probes=1, lanczos_steps=1)
+    (row,) = study.compare(config, say=lambda line: None)
+    assert row["validation_loss"] == done[1][3]["validation_loss"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_another_seed_gives_other_numbers(done, llama, tmp_path):
+    config = tiny(llama, tmp_path / "out", bits=(2,), methods=("baseline",), seed=1)
+    (row,) = study.compare(config, say=lambda line: None)
+    assert row["validation_loss"] != done[1][2]["validation_loss"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_every_hessian_mode_is_recorded_under_its_name(llama, tmp_path):
+    modes = ("ste", "quantized", "latent", "noisy")
+    config = tiny(llama, tmp_path / "out", bits=(2,), methods=("winq",), modes=modes, steps=4)
+    (row,) = study.compare(config, say=lambda line: None)
+    records = Run(tmp_path / "out" / "2bit-winq").records
+    assert [record.mode for record in records[:4]] == list(modes)
+    by_mode = {mode: [r.estimates["trace"].value for r in records if r.mode == mode] for mode in modes}
+    assert len({tuple(values) for values in by_mode.values()}) == 4
+    assert row["mode"] == "ste"
+    assert row["noisy_trace_end"].value == by_mode["noisy"][-1]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_resets_off_the_quarters_are_measured_for_the_baseline_too(llama, tmp_path):
+    config = tiny(llama, tmp_path / "out", bits=(2,), winq=qat.WinQConfig(every=3))
+    study.compare(config, say=lambda line: None)
+    marks = {m: [(r.step, r.label) for r in run_of(tmp_path / "out", 2, m).records] for m in ("baseline", "winq")}
+    assert [step for step, _ in marks["baseline"]] == [0, 2, 3, 4, 6, 8]
+    assert marks["winq"] == [
+        *[(0, "start"), (2, "quarter"), (3, "before-reset"), (3, "after-reset"), (4, "quarter")],
+        *[(6, "before-reset"), (6, "after-reset"), (8, "end")],
+    ]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3", "gpt-neox", "opt"])
+@pytest.mark.usefixtures("no_pictures")
+def test_other_architectures_go_all_the_way(architecture, llama, tmp_path):
+    folder = saved_models.save(tmp_path / "model", architecture)
+    config = tiny((str(folder), llama[1]), tmp_path / "out", bits=(2,), steps=4, probes=1, lanczos_steps=3)
+    rows = study.compare(config, say=lambda line: None)
+    assert all(math.isfinite(row["validation_loss"]) for row in rows)
+    assert rows[0]["validation_loss"] != rows[1]["validation_loss"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_default_model_is_trained_on_the_given_text_before_it_is_quantized(tmp_path):
+    small = SmallLlamaConfig(
+        vocabulary_size=270, hidden_size=8, intermediate_size=12, layers=1, heads=2, steps=6, batch_size=2, length=16
+    )
+    (text,) = texts.write(tmp_path, texts.prose(6000))
+    config = StudyConfig(
+        out=str(tmp_path / "out"),
+        bits=(2,),
+        methods=("baseline",),
+        text=(text,),
+        length=12,
+        small_llama=small,
+        train=TrainConfig(steps=4, batch_size=2),
+        probes=1,
+        lanczos_steps=2,
+        device="cpu",
+    )
+    said = []
+    study.compare(config, say=said.append)
+    assert any("trained the full-precision model: 6 steps" in line for line in said)
+    assert Run(tmp_path / "out").config["model_name"] == "small Llama"
+    again = []
+    study.compare(replace(config, out=str(tmp_path / "again")), say=again.append)
+    assert not any("trained the full-precision model" in line for line in again)
+    assert said[-2] == again[-2]  # the table
+
+
+class Poison(TrainerCallback):
+    def on_step_end(self, args, state, control, *, model, **kwargs):
+        if state.global_step == 5:
+            next(model.parameters()).data.fill_(math.nan)
+
+
+def test_a_broken_training_stops_the_study_and_all_that_was_recorded_is_kept(llama, tmp_path, monkeypatch):
+    class Broken(qat.WinQCallback, Poison):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            Poison.on_step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(study, "WinQCallback", Broken)
+    out = tmp_path / "out"
+    with pytest.raises(NonFiniteError, match=r"1 bit, winq: the .* loss is nan at step [56] of 8") as stopped:
+        study.compare(tiny(llama, out), say=lambda line: None)
+    assert "\n" not in str(stopped.value)
+    assert [(row["bits"], row["method"]) for row in json.loads((out / "table.json").read_text())] == [(1, "baseline")]
+    assert (out / "report.html").exists()
+    assert [record.step for record in run_of(out, 1, "winq").records] == [0, 2, 2, 4, 4]
+    assert not (out / "2bit-baseline").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_one_training_leaves_a_model_that_computes_with_the_quantized_weights(llama, tmp_path):
+    config = tiny(llama, tmp_path / "out", bits=(2,), methods=("winq",))
+    row = study.train_one(config, say=lambda line: None)
+    saved = models.load_model(str(tmp_path / "out" / "model"))
+    start = study.prepare(config, say=lambda line: None)
+    assert evaluate(saved, start.validation).loss == pytest.approx(row["validation_loss"], rel=1e-6)
+    for layer in (saved.model.layers[0].mlp.up_proj, saved.model.layers[1].self_attn.q_proj):
+        assert all(len(values.unique()) <= 4 for values in layer.weight)
+    assert len(saved.lm_head.weight.unique()) > 50
+    assert models.load_tokenizer(str(tmp_path / "out" / "model")).get_vocab()
+    assert [record.label for record in Run(tmp_path / "out").records][-1] == "end"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": (5,)}, "bits must be one of"),
+        ({"bits": ()}, "bits is empty"),
+        ({"methods": ("magic",)}, "unknown method 'magic': choose from baseline, winq"),
+        ({"methods": ()}, "methods is empty"),
+        ({"modes": ("fisher",)}, "unknown mode 'fisher'"),
+        ({"modes": ("noisy",), "winq": qat.WinQConfig(sigma=0.0)}, "the noisy Hessian needs noise"),
+        ({"quantizer": "lsq", "bits": (4, 1)}, "supports 3, 4, 8 bits; got 1"),
+        ({"length": 1}, "length is 2 or more, got 1"),
+        ({"probes": 0}, "probes is 1 or more"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"workers": 0}, "workers is 1 or more"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        StudyConfig(**{"out": "unused"} | changes)
+
+
+def test_what_is_given_twice_is_done_once():
+    config = StudyConfig(out="unused", bits=("2", 2.0, 1), methods=("winq", "winq"))
+    assert config.bits == (2, 1)
+    assert config.methods == ("winq",)
+
+
+def test_blocks_of_tokens_that_the_model_does_not_know_are_refused(llama, tmp_path):
+    other = saved_models.save(tmp_path / "other", with_tokenizer=False)
+    saved_models.tokenizer(28).save_pretrained(other)
+    text = saved_models.write_text(tmp_path, "zebras and wizards " * 100)
+    assert tiny_models.VOCABULARY == 24
+    with pytest.raises(InputError, match="the model knows 24 tokens"):
+        study.compare(tiny((str(other), str(text)), tmp_path / "out"), say=lambda line: None)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,96 @@
+"""Whether a random look at a complement sees what is there, and says so as rarely wrongly as it promises."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracles import matrix_with_spectrum
+
+import spectra
+from spectra.algorithms.lanczos import Recurrence
+from spectra.algorithms.missed import hidden, nothing_beyond
+from spectra.backend.vectors import probe
+
+BULK = np.random.default_rng(0).normal(size=2000)
+
+
+def look(op, basis, low, high, seed, **options):
+    return nothing_beyond(op, basis, low, high, seed=seed, stream="test", **options)
+
+
+@pytest.mark.parametrize("gap", [1.1, 1.5, 4.0])
+def test_an_eigenvalue_just_beyond_is_missed_no_more_often_than_promised(gap):
+    end = gap * np.abs(BULK).max()
+    op = spectra.DiagonalOperator(np.append(BULK, end * (1 + 1e-9)))
+    nothing = torch.empty(0, op.shape[0], dtype=op.dtype)
+    missed = sum(look(op, nothing, -end, end, seed, steps=60) for seed in range(200))
+    print(f"missed {missed} of 200")
+    assert missed <= 19  # 5 % is 10; 19 or more is less likely than .01
+
+
+def test_an_eigenvalue_further_out_is_hardly_ever_missed():
+    end = 1.5 * np.abs(BULK).max()
+    op = spectra.DiagonalOperator(np.append(BULK, 2 * end))
+    nothing = torch.empty(0, op.shape[0], dtype=op.dtype)
+    assert not any(look(op, nothing, -end, end, seed) for seed in range(100))
+
+
+def test_most_complements_without_one_are_cleared_in_few_products():
+    end = 1.5 * np.abs(BULK).max()
+    op = spectra.DiagonalOperator(BULK)
+    nothing = torch.empty(0, op.shape[0], dtype=op.dtype)
+    assert all(look(op, nothing, -end, end, seed) for seed in range(20))
+    assert op.products <= 20 * 8
+    half_open = spectra.DiagonalOperator(BULK)
+    assert look(half_open, nothing, -math.inf, end, 0)
+    assert half_open.products <= op.products / 20
+
+
+def test_what_the_basis_holds_does_not_count():
+    truth = np.concatenate([BULK[:300], [50.0, 50.0, -70.0]])
+    op = spectra.DenseOperator(matrix_with_spectrum(truth, seed=1))
+    vectors = torch.linalg.eigh(op.matrix)[1].T
+    assert look(op, vectors[[0, -1, -2]], -5.0, 5.0, 0)
+    assert not look(op, vectors[[0, -1]], -5.0, 5.0, 0)  # the other copy of 50
+    assert not look(op, vectors[[-1, -2]], -5.0, 5.0, 0)
+    assert look(op, vectors[[-1, -2]], -math.inf, 5.0, 0)
+    assert look(op, vectors, 0.0, 0.0, 0)  # nothing is left
+
+
+def test_undecided_it_goes_by_the_ritz_values():
+    """Right at the edge of a bulk no few products can rule an eigenvalue out."""
+    op = spectra.DiagonalOperator(np.linspace(-1, 1, 3000))
+    nothing = torch.empty(0, 3000, dtype=op.dtype)
+    assert look(op, nothing, -1.1, 1.1, 0, steps=15)
+    assert op.products == 15
+    assert not look(op, nothing, -0.999, 0.999, 0, steps=15)
+
+
+def test_the_room_for_an_eigenvalue_is_the_mass_that_its_vector_has():
+    """At an eigenvalue beyond the Ritz values the recurrence leaves room for at least the mass that is there."""
+    outlier = 6.0
+    op = spectra.DiagonalOperator(np.append(BULK, outlier))
+    for seed in range(20):
+        start = probe(op, seed=seed, index=0)
+        held = math.sqrt(2 * op.shape[0] * float(start[-1]) ** 2 / math.pi)
+        recurrence = Recurrence(op, start)
+        before = 1.0
+        for _ in range(12):
+            recurrence.advance(1)
+            found = recurrence.tridiagonals()[0]
+            room = hidden(found, op.shape[0], outlier)
+            assert min(held, 1.0) * (1 - 1e-9) <= room <= before  # each step leaves less
+            assert hidden(found, op.shape[0], 2 * outlier) <= room
+            before = room
+        assert room == pytest.approx(min(held, 1.0), rel=0.01)  # all that is left in the end
+    assert hidden(found, op.shape[0], math.inf) == hidden(found, op.shape[0], -math.inf) == 0
+
+
+def test_topk_spends_few_products_on_it():
+    truth = np.concatenate([BULK, [40.0, 30.0, -25.0]])
+    for k, which in ((1, "LM"), (3, "LM"), (2, "LA")):
+        op = spectra.DiagonalOperator(truth)
+        alone = spectra.topk(op, k, which=which, tol=1e-4, verify=False).products
+        spent = spectra.topk(op, k, which=which, tol=1e-4).products - alone
+        assert 1 <= spent <= 7

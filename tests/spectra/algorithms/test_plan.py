@@ -1,0 +1,78 @@
+"""What a measurement takes in memory is known before it starts, and what does not fit is cut down."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import spectra
+from spectra.backend import memory
+from spectra.backend.memory import AllocationMeter
+from spectra.operators.hessian.footprint import measure_footprint
+
+
+@pytest.fixture(scope="module")
+def case():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=128, **shape))
+    ids = torch.randint(0, 512, (8, 64))
+    return model, [{"input_ids": ids, "labels": ids}]
+
+
+def operator(case, **options):
+    return spectra.HessianOperator(*case, engine="reverse", **options)
+
+
+@pytest.mark.parametrize("graph", [{}, {"microbatch": 4}, {"microbatch": 4, "graph": "rebuild"}])
+@pytest.mark.parametrize("measured", [{}, {"deflate": 5}, {"reorthogonalize": "none"}])
+def test_the_plan_holds_what_is_held(case, graph, measured):
+    op = operator(case, **graph)
+    plan = spectra.plan(op, probes=3, steps=12, **measured)
+    op.close()
+    with AllocationMeter() as meter:
+        spectra.slq(op, probes=3, steps=12, **measured)
+    assert 0.8 * plan.peak < meter.peak < 1.15 * plan.peak
+    assert (plan.kept < plan.pieces) == ("graph" in graph)
+    assert plan.rows == graph.get("microbatch", 8)
+
+
+def test_the_footprint_of_a_few_rows_foretells_that_of_all(case):
+    op = operator(case)
+    footprint = measure_footprint(op)
+    with AllocationMeter() as meter:
+        _, gradient = op.build(op.objective.pieces[0])
+        held = meter.peak = meter.live
+        op.through(gradient, torch.zeros(1, op.shape[0]), keep=True)
+    assert footprint.graph(8) == pytest.approx(held, rel=0.05)
+    assert footprint.product(8) == pytest.approx(meter.peak - held, rel=0.05)
+
+
+def test_a_batch_that_does_not_fit_is_cut_and_the_numbers_stay(case, monkeypatch):
+    want = operator(case)
+    vector = torch.randn(want.shape[0], generator=torch.Generator().manual_seed(0))
+    op = operator(case)
+    monkeypatch.setattr(memory, "available", lambda device: int(1.3 * op._needs(2)))
+    assert torch.allclose(op @ vector, want @ vector, rtol=1e-4, atol=1e-7)
+    assert max(op.objective.rows) == 2
+    assert op.notes == ["memory for 4 rows at a time", "memory for 2 rows at a time"]
+    assert len(op._kept) < len(op.objective.pieces)  # half of the memory does not hold every graph
+
+
+def test_the_meter_counts_a_storage_once_and_forgets_it():
+    x = torch.zeros(1000)
+    with AllocationMeter() as meter:
+        y = x + 1
+        _ = y.view(10, 100).T
+        x.add_(1)
+        assert meter.live == meter.peak == 4000
+        del y, _
+        assert meter.live == 0
+        torch.zeros(2000)
+    assert meter.peak == 8000
+
+
+def test_the_plan_reads_in_one_line(case):
+    text = str(spectra.plan(operator(case), probes=2, steps=5))
+    assert "MiB at most beside the model" in text
+    assert "all graphs kept, 8 rows at a time, 2 probes together" in text
+    assert "\n" not in text

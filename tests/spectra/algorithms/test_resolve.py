@@ -1,0 +1,93 @@
+"""resolve: within the budget, to the half-width asked for, or saying why not; and coverage on a fast subset."""
+
+import numpy as np
+import pytest
+
+import spectra
+from spectra.algorithms import resolve as resolution
+
+
+def bulk(name, n, rng):
+    return {
+        "gauss": lambda: rng.normal(size=n) + 0.2,
+        "laplace": lambda: rng.laplace(size=n) + 0.15,
+        "student": lambda: rng.standard_t(2.5, size=n) + 0.2,
+        "gamma": lambda: rng.gamma(2, size=n) - 0.8,
+        "log-normal": lambda: 10 ** rng.uniform(-4, 0, size=n) * np.where(rng.random(n) < 0.4, -1, 1),
+    }[name]()
+
+
+def values_of(name, seed, *, n=5000, radius=27.0, zeros=0.0):
+    print(f"seed = {seed}")
+    rng = np.random.default_rng(seed)
+    values = bulk(name, n, rng)
+    values *= 0.005 / np.sqrt(np.mean(values**2))
+    values[rng.random(n) < zeros] = 0.0
+    values[:30] = np.geomspace(0.3, radius, 30)
+    return values
+
+
+@pytest.mark.parametrize("name", ["gauss", "laplace", "student", "gamma"])
+@pytest.mark.parametrize("zeros", [0.0, 0.43])
+@pytest.mark.parametrize("seed", range(4))
+def test_ordinary_bulks_are_resolved_and_covered(name, zeros, seed):
+    values = values_of(name, seed, zeros=zeros, radius=1000.0 if seed % 2 else 27.0)
+    share = spectra.resolve(spectra.DiagonalOperator(values), budget=1500, seed=seed)
+    assert share.resolved, share.reason
+    assert share.low <= (values < 0).mean() <= share.high
+    assert share.half_width <= 0.05
+    assert share.products <= 1500
+    assert abs(share.value - (values < 0).mean()) < 0.03
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_masses_over_decades_are_covered_or_unresolved(seed):
+    values = values_of("log-normal", seed)
+    share = spectra.resolve(spectra.DiagonalOperator(values), budget=600, seed=seed)
+    assert share.low <= (values < 0).mean() <= share.high
+    if not share.resolved:
+        assert "600" in share.reason
+    assert share.products <= 600
+
+
+def test_other_shares_and_a_tighter_width():
+    values = values_of("gauss", 0)
+    op = spectra.DiagonalOperator(values)
+    near = spectra.resolve(op, share="near_zero", tol=3e-3, half_width=0.04, budget=3000)
+    assert near.low <= (np.abs(values) < 3e-3).mean() <= near.high
+    assert near.resolved
+    inside = spectra.resolve(op, share="between", between=(0.004, 1.0), half_width=0.03, budget=3000)
+    assert inside.low <= ((values > 0.004) & (values < 1.0)).mean() <= inside.high
+    assert inside.half_width <= 0.03
+
+
+def test_what_fits_in_the_budget_is_exact():
+    values = values_of("student", 2, n=400)
+    share = spectra.resolve(spectra.DiagonalOperator(values), budget=500)
+    assert share.value == pytest.approx((values < 0).mean(), abs=1e-12)
+    assert share.products == 400
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"share": "positive"}, "positive"),
+        ({"share": "near_zero"}, "tol"),
+        ({"share": "between"}, "between"),
+        ({"budget": 3}, "budget"),
+        ({"half_width": 0.7}, "0.7"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(options, word):
+    with pytest.raises(spectra.InputError, match=word) as caught:
+        spectra.resolve(spectra.DiagonalOperator(np.arange(100.0)), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_eighth_of_the_budget_is_spent_before_the_first_look(monkeypatch):
+    """Where memory cuts the search for outliers short, a bracket may be narrow after a few steps already."""
+    monkeypatch.setattr(resolution, "SEARCH_BASIS", 0)
+    values = np.random.default_rng(0).uniform(-1, 1, size=20_000)
+    estimate = spectra.resolve(spectra.DiagonalOperator(values), budget=1600)
+    assert estimate.resolved
+    assert 200 <= estimate.products < 220

@@ -1,0 +1,85 @@
+import argparse
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from spectra.backend.errors import InputError, NonFiniteError
+from spectra.cli.command_line import on_terminal, run_command
+
+
+def ending(error, capsys):
+    """Exit code and stderr of a command that ends in `error`."""
+
+    def main(arguments=None):
+        if error is not None:
+            raise error
+
+    code = run_command(main, name="prog")([])
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InputError("expected a folder,\n  got none: make one"), "expected a folder, got none: make one"),
+        (NonFiniteError("the loss is nan"), "the loss is nan"),
+        (FileNotFoundError(2, "No such file or directory", "x.txt"), "No such file or directory: x.txt"),
+        (OSError("disk full"), "disk full"),
+        (KeyboardInterrupt(), "interrupted; what was recorded so far is kept"),
+    ],
+)
+def test_what_a_person_can_mend_is_one_line_and_code_2(error, line, capsys):
+    assert ending(error, capsys) == (2, f"prog: error: {line}\n")
+
+
+def test_success_is_code_0(capsys):
+    assert ending(None, capsys) == (0, "")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(capsys):
+    with pytest.raises(ZeroDivisionError):
+        ending(ZeroDivisionError("1/0"), capsys)
+
+
+def test_the_name_is_that_of_the_package(capsys):
+    def main(arguments=None):
+        raise InputError("x")
+
+    main.__module__ = "somewhere.cli"
+    run_command(main)()
+    assert capsys.readouterr().err == "somewhere: error: x\n"
+
+
+def test_arguments_that_argparse_refuses_are_code_2(capsys):
+    @run_command
+    def main(arguments=None):
+        parser = argparse.ArgumentParser(prog="prog")
+        parser.add_argument("--count", type=int)
+        parser.parse_args(arguments)
+
+    assert main(["--count", "x"]) == 2
+    assert capsys.readouterr().err.endswith("prog: error: argument --count: invalid int value: 'x'\n")
+    assert main(["--help"]) == 0
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    script = tmp_path / "talk.py"
+    script.write_text(
+        "from spectra.cli.command_line import run_command\n"
+        "def main(arguments=None):\n    for i in range(100000): print(i)\n"
+        "raise SystemExit(run_command(main, name='talk')([]))\n"
+    )
+    reading, writing = os.pipe()
+    with subprocess.Popen([sys.executable, script], stdout=writing, stderr=subprocess.PIPE, text=True) as process:
+        os.close(writing)
+        os.close(reading)
+        _, stderr = process.communicate(timeout=60)
+    assert stderr == ""
+
+
+def test_a_terminal_is_told_from_a_file(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert not on_terminal()

@@ -1,0 +1,239 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import run_folders
+import saved_models
+
+from spectra import Run
+from spectra.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return saved_models.save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    return saved_models.write_text(tmp_path)
+
+
+def measure(model, text, out, *more):
+    return main(["measure", str(model), "--text", str(text), "--out", str(out), "--probes", "2", "--steps", "6", *more])
+
+
+def refused(capsys, code):
+    """The one line of an error."""
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("spectra: error: ")
+    return lines[0]
+
+
+def test_measure_leaves_a_run_and_prints_its_estimates(model, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert measure(model, text, out, "--sequences", "3", "--seed", "5", "--params", "*mlp*", "*norm*") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    run = Run(out)
+    (record,) = run.records
+    assert (record.probes, record.lanczos_steps, record.seed, record.step) == (2, 6, 5, 0)
+    assert run.config["params"] == ["*mlp*", "*norm*"]
+    assert (run.config["length"], run.config["sequences"], run.config["checkpoint"]) == (16, 3, str(model))
+    rms = record.estimates["rms"]
+    (line,) = [line for line in captured.out.splitlines() if line.startswith("root-mean-square eigenvalue")]
+    assert line.split("eigenvalue")[1].split() == f"{rms.value:.4g} [{rms.low:.4g}, {rms.high:.4g}]".split()
+    columns = [line.index("[") for line in captured.out.splitlines()[2:] if "[" in line]
+    assert len(columns) == len(record.estimates)
+    assert len(set(columns)) == 1  # aligned
+    assert run.density(record).rms() == rms
+
+
+def test_measure_takes_the_parameters_and_the_loss_it_was_asked_for(model, text, tmp_path):
+    import torch
+
+    from spectra import HessianOperator
+    from spectra.integrations.loading import load_causal_lm, read_texts, sequence_batches
+
+    measure(model, text, tmp_path / "run", "--params", "*mlp*", "--dtype", "float64", "--sequences", "2")
+    (record,) = Run(tmp_path / "run").records
+    loaded, tokenizer = load_causal_lm(model, dtype=torch.float64)
+    batches = sequence_batches(loaded, tokenizer, read_texts([text]), sequences=2)
+    with HessianOperator(loaded, batches, ["*mlp*"]) as op:
+        assert record.dimension == op.shape[0]
+        assert record.loss == pytest.approx(op.loss(), rel=1e-6)
+
+
+def test_measure_in_a_lower_precision_says_what_that_loses(model, text, tmp_path, capsys):
+    measure(model, text, tmp_path / "run", "--dtype", "bfloat16", "--deflate", "3", "--sequences", "2")
+    (record,) = Run(tmp_path / "run").records
+    assert record.extras["precision_error"] > 1e-4
+    assert "note: products in bfloat16" in capsys.readouterr().out
+    assert Run(tmp_path / "run").config["deflated"] == 3
+
+
+def test_a_measured_run_is_drawn_and_reported(model, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    measure(model, text, out)
+    capsys.readouterr()
+    assert main(["plot", str(out)]) == 0
+    assert main(["plot", str(out), "--quantity", "trace", "--out", str(tmp_path / "new" / "t.svg")]) == 0
+    assert main(["report", str(out), "--title", "Mine"]) == 0
+    density, trajectory, page = capsys.readouterr().out.splitlines()
+    assert density == str(out / "density.png")
+    assert Path(density).read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in Path(trajectory).read_text()
+    assert "<h1>Mine</h1>" in Path(page).read_text()
+
+
+def test_a_study_is_drawn_by_its_last_spectra(tmp_path, capsys):
+    study = run_folders.study_folder(tmp_path / "study", bits=(2,))
+    assert main(["plot", str(study.folder)]) == 0
+    assert (study.folder / "density.png").is_file()
+
+
+def test_compare_says_what_changed(tmp_path, capsys):
+    """Steps 0 and 20 of a run whose spectrum shrinks by a fifth."""
+    run = run_folders.run_folder(tmp_path / "a")
+    capsys.readouterr()
+    assert main(["compare", str(run.folder)]) == 0
+    heading, columns, *lines = capsys.readouterr().out.splitlines()
+    assert heading == f"{run.folder} step 0 (start), full -> {run.folder} step 20 (end), full, the same probes"
+    assert columns.split() == ["quantity", "before", "after", "change"]
+    assert len(lines) == len(run.records[0].estimates)
+    (largest,) = [line for line in lines if line.startswith("largest eigenvalue")]
+    assert largest.split("eigenvalue")[1].split() == ["8", "6.4", "fell", "by", "20", "%", "[20,", "20]"]
+    assert any(line.startswith("near-zero share (|λ| < 0.001)") for line in lines)
+    starts = {line.index(word) for line in lines for word in ("fell by", "did not", "became") if word in line}
+    assert starts == {columns.index("change")}  # aligned
+    assert main(["compare", str(run.folder), "--from", "10"]) == 0
+    assert "fell by 11.11 % [11.11, 11.11]" in capsys.readouterr().out
+
+
+def test_compare_takes_both_sides_of_a_reset_and_two_runs(tmp_path, capsys):
+    run = run_folders.run_folder(tmp_path / "a", marks=run_folders.RESETS)
+    other = run_folders.run_folder(tmp_path / "b", marks=((0, ""), (20, "")), batches="others")
+    capsys.readouterr()
+    assert main(["compare", str(run.folder), "--from", "10", "--to", "10"]) == 0
+    reset = capsys.readouterr().out
+    assert "step 10 (before-reset), full -> " in reset
+    assert "rose by 33.33 % [33.33, 33.33]" in reset
+    assert main(["compare", str(run.folder), str(other.folder)]) == 0
+    last = capsys.readouterr().out
+    assert last.startswith(f"{run.folder} step 20 (end), full -> {other.folder} step 20, full")
+    assert "note: the two runs measured different batches" in last
+    assert main(["compare", str(run.folder), str(other.folder), "--to", "0"]) == 0
+    assert f"{run.folder} step 0 (start), full -> {other.folder} step 0, full" in capsys.readouterr().out
+
+
+def test_compare_refuses_in_one_line(tmp_path, capsys):
+    folder = str(run_folders.run_folder(tmp_path / "a").folder)
+    study = run_folders.study_folder(tmp_path / "study", bits=(2,))
+    bare = Run.create(tmp_path / "bare")
+    for step in (0, 1):
+        bare.append(run_folders.record(run_folders.density(), step=step))
+    capsys.readouterr()
+    for arguments, words in (
+        ([folder, "--to", "0"], "choose other steps with --from and --to"),
+        ([folder, "--from", "7"], "choose among 0, 10, 20"),
+        ([folder, "--mode", "ste"], "one of the modes full"),
+        ([folder, folder, "--from", "0"], "give --to alone"),
+        ([folder, str(tmp_path / "nowhere")], "there is no folder"),
+        ([str(study.folder)], "is a study"),
+        ([str(bare.folder)], "without Lanczos matrices"),
+    ):
+        assert words in refused(capsys, main(["compare", *arguments]))
+
+
+def test_a_terminal_gets_a_progress_bar(model, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("spectra.cli.main.on_terminal", lambda: True)
+    measure(model, text, tmp_path / "run")
+    assert re.search(r"measuring: .*products", capsys.readouterr().err)
+
+
+BAD = {
+    "missing model": (["{tmp}/nowhere"], "there is no folder"),
+    "hub name": (["nobody/no-such-model"], "expected a folder or a cached model, got nobody/no-such-model"),
+    "missing text": (["{model}", "--text", "{tmp}/nothing.txt"], "there is no file"),
+    "empty text": (["{model}", "--text", "{tmp}/empty.txt"], "is empty"),
+    "short text": (["{model}", "--text", "{tmp}/short.txt"], "the text is too short"),
+    "glob": (["{model}", "--params", "*nothing*"], "no parameter matches '*nothing*'"),
+    "length": (["{model}", "--length", "99"], "a length of 2 to 16 tokens"),
+    "probes": (["{model}", "--probes", "0"], "probes"),
+    "device": (["{model}", "--device", "abacus"], "expected a device"),
+    "out": (["{model}", "--out", "{tmp}/taken"], "already holds a run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_no_run(case, model, text, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("hello")
+    Run.create(tmp_path / "taken")
+    arguments, message = BAD[case]
+    filled = [argument.format(tmp=tmp_path, model=model) for argument in arguments]
+    for option, value in (("--text", text), ("--out", tmp_path / "run")):
+        if option not in filled:
+            filled += [option, str(value)]
+    assert message in refused(capsys, main(["measure", *filled]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_leaves_the_folder_free(model, text, tmp_path, capsys):
+    import torch
+
+    from spectra.integrations.loading import load_causal_lm
+
+    loaded, tokenizer = load_causal_lm(model)
+    with torch.no_grad():
+        loaded.model.norm.weight[0] = float("nan")
+    loaded.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    capsys.readouterr()
+    assert "nan" in refused(capsys, measure(tmp_path / "broken", text, tmp_path / "run")).lower()
+    assert measure(model, text, tmp_path / "run") == 0
+
+
+def test_plot_and_report_refuse_what_is_no_run(tmp_path, capsys):
+    assert "there is no folder" in refused(capsys, main(["plot", str(tmp_path / "missing")]))
+    assert "holds no config.json" in refused(capsys, main(["report", str(tmp_path)]))
+    run = run_folders.run_folder(tmp_path / "a")
+    capsys.readouterr()
+    assert "choose among lambda_max" in refused(capsys, main(["plot", str(run.folder), "--quantity", "nope"]))
+    assert "one of the modes full" in refused(capsys, main(["plot", str(run.folder), "--mode", "ste"]))
+    bad = str(tmp_path / "x.gif")
+    assert "ending in .png, .svg, .pdf" in refused(capsys, main(["plot", str(run.folder), "--out", bad]))
+
+
+def test_arguments_are_explained(capsys):
+    assert main(["measure", "x", "--text", "y", "--out", "z", "--probes", "many"]) == 2
+    assert "spectra measure: error: argument --probes: invalid int value: 'many'" in capsys.readouterr().err
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+
+
+def test_the_installed_command_ends_without_a_traceback(tmp_path):
+    """As a person meets it: another process, a hub name, and nothing that answers."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    text = saved_models.write_text(tmp_path)
+    command = [
+        Path(sys.executable).parent / "spectra",
+        "measure",
+        "nobody/model",
+        "--text",
+        text,
+        "--out",
+        tmp_path / "run",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("spectra: error: expected a folder or a cached model, got nobody/model")
+    assert done.stderr.count("\n") == 1

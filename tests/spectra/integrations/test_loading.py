@@ -1,0 +1,171 @@
+import json
+import time
+
+import pytest
+import saved_models
+import torch
+import transformers
+
+from spectra.backend.errors import InputError
+from spectra.integrations.loading import (
+    load_causal_lm,
+    longest_sequence,
+    quiet_transformers,
+    read_texts,
+    sequence_batches,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved_models.save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return load_causal_lm(folder)
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "opt"])
+def test_a_model_comes_back_from_its_folder(tmp_path, architecture):
+    saved_models.save(tmp_path, architecture)
+    model, tokenizer = load_causal_lm(tmp_path, dtype=torch.float64, device="cpu")
+    assert model.dtype == torch.float64
+    assert not model.training
+    want = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for (name, got), (_, other) in zip(model.named_parameters(), want.named_parameters(), strict=True):
+        assert torch.equal(got, other.double()), name
+    assert longest_sequence(model) == 16
+    assert tokenizer.eos_token == "<end>"
+
+
+@pytest.mark.parametrize("name", ["./missing", "/no/such/folder", "a/b/c", ""])
+def test_a_path_that_is_not_there_is_no_hub_name(name):
+    with pytest.raises(InputError, match="there is no folder"):
+        load_causal_lm(name)
+
+
+def test_a_hub_name_without_a_network_fails_at_once(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    started = time.perf_counter()
+    with pytest.raises(InputError, match=r"expected a folder or a cached model, got nobody/no-such-model: .* reached"):
+        load_causal_lm("nobody/no-such-model")
+    assert time.perf_counter() - started < 10
+
+
+def test_a_name_in_the_cache_is_found_without_a_network(tmp_path, monkeypatch, folder):
+    import huggingface_hub.constants
+
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--nobody--kept" / "snapshots" / "1234"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(folder)
+    references = cache / "models--nobody--kept" / "refs"
+    references.mkdir()
+    (references / "main").write_text("1234")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    model, _ = load_causal_lm("nobody/kept")
+    assert model.config.model_type == "llama"
+
+
+def test_folders_that_hold_no_usable_model_are_refused_in_one_line(tmp_path, folder):
+    cases = {}
+    (tmp_path / "empty").mkdir()
+    cases["empty"] = r"holds no config\.json"
+    saved_models.save(tmp_path / "mute", with_tokenizer=False)
+    cases["mute"] = "expected a tokenizer in"
+    model, tokenizer = load_causal_lm(folder)
+    model.model.save_pretrained(tmp_path / "headless")
+    tokenizer.save_pretrained(tmp_path / "headless")
+    cases["headless"] = r"lacks 1 of the model's weights, lm_head\.weight among them"
+    saved_models.save(tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"1234")
+    cases["damaged"] = "expected a causal language model in .* cannot be loaded"
+    saved_models.save(tmp_path / "weightless")
+    (tmp_path / "weightless" / "model.safetensors").unlink()
+    cases["weightless"] = "expected a causal language model in .* cannot be loaded"
+    for name, message in cases.items():
+        with pytest.raises(InputError, match=message) as caught:
+            load_causal_lm(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_code_that_a_model_brings_is_not_run(tmp_path):
+    saved_models.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(InputError, match="comes with code of its own"):
+        load_causal_lm(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_device_that_is_not_there_is_named(folder):
+    with pytest.raises(InputError, match="expected a device that PyTorch can use here, got 'abacus'"):
+        load_causal_lm(folder, device="abacus")
+
+
+def test_sequences_are_cut_end_to_end_and_spread_evenly(loaded):
+    model, tokenizer = loaded
+    texts = ["abcdefgh" * 10, "ihgfedcb" * 10]
+    batches = sequence_batches(model, tokenizer, texts, sequences=5, length=16, batch_size=2)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 16), (2, 16), (1, 16)]
+    tokens = []
+    for text in texts:
+        tokens += tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    blocks = [tokens[at : at + 16] for at in range(0, len(tokens) - 15, 16)]
+    assert len(blocks) == 10
+    got = [row.tolist() for batch in batches for row in batch["input_ids"]]
+    assert got == [blocks[at] for at in (0, 2, 4, 6, 8)]
+    for batch in batches:
+        assert torch.equal(batch["input_ids"], batch["labels"])
+        assert batch["labels"].data_ptr() != batch["input_ids"].data_ptr()
+
+
+def test_the_length_is_the_models_longest_unless_asked(loaded):
+    model, tokenizer = loaded
+    (batch,) = sequence_batches(model, tokenizer, [saved_models.TEXT], sequences=3)
+    assert batch["input_ids"].shape == (3, 16)
+    for length in (1, 17):
+        with pytest.raises(InputError, match=f"a length of 2 to 16 tokens for this model, got {length}"):
+            sequence_batches(model, tokenizer, [saved_models.TEXT], length=length)
+    with pytest.raises(InputError, match="one sequence or more, got 0"):
+        sequence_batches(model, tokenizer, [saved_models.TEXT], sequences=0)
+
+
+def test_too_little_text_is_answered_with_how_much_it_takes(loaded):
+    model, tokenizer = loaded
+    with pytest.raises(InputError, match="8 sequences of 16 tokens need 128 tokens and it has 6"):
+        sequence_batches(model, tokenizer, ["hello"])
+
+
+def test_another_models_tokenizer_is_refused(loaded):
+    model, _ = loaded
+    with pytest.raises(InputError, match="gives token 27, but the model knows 24 tokens"):
+        sequence_batches(model, saved_models.tokenizer(28), ["xyz" * 100])
+
+
+def test_text_files(tmp_path):
+    good = saved_models.write_text(tmp_path, "\ufeffhello\r\n")
+    assert read_texts([good, str(good)]) == ["hello\n", "hello\n"]
+    with pytest.raises(InputError, match=r"there is no file .*nothing\.txt"):
+        read_texts([good, tmp_path / "nothing.txt"])
+    with pytest.raises(InputError, match=r"blank\.txt is empty"):
+        read_texts([saved_models.write_text(tmp_path, " \n", "blank.txt")])
+    (tmp_path / "image.bin").write_bytes(b"ab\xff\xfe")
+    with pytest.raises(InputError, match=r"byte 2 of .*image\.bin is not"):
+        read_texts([tmp_path / "image.bin"])
+
+
+def test_transformers_is_quiet_and_then_as_before():
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with quiet_transformers():
+        assert logging.get_verbosity() == logging.ERROR
+        assert not logging.is_progress_bar_enabled()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

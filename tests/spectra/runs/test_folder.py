@@ -1,0 +1,204 @@
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import run_folders
+
+from spectra.backend.errors import InputError
+from spectra.estimates.estimate import Estimate
+from spectra.runs.folder import Run
+from spectra.runs.jsonlines import JsonLines
+from spectra.runs.record import SpectrumRecord
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def strict(text):
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_record_comes_back_from_json_as_it_was():
+    spectrum = run_folders.density()
+    want = run_folders.record(spectrum, step=7, label="before-reset", extras={"flip_rate": 0.25})
+    assert SpectrumRecord.from_dict(strict(json.dumps(want.to_dict()))) == want
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_file_and_come_back(tmp_path):
+    run = Run.create(tmp_path / "a", {"limit": math.inf})
+    unknown = Estimate(math.nan, -math.inf, math.inf, False, "one probe")
+    spectrum = run_folders.density()
+    made = run_folders.record(spectrum, extras={"flip_rate": math.nan}, trace=unknown)
+    run.append(SpectrumRecord(**{**vars(made), "loss": math.nan}))
+    run.append_telemetry({"step": 1, "loss": np.float32("inf")})
+    for name in ("config.json", "records.jsonl", "telemetry.jsonl"):
+        strict((run.folder / name).read_text())
+    (got,) = Run(run.folder).records
+    assert math.isnan(got.loss)
+    assert math.isnan(got.extras["flip_rate"])
+    assert math.isnan(got.estimates["trace"].value)
+    assert (got.estimates["trace"].low, got.estimates["trace"].high) == (-math.inf, math.inf)
+    assert got.estimates["rms"] == made.estimates["rms"]
+    assert math.isnan(run.telemetry[0]["loss"])
+
+
+def test_numpy_numbers_and_paths_are_written_as_plain_ones(tmp_path):
+    config = {"bits": np.float64(1.58), "steps": np.int64(3), "path": tmp_path, "shape": (1, 2), "on": np.True_}
+    run = Run.create(tmp_path / "a", config)
+    assert run.config == {"bits": 1.58, "steps": 3, "path": str(tmp_path), "shape": [1, 2], "on": True}
+
+
+def test_fields_of_later_versions_are_ignored_and_missing_optional_ones_defaulted():
+    fields = run_folders.record(run_folders.density()).to_dict()
+    kept = {
+        name: fields[name] for name in fields if name not in ("label", "extras", "versions", "wall_time", "lanczos")
+    }
+    got = SpectrumRecord.from_dict(kept | {"colour": "green"})
+    assert (got.label, got.extras, got.versions, got.lanczos) == ("", {}, {}, None)
+    assert math.isnan(got.wall_time)
+
+
+def test_a_record_without_a_required_field_names_it(tmp_path):
+    run = Run.create(tmp_path / "a")
+    fields = run_folders.record(run_folders.density()).to_dict()
+    del fields["dimension"]
+    JsonLines(run.folder / "records.jsonl").append(fields)
+    with pytest.raises(InputError, match=r"records\.jsonl, record 1: .* no dimension"):
+        _ = run.records
+
+
+def test_the_density_is_redrawn_from_the_matrices(tmp_path):
+    run = Run.create(tmp_path / "a")
+    spectrum = run_folders.density()
+    written = run.append(run_folders.record(spectrum, step=30, mode="a/b c"), spectrum)
+    assert written.lanczos == "lanczos/000000-step-30-a-b-c.safetensors"
+    again = Run(run.folder)
+    assert again.records == [written]
+    got = again.density(again.records[0])
+    np.testing.assert_array_equal(got.nodes, spectrum.nodes)
+    np.testing.assert_array_equal(got.weights, spectrum.weights)
+    assert got.rms() == spectrum.rms()
+
+
+def test_a_density_that_was_not_kept_is_refused_by_name(tmp_path):
+    run = Run.create(tmp_path / "a")
+    spectrum = run_folders.density()
+    bare = run.append(run_folders.record(spectrum, step=4))
+    with pytest.raises(InputError, match=r"step 4 .* without Lanczos matrices"):
+        run.density(bare)
+    kept = run.append(run_folders.record(spectrum), spectrum)
+    path = run.folder / kept.lanczos
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(InputError, match=r"safetensors cannot be read"):
+        run.density(kept)
+    path.unlink()
+    with pytest.raises(InputError, match=r"safetensors is missing"):
+        run.density(kept)
+
+
+@pytest.mark.parametrize("left", [1, 40, -1])
+def test_a_line_cut_short_is_skipped_and_the_next_one_stands_alone(tmp_path, left):
+    run = run_folders.run_folder(tmp_path / "a")
+    path = run.folder / "records.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]) + lines[2][: left if left > 0 else len(lines[2]) - 20])
+    again = Run(run.folder)
+    assert [record.step for record in again.records] == [0, 10]
+    new = run_folders.add(again, step=30)
+    assert [record.step for record in again.records] == [0, 10, 30]
+    assert [record.step for record in Run(run.folder).records] == [0, 10, 30]
+    assert new.lanczos == "lanczos/000003-step-30-full.safetensors"  # the file of the lost record stays
+    assert path.read_bytes().startswith(b"".join(lines[:2]))
+
+
+def test_a_whole_last_line_without_its_newline_counts(tmp_path):
+    run = run_folders.run_folder(tmp_path / "a")
+    path = run.folder / "records.jsonl"
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    again = Run(run.folder)
+    assert [record.step for record in again.records] == [0, 10, 20]
+    run_folders.add(again, step=30)
+    assert [record.step for record in again.records] == [0, 10, 20, 30]
+
+
+def test_the_matrices_are_there_before_the_record(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "a")
+
+    def fail(self, fields):
+        assert (run.folder / fields["lanczos"]).is_file()
+        raise OSError("no space left")
+
+    monkeypatch.setattr(JsonLines, "append", fail)
+    with pytest.raises(OSError, match="no space"):
+        run_folders.add(run)
+    monkeypatch.undo()
+    assert run.records == []
+    assert run_folders.add(run).lanczos.startswith("lanczos/000001-")
+    assert not list(run.folder.rglob("*.partial"))
+
+
+def test_reading_again_parses_new_lines_only(tmp_path, monkeypatch):
+    writer = run_folders.run_folder(tmp_path / "a")
+    reader = Run(writer.folder)
+    first = reader.records
+    parsed = []
+    original = SpectrumRecord.from_dict.__func__
+    monkeypatch.setattr(SpectrumRecord, "from_dict", classmethod(lambda cls, f: parsed.append(f) or original(cls, f)))
+    run_folders.add(writer, step=30)
+    assert [record.step for record in reader.records] == [0, 10, 20, 30]
+    assert len(parsed) == 1
+    assert reader.records[:3] == first
+    reader.records.clear()  # the caller's own list
+    assert len(reader.records) == 4
+
+
+def test_a_line_is_on_the_disk_when_append_returns(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "a")
+    sizes, original = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: sizes.append(os.fstat(number).st_size) or original(number))
+    run.append_telemetry({"step": 1})
+    assert sizes == [(run.folder / "telemetry.jsonl").stat().st_size]
+
+
+def test_a_run_is_made_once(tmp_path):
+    (tmp_path / "empty").mkdir()
+    run = Run.create(tmp_path / "empty", {"bits": 2})
+    assert Run(run.folder).config == {"bits": 2}
+    with pytest.raises(InputError, match=r"empty already holds a run: choose another --out, or delete"):
+        Run.create(run.folder, {"bits": 4})
+    assert run.config == {"bits": 2}
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file is a file"):
+        Run.create(tmp_path / "file")
+
+
+def test_of_two_that_start_at_once_one_gets_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("spectra.runs.folder.check_free", lambda folder: folder)  # both looked before either wrote
+    Run.create(tmp_path, {"who": "first"})
+    with pytest.raises(InputError, match="already holds a run"):
+        Run.create(tmp_path, {"who": "second"})
+    assert Run(tmp_path).config == {"who": "first"}
+
+
+def test_opening_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="there is no folder"):
+        Run(tmp_path / "missing")
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        Run(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"expected JSON in .*config\.json"):
+        _ = Run(tmp_path).config
+
+
+def test_the_runs_of_a_study_are_sorted_and_nothing_else_counts(tmp_path):
+    study = run_folders.study_folder(tmp_path / "study", bits=(2, 1.58, 1), reference=True)
+    (study.folder / "model").mkdir()
+    (study.folder / "model" / "config.json").write_text("{}")  # a checkpoint is no run
+    names = [run.folder.name for run in Run(study.folder).runs]
+    bits = [f"{width}bit-{method}" for width in ("1", "1.58", "2") for method in ("baseline", "winq")]
+    assert names == [*bits, "full-precision"]
+    assert Run(study.folder / "1bit-winq").runs == []
+    assert study.records == []

@@ -1,0 +1,229 @@
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import matplotlib.pyplot as plt
+import pytest
+import run_folders
+
+from spectra import report
+from spectra.backend.errors import InputError
+from spectra.estimates.estimate import Estimate
+from spectra.views.tables import number
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text between them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words, self.open = [], [], []
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag  # well nested
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """For what is about the words and tables alone: drawing takes seconds."""
+    for name in ("density_pictures", "trajectory_pictures"):
+        monkeypatch.setattr(report, name, lambda run: [])
+
+
+def page(path):
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def study_rows(study):
+    rows = []
+    for run in study.runs:
+        first, last = run.records[0], run.records[-1]
+        row = {"bits": run.config["bits"], "method": run.config["method"], "perplexity": 12.5, "steps_to_loss": None}
+        for moment, record in (("start", first), ("end", last)):
+            row |= {f"{name}_{moment}": estimate.to_dict() for name, estimate in record.estimates.items()}
+        rows.append(row)
+    return rows
+
+
+def test_the_page_needs_nothing_else_and_is_well_formed(tmp_path):
+    run = run_folders.run_folder(tmp_path / "a", note="a <b> & c")
+    path = report.write(run)
+    assert path == run.folder / "report.html"
+    text = path.read_text(encoding="utf-8")
+    got = Page(text)
+    assert got.open == []
+    sources = [attributes["src"] for attributes in got.all("img")]
+    assert sources
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert not got.all("script")
+    assert not got.all("link")
+    assert not re.search(r"url\(|@import|src=\"(?!data:)|href=\"(?!#)", text)
+    assert "a &lt;b&gt; &amp; c" in text  # what the run holds is text, never markup
+    for source in sources:
+        assert b"</svg>" in base64.b64decode(source.partition(",")[2])
+
+
+def test_every_figure_has_words_for_who_cannot_see_it(tmp_path):
+    run = run_folders.run_folder(tmp_path / "a")
+    got = page(report.write(run))
+    texts = [attributes["alt"] for attributes in got.all("img")]
+    assert len(set(texts)) == len(texts)
+    first, last = (run.records[at].estimates["lambda_max"].value for at in (0, -1))
+    assert any(f"a from {first:.3g} to {last:.3g}" in text for text in texts)
+    assert {attributes.get("scope") for attributes in got.all("th")} <= {"col", "row", "rowgroup"}
+
+
+def test_estimates_stand_with_their_intervals_and_unresolved_ones_with_their_reason(tmp_path, without_figures):
+    run = run_folders.run_folder(tmp_path / "a")
+    got = page(report.write(run))
+    rms = run.records[1].estimates["rms"]
+    assert number(rms.value) in got.text
+    assert f"[{number(rms.low)}, {number(rms.high)}]" in got.text or rms.low == rms.high
+    assert got.text.count("○ 0.4000 [0.1000, 0.8000]") == 3
+    titles = [attributes["title"] for attributes in got.all("span") if "title" in attributes]
+    assert titles.count(f"unresolved: {run_folders.UNRESOLVED.reason}") == 3
+    assert f"3 of them, for example: {run_folders.UNRESOLVED.reason}" in got.text
+
+
+def test_a_study_shows_its_table_by_row_and_its_estimates_at_start_and_end(tmp_path, without_figures):
+    study = run_folders.study_folder(tmp_path / "study")
+    rows = study_rows(study)
+    from_rows = report.write(study.folder, table=rows, title="Bits & methods")
+    want = from_rows.read_text()
+    (study.folder / "table.json").write_text(json.dumps(rows))
+    assert report.write(study, title="Bits & methods").read_text() == want  # the same, and the same again
+    got = Page(want)
+    assert got.text.startswith("Bits & methods")
+    assert "1 baseline 12.50 –" in got.text
+    assert "2 WinQ 12.50 –" in got.text
+    assert "Quantity 1-bit baseline 1-bit WinQ 2-bit baseline 2-bit WinQ" in got.text
+    assert "nested.alpha 0.4" in got.text
+    start = rows[0]["lambda_max_start"]["value"]
+    assert f"loss per parameter² start {number(start)}" in got.text
+
+
+def test_estimates_of_a_table_may_be_objects(tmp_path, without_figures):
+    study = run_folders.study_folder(tmp_path / "study", bits=(2,))
+    rows = [{"bits": 2, "method": "winq", "rms_end": Estimate(0.5, 0.25, 0.75, False, "because")}]
+    got = page(report.write(study, table=rows))
+    assert "○ 0.5000 [0.2500, 0.7500]" in got.text
+    assert "1 of them: because" in got.text
+
+
+def test_the_figures_of_a_study_by_name(tmp_path):
+    study = run_folders.study_folder(tmp_path / "study")
+    open_before = plt.get_fignums()
+    got = report.figures(study)
+    assert {"density-1bit", "density-2bit", "density-last", "trajectory-rms", "trajectory-validation_loss"} <= set(got)
+    assert [ax.get_title(loc="left") for ax in got["density-1bit"].axes] == ["1-bit baseline", "1-bit WinQ"]
+    assert len({ax.get_xlim() + ax.get_ylim() for ax in got["density-1bit"].axes}) == 1
+    assert "trajectory-repeatability" not in got
+    got["density-last"].savefig(tmp_path / "last.png")
+    assert plt.get_fignums() == open_before  # nothing for the caller to close
+
+
+def test_what_the_runs_are_compared_with_is_drawn_beside_them(tmp_path):
+    study = run_folders.study_folder(tmp_path / "study", bits=(2,), reference=True)
+    got = report.figures(study)
+    assert {"density-2bit", "density-full-precision", "density-last"} <= set(got)
+    words = [text.get_text() for text in got["density-last"].axes[0].get_legend().get_texts()]
+    assert words == ["2-bit baseline, step 20", "2-bit WinQ, step 20", "full precision, step 0"]
+
+
+def test_images_are_saved_beside_the_report_if_asked_for(tmp_path):
+    run = run_folders.Run.create(tmp_path / "a")
+    run_folders.add(run)
+    report.write(run)
+    assert not (run.folder / "figures").exists()
+    report.write(run, images=True)
+    assert [path.name for path in (run.folder / "figures").iterdir()] == ["density.png"]
+
+
+def test_estimates_of_further_modes_are_named(tmp_path, without_figures):
+    study = run_folders.study_folder(tmp_path / "study", bits=(2,))
+    one, other = Estimate(0.5, 0.25, 0.75), Estimate(0.625, 0.5, 0.875)
+    rows = [{"bits": 2, "method": "winq", "latent_negative_energy_share_end": one, "negative_energy_share_end": other}]
+    got = page(report.write(study, table=rows))
+    first = got.text.index("0.6250 [0.5000, 0.8750]")
+    assert 0 < first < got.text.index("Negative energy share, mode latent") < got.text.index("0.5000 [0.2500, 0.7500]")
+
+
+def test_every_mode_gets_its_figures(tmp_path, without_figures):
+    run = run_folders.run_folder(tmp_path / "a", modes=("ste", "latent"))
+    names = set(report.figures(run))
+    assert {"density-ste", "density-latent", "trajectory-rms-ste", "trajectory-rms-latent"} <= names
+    assert "trajectory-flip_rate" in names
+    got = page(report.write(run))
+    assert "step 10, ste" in got.text
+    assert "H(W), the Hessian of the full-precision network" in got.text
+
+
+def test_one_record_is_a_report_without_trajectories(tmp_path):
+    run = run_folders.Run.create(tmp_path / "a")
+    run_folders.add(run)
+    assert set(report.figures(run)) == {"density"}
+    assert "Over training" not in page(report.write(run)).text
+
+
+def test_a_run_that_ended_early_is_reported_with_the_others(tmp_path, without_figures):
+    study = run_folders.study_folder(tmp_path / "study", bits=(2,))
+    run_folders.Run.create(study.folder / "4bit-baseline", {"bits": 4, "method": "baseline"})
+    assert "7 in 3 runs" in page(report.write(study)).text
+    assert "density-4bit" not in report.figures(study)
+
+
+def test_many_records_are_thinned_in_the_table(tmp_path, without_figures):
+    run = run_folders.run_folder(tmp_path / "a", marks=[(step, "") for step in range(40)])
+    got = page(report.write(run))
+    columns = re.findall(r"step (\d+)", got.text.partition("Quantity")[2].partition("Loss on")[0])
+    assert len(columns) == 12
+    assert (columns[0], columns[-1]) == ("0", "39")
+
+
+def test_nothing_measured_is_refused(tmp_path):
+    run = run_folders.Run.create(tmp_path / "a")
+    with pytest.raises(InputError, match="holds no spectrum to report on"):
+        report.write(run)
+    with pytest.raises(InputError, match="there is no folder"):
+        report.write(tmp_path / "missing")
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    run = run_folders.run_folder(tmp_path / "a")
+    for content in ("{", '{"a": 1}', "[1]"):
+        (run.folder / "table.json").write_text(content)
+        with pytest.raises(InputError, match=r"expected a list of rows in .*table\.json"):
+            report.write(run)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (-2.0, "−2"),
+        (123456, "123,456"),
+        (0.43214, "0.4321"),
+        (4.15, "4.150"),
+        (4567.8, "4568"),
+        (-1.2344e-7, "−1.234·10⁻⁷"),
+        (2.5e12, "2.500·10¹²"),
+        (float("nan"), "not finite"),
+        (float("-inf"), "−∞"),
+    ],
+)
+def test_numbers(value, text):
+    assert number(value) == text

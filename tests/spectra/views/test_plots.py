@@ -1,0 +1,206 @@
+import subprocess
+import sys
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import run_folders
+
+from spectra import plots
+from spectra.backend.errors import InputError
+from spectra.views.style import BITS_COLOURS, METHOD_LINES
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    before = dict(matplotlib.rcParams)
+    yield
+    plt.close("all")
+    assert dict(matplotlib.rcParams) == before
+
+
+def curves(ax):
+    """The lines that carry data: not the zero line nor entries made for the legend."""
+    return [line for line in ax.lines if len(line.get_xdata()) > 2]
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_importing_does_not_load_matplotlib():
+    code = "import sys, spectra; spectra.plots, spectra.report; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_curve_a_record_and_it_is_the_density(tmp_path):
+    run = run_folders.run_folder(tmp_path / "a")
+    ax = plots.density(run)
+    lines = curves(ax)
+    assert len(lines) == 3
+    assert legend(ax) == ["step 0", "step 10", "step 20"]
+    assert ax.get_yscale() == "log"
+    grid, heights = lines[0].get_data()
+    np.testing.assert_allclose(heights, run.density(run.records[0]).density(grid))
+    assert np.trapezoid(heights, grid) == pytest.approx(1, abs=1e-3)
+    assert len({line.get_color() for line in lines}) == 3
+
+
+def test_every_eigenvalue_is_inside_the_axes(tmp_path):
+    run = run_folders.run_folder(tmp_path / "a", marks=((0, ""),))
+    ax = plots.density(run)
+    values = run_folders.eigenvalues()
+    low, high = ax.get_xlim()
+    assert low < values.min()
+    assert values.max() < high
+    grid, heights = curves(ax)[0].get_data()
+    assert np.all(np.interp([8.0, 5.0, -1.5], grid, heights) > ax.get_ylim()[0])
+    assert heights.max() < ax.get_ylim()[1]
+
+
+def test_the_scale_follows_the_data_or_the_caller():
+    far = run_folders.density()
+    assert plots.density(far).get_xscale() == "symlog"
+    assert plots.density(far, scale="linear").get_xscale() == "linear"
+    import torch
+
+    from spectra import DenseOperator, slq
+
+    near = slq(DenseOperator(torch.diag(torch.linspace(-1, 2, 30, dtype=torch.float64))), probes=2, steps=10)
+    assert plots.density(near).get_xscale() == "linear"
+    assert plots.density(near, scale="symlog").get_xscale() == "symlog"
+    with pytest.raises(InputError, match="expected a scale of auto, linear, symlog, got 'log'"):
+        plots.density(near, scale="log")
+
+
+def test_degenerate_spectra_are_drawn():
+    import torch
+
+    from spectra import DenseOperator, slq
+
+    for matrix in (torch.zeros(5, 5), torch.eye(5), torch.diag(torch.tensor([1e-12, 1.0, 1.0, 1.0, 1.0]))):
+        ax = plots.density(slq(DenseOperator(matrix.double()), probes=2, steps=3))
+        assert np.isfinite(ax.get_xlim()).all()
+        ax.figure.canvas.draw()
+
+
+def test_densities_and_labels_of_the_callers_own():
+    spectra = [run_folders.density(seed=1), run_folders.density(seed=2)]
+    _, ax = plt.subplots()
+    assert plots.density(spectra, ax=ax, labels=["one", "two"]) is ax
+    assert legend(ax) == ["one", "two"]
+    with pytest.raises(InputError, match="one label for each of the 2 curves, got 1"):
+        plots.density(spectra, labels=["one"])
+
+
+def test_curves_after_a_reset_share_an_entry(tmp_path):
+    ax = plots.density(run_folders.run_folder(tmp_path / "a", marks=run_folders.RESETS))
+    assert len(curves(ax)) == 4
+    assert legend(ax) == ["step 0", "step 10", "step 20", "after the reset"]
+
+
+def test_many_steps_get_a_colour_bar(tmp_path):
+    run = run_folders.run_folder(tmp_path / "a", marks=[(step, "") for step in range(12)])
+    ax = plots.density(run)
+    assert ax.get_legend() is None
+    assert [other.get_ylabel() for other in ax.figure.axes if other is not ax] == ["training step"]
+
+
+def test_runs_of_a_study_are_coloured_by_bits_and_styled_by_method(tmp_path):
+    study = run_folders.study_folder(tmp_path / "study")
+    ax = plots.density(study, steps="last")
+    assert [line.get_color() for line in curves(ax)] == [BITS_COLOURS[bits] for bits in (1, 1, 2, 2)]
+    assert legend(ax) == [f"{bits}-bit {name}, step 20" for bits in (1, 2) for name in ("baseline", "WinQ")]
+    black = plots.density(run_folders.study_folder(tmp_path / "with", bits=(2,), reference=True), steps="last")
+    assert [line.get_color() for line in curves(black)] == [BITS_COLOURS[2], BITS_COLOURS[2], "#000000"]
+    assert legend(black)[-1] == "full precision, step 0"
+    dashes = [line.is_dashed() for line in curves(ax)]
+    assert dashes == [True, False, True, False]
+    assert METHOD_LINES["winq"] == "-"
+
+
+def test_a_run_that_kept_no_matrices_says_so(tmp_path):
+    run = run_folders.Run.create(tmp_path / "a")
+    run.append(run_folders.record(run_folders.density()))
+    with pytest.raises(InputError, match="kept no Lanczos matrices"):
+        plots.density(run)
+
+
+def test_a_trajectory_shows_values_intervals_and_what_is_unresolved(tmp_path):
+    run = run_folders.run_folder(tmp_path / "a")
+    ax = plots.trajectory(run, "near_zero_share")
+    assert ax.get_ylabel() == "near-zero share (|λ| < 0.001)"
+    assert ax.get_xlabel() == "training step"
+    (line,) = curves(ax)
+    np.testing.assert_array_equal(line.get_data(), ([0, 10, 20], [run_folders.UNRESOLVED.value] * 3))
+    (band,) = ax.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (run_folders.UNRESOLVED.low, run_folders.UNRESOLVED.high)
+    markers = [other for other in ax.lines if other.get_marker() == "o" and len(other.get_xdata())]
+    assert {marker.get_markerfacecolor() for marker in markers} == {"white"}
+    assert legend(ax) == ["a", "unresolved"]
+    filled = plots.trajectory(run, "rms")
+    markers = [other for other in filled.lines if other.get_marker() == "o"]
+    assert "white" not in {marker.get_markerfacecolor() for marker in markers}
+
+
+def test_a_reset_is_a_vertical_step_between_two_pieces(tmp_path):
+    run = run_folders.run_folder(tmp_path / "a", marks=run_folders.RESETS)
+    ax = plots.trajectory(run, "rms")
+    values = [record.estimates["rms"].value for record in run.records]
+    jumps = [line for line in ax.lines if line.get_linestyle() == ":"]
+    assert [tuple(jump.get_xdata()) for jump in jumps] == [(10, 10)]
+    np.testing.assert_array_equal(jumps[0].get_ydata(), values[1:3])
+    pieces = [list(line.get_xdata()) for line in ax.lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 2]
+    assert pieces == [[0, 10], [10, 20]]
+
+
+def test_telemetry_is_a_plain_line_for_every_run_of_a_study(tmp_path):
+    study = run_folders.study_folder(tmp_path / "study")
+    run_folders.Run.create(study.folder / "4bit-baseline")  # has nothing to show, and is left out
+    ax = plots.trajectory(study.folder, "flip_rate")
+    assert len(curves(ax)) == 4
+    assert not ax.collections
+    assert legend(ax) == ["1-bit baseline", "1-bit WinQ", "2-bit baseline", "2-bit WinQ"]
+
+
+def test_a_quantity_over_decades_gets_a_logarithmic_axis(tmp_path):
+    run = run_folders.Run.create(tmp_path / "a")
+    for step in range(5):
+        run.append_telemetry({"step": step, "rate": 10.0**-step, "level": 1.0 + step})
+    assert plots.trajectory(run, "rate").get_yscale() == "log"
+    assert plots.trajectory(run, "level").get_yscale() == "linear"
+
+
+def test_unbounded_intervals_leave_no_band_and_no_infinite_axis(tmp_path):
+    from spectra.estimates.estimate import student_interval
+
+    run = run_folders.Run.create(tmp_path / "a")
+    for step in (0, 10):
+        run_folders.add(run, step=step, trace=student_interval([4.0]))
+    ax = plots.trajectory(run, "trace")
+    ax.figure.canvas.draw()
+    assert np.isfinite(ax.get_ylim()).all()
+
+
+def test_the_one_spectrum_of_a_full_precision_model_is_a_level_line(tmp_path):
+    study = run_folders.study_folder(tmp_path / "study", bits=(2,), reference=True)
+    ax = plots.trajectory(study, "lambda_max")
+    (value,) = [record.estimates["lambda_max"].value for run in study.runs[-1:] for record in run.records]
+    levels = [line for line in ax.lines if list(line.get_xdata()) == [0, 1] and line.get_color() == "#000000"]
+    assert [list(line.get_ydata()) for line in levels] == [[value, value]]
+    assert legend(ax)[-1] == "full precision"
+
+
+def test_eigenvalues_that_are_exactly_zero_are_told(tmp_path):
+    import torch
+
+    from spectra import DenseOperator, slq
+
+    run = run_folders.Run.create(tmp_path / "a")
+    spectrum = slq(DenseOperator(torch.diag(torch.tensor([0.0] * 15 + [1.0, 2.0, 3.0, 4.0, 5.0]).double())), probes=2)
+    assert spectrum.zero_share() == 0.75
+    run.append(run_folders.record(spectrum), spectrum)
+    run_folders.add(run, step=5)
+    assert legend(plots.density(run)) == ["step 0, 75% at 0", "step 5"]
