@@ -3,16 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CORE := $(VENV)/core
 PEERS := $(VENV)/peers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint bench bench-trust bench-speed clean
+.PHONY: demo test test-core test-slow lint bench bench-trust bench-speed figures clean
 
 demo: $(INSTALLED)
 	$(BIN)/qat compare --bits 1,2,4 --methods baseline,winq --out runs/demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+# What works without any extra, in an environment that has none.
+test-core: $(CORE)/.installed
+	$(CORE)/bin/python -m pytest -q tests/core
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
@@ -35,18 +40,31 @@ $(PEERS)/.installed: benchmarks/peers.txt $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(PEERS) --requirement benchmarks/peers.txt
 	touch $@
 
+# The figures of the README and of docs/speed.md.
+figures: $(INSTALLED)
+	$(BIN)/python docs/figures.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/pydoclint --quiet spectra qat
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-# torch goes first and alone, at the pinned version, so that nothing pulls another build of it.
+# torch goes first and alone, at the pinned version, so that nothing pulls another build of it. The dev extra has all
+# the others in it.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(INSTALLED)
+
+$(CORE)/.installed: $(INSTALLED)
+	$(PYTHON) -m venv $(CORE)
+	$(CORE)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(CORE)/bin/python -m pip install --quiet --constraint constraints.txt --editable . pytest
+	touch $@
 
 clean:
 	rm -rf $(VENV) runs

@@ -16,6 +16,7 @@ from qat.layers.linear import QuantEmbedding, QuantLayer, QuantLinear, decay_exe
 from qat.training import telemetry
 from qat.training.winq import PRESETS, WinQ, WinQConfig, interpolate_, reset_steps
 from spectra.backend.errors import InputError
+from spectra.backend.extras import need
 
 if TYPE_CHECKING:
     from qat.training.callback import WinQCallback
@@ -44,8 +45,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Subclasses transformers' TrainerCallback: imported when it is used, so that `import qat` stays light.
+    # WinQCallback is a subclass of transformers' TrainerCallback. Imported at first use, so that `import qat` is fast.
     if name == "WinQCallback":
+        need("transformers")
         from qat.training.callback import WinQCallback
 
         return WinQCallback

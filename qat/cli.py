@@ -31,20 +31,28 @@ STUDY_OPTIONS = (
 
 @partial(run_command, name="qat")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command with these arguments (None: those of the process) and return its exit code."""
-    options = _parser().parse_args(arguments)
+    """Run the command.
+
+    Args:
+        arguments: The words after the program's name; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    options = build_parser().parse_args(arguments)
     options.command(options)
     return 0
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with its errors in one line like all others."""
+    """argparse, with its errors in one line as all others are."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command and option."""
     parser = _Parser(
         prog="qat", description="Quantization-aware training of language models, watched through Hessian spectra."
     )
@@ -88,64 +96,90 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
     )
     start.add_argument("--text", nargs="+", metavar="FILE", help="text files, UTF-8 (default: Python's own source)")
     start.add_argument("--dataset", metavar="HUB_NAME", help="a dataset on the Hugging Face hub instead of files")
-    start.add_argument("--length", type=int, help=_of(StudyConfig.length, "tokens a sequence"))
+    start.add_argument("--length", type=int, help=_with_default(StudyConfig.length, "tokens a sequence"))
     small = SmallLlamaConfig
-    start.add_argument("--vocabulary-size", type=int, help=_of(small.vocabulary_size, "of the default model"))
-    start.add_argument("--base-steps", type=int, help=_of(small.steps, "full-precision steps of the default model"))
+    start.add_argument("--vocabulary-size", type=int, help=_with_default(small.vocabulary_size, "of the default model"))
+    start.add_argument(
+        "--base-steps", type=int, help=_with_default(small.steps, "full-precision steps of the default model")
+    )
     start.add_argument(
         "--trust-remote-code", action="store_true", default=None, help="run code that a hub model brings"
     )
     start.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
 
     training, given = parser.add_argument_group("training"), TrainConfig
-    training.add_argument("--steps", type=int, help=_of(given.steps, "training steps"))
-    training.add_argument("--batch-size", type=int, help=_of(given.batch_size, "sequences a step"))
+    training.add_argument("--steps", type=int, help=_with_default(given.steps, "training steps"))
+    training.add_argument("--batch-size", type=int, help=_with_default(given.batch_size, "sequences a step"))
     training.add_argument(
         "--lr",
         type=float,
         dest="learning_rate",
         help=f"peak learning rate (default: {SMALL_LLAMA_RATE:g}, and {PRETRAINED_RATE:g} for a --model)",
     )
-    training.add_argument("--schedule", help=_of(given.schedule, f"{', '.join(SCHEDULES)}: what wins can depend on it"))
-    training.add_argument("--warmup", type=float, help=_of(given.warmup, "share of the steps with a rising rate"))
-    training.add_argument("--weight-decay", type=float, help=_of(given.weight_decay, "on matrices, never on scales"))
+    training.add_argument(
+        "--schedule", help=_with_default(given.schedule, f"{', '.join(SCHEDULES)}: what wins can depend on it")
+    )
+    training.add_argument(
+        "--warmup", type=float, help=_with_default(given.warmup, "share of the steps with a rising rate")
+    )
+    training.add_argument(
+        "--weight-decay", type=float, help=_with_default(given.weight_decay, "on matrices, never on scales")
+    )
     training.add_argument(
         "--evaluate-every", type=int, help="steps between validation losses (default: a sixteenth of the run)"
     )
     training.add_argument(
         "--validation-sequences",
         type=int,
-        help=_of(StudyConfig.validation_sequences, "a validation loss is taken over"),
+        help=_with_default(StudyConfig.validation_sequences, "a validation loss is taken over"),
     )
-    training.add_argument("--seed", type=int, help=_of(given.seed, "of the data order, the noise and the probes"))
+    training.add_argument(
+        "--seed", type=int, help=_with_default(given.seed, "of the data order, the noise and the probes")
+    )
 
     quantization, winq = parser.add_argument_group("quantization and WinQ"), PRESETS["paper"]
     quantization.add_argument(
-        "--quantizer", help=_of(StudyConfig.quantizer, f"auto (by bit-width), {', '.join(SUPPORTED_BITS)}")
+        "--quantizer", help=_with_default(StudyConfig.quantizer, f"auto (by bit-width), {', '.join(SUPPORTED_BITS)}")
     )
     quantization.add_argument("--skip", nargs="+", metavar="GLOB", help="modules to leave in full precision")
     quantization.add_argument("--preset", help="WinQ as in the paper's text (paper, the default) or code (released)")
-    quantization.add_argument("--every", help=_of(winq.every, "WinQ resets every so many steps, or parts of the run"))
     quantization.add_argument(
-        "--alpha", type=float, help=_of(winq.alpha, "how far a reset moves toward the grid, 0 to 1")
+        "--every", help=_with_default(winq.every, "WinQ resets every so many steps, or parts of the run")
     )
-    quantization.add_argument("--sigma", type=float, help=_of(winq.sigma, "standard deviation of WinQ's weight noise"))
+    quantization.add_argument(
+        "--alpha", type=float, help=_with_default(winq.alpha, "how far a reset moves toward the grid, 0 to 1")
+    )
+    quantization.add_argument(
+        "--sigma", type=float, help=_with_default(winq.sigma, "standard deviation of WinQ's weight noise")
+    )
 
     spectra = parser.add_argument_group("spectra")
     spectra.add_argument("--modes", help=f"which Hessians, of {','.join(MODES)} (default: {StudyConfig.modes[0]})")
-    spectra.add_argument("--probes", type=int, help=_of(StudyConfig.probes, "random probes; more narrow the intervals"))
     spectra.add_argument(
-        "--lanczos-steps", type=int, help=_of(StudyConfig.lanczos_steps, "a probe; more resolve finer")
+        "--probes",
+        type=int,
+        help=_with_default(StudyConfig.probes, "random probe vectors; more of them narrow the intervals"),
     )
     spectra.add_argument(
-        "--deflate", type=int, help=_of(StudyConfig.deflate, "outliers taken out first, which narrows most intervals")
+        "--lanczos-steps",
+        type=int,
+        help=_with_default(StudyConfig.lanczos_steps, "Lanczos steps a probe vector; more resolve finer"),
     )
     spectra.add_argument(
-        "--measure-sequences", type=int, help=_of(StudyConfig.measure_sequences, "a spectrum's loss is taken over")
+        "--deflate",
+        type=int,
+        help=_with_default(
+            StudyConfig.deflate, "outlying eigenvalues measured first and projected out, which narrows most intervals"
+        ),
+    )
+    spectra.add_argument(
+        "--measure-sequences",
+        type=int,
+        help=_with_default(StudyConfig.measure_sequences, "a spectrum's loss is taken over"),
     )
 
 
-def _of(default: Any, meaning: str) -> str:
+def _with_default(default: Any, meaning: str) -> str:
     return f"{meaning} (default: {default})"
 
 
@@ -171,15 +205,19 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     import torch
 
-    from qat.study.models import check_fit, load_model, load_tokenizer
+    from qat.study.models import check_fit
     from qat.text.corpus import Blocks
     from qat.training.evaluate import perplexity
-    from spectra.integrations.loading import quiet_transformers, read_texts
+    from spectra.integrations.loading import load_model, load_tokenizer, quiet_transformers, read_texts
 
     text = "\n\n".join(read_texts(options.text))
     device = choose_device(options.device)
-    model = load_model(options.model, trust_remote_code=options.trust_remote_code)
-    tokenizer = load_tokenizer(options.tokenizer or options.model, trust_remote_code=options.trust_remote_code)
+    model: Any = load_model(options.model, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(
+        options.tokenizer or options.model,
+        trust_remote_code=options.trust_remote_code,
+        remedy="give --tokenizer NAME_OR_FOLDER",
+    )
     with quiet_transformers():
         tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     if len(tokens):
@@ -192,7 +230,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _threads_for(config: StudyConfig) -> contextlib.AbstractContextManager[None]:
-    """One thread for the small Llama on a CPU, which gains little from more; else one for each core we may use."""
+    """One thread for the small Llama on a CPU, which gains little from more; else one for each available core."""
     return threads(1 if _is_small(config.model, config.device) else available_cores())
 
 
@@ -201,7 +239,7 @@ def _is_small(model: str | None, device: str | None) -> bool:
 
 
 def _study_config(options: argparse.Namespace, **chosen: Any) -> StudyConfig:
-    """The settings given, over the defaults of the configuration classes, which check them."""
+    """The options that were given, over the defaults of the settings classes, which check them."""
     base = _given(options, vocabulary_size="vocabulary_size", base_steps="steps")
     training = _given(options, **{name: name for name in TRAINING_OPTIONS})
     if options.model is not None:
@@ -221,7 +259,7 @@ def _study_config(options: argparse.Namespace, **chosen: Any) -> StudyConfig:
 
 
 def _winq_config(options: argparse.Namespace) -> WinQConfig:
-    """The preset, and what is given on top of it."""
+    """The preset, with the options that were given in place of its values."""
     preset = options.preset or "paper"
     if preset not in PRESETS:
         raise InputError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
@@ -235,7 +273,7 @@ def _winq_config(options: argparse.Namespace) -> WinQConfig:
 
 
 def _given(options: argparse.Namespace, **names: str) -> dict[str, Any]:
-    """The options that were given, under the names that a configuration has for them."""
+    """The options that were given, by the names that the settings classes have for them."""
     values = {name: getattr(options, option) for option, name in names.items()}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -245,7 +283,7 @@ def _listed(text: str) -> tuple[str, ...]:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)  # a study takes minutes: whoever reads it through a pipe sees each line when it is there
+    print(line, flush=True)  # a study takes minutes: through a pipe, too, each line is to be seen at once
 
 
 if __name__ == "__main__":

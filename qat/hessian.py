@@ -1,7 +1,7 @@
 """Which Hessian: four definitions of the second derivative of a loss in quantized weights.
 
-Q is piecewise constant, so the true Hessian of W -> L(Q(W)) is zero almost everywhere. Each mode here replaces the
-weight that a layer computes with, and its derivative, for as long as a context is open.
+Q is piecewise constant, so the true Hessian of W -> L(Q(W)) is zero almost everywhere. Inside the context of a mode,
+every quantized layer computes with another weight, or with another derivative of its weight.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from qat.layers.linear import QuantLayer, distinct_quant_layers, quant_layers, w
 from qat.layers.quantizers.rounding import straight_through
 from spectra.backend.errors import InputError
 from spectra.operators.derived import MeanOperator
+from spectra.operators.hessian.batches import as_batches
 from spectra.operators.hessian.isolation import unwrap
-from spectra.operators.hessian.objective import as_batches
 from spectra.operators.hessian.operator import HessianOperator
 
 MODES = ("ste", "quantized", "latent", "noisy")
@@ -36,17 +36,34 @@ def hessian_mode(
     sigma: float | None = None,
     point: float | None = None,
 ) -> AbstractContextManager[None]:
-    """A context in which `model` computes, in train and evaluation mode alike, as one definition of the Hessian asks.
+    """A context in which a model computes, in train and evaluation mode alike, as one definition of the Hessian asks.
 
-    With M the mask of unclipped weights and H(V) the Hessian of the full-precision network at weights V:
-    "ste": the Jacobian of the straight-through gradient field in the latent weights, M H(Q(W)) M.
-    "quantized": H(Q(W)): the quantized weights, the derivative passing through as if they were the latent ones.
-    "latent": H(W), or H(W + point (Q(W) - W)) for a point between 0, the latent weights, and 1, the quantized ones.
-    "noisy": "ste" at W + U, the entries of U from N(0, sigma^2) and fixed by (seed, draw, name of the layer). sigma
-    defaults to the layers' own noise_sigma. Scales get no noise. Average over draws for the definition itself.
-    Only forward passes need the context: a graph built inside it keeps its derivatives. No global random state is
-    used, and what each layer did before comes back on exit. Raises InputError for an unknown mode, a model without
-    quantized layers, a point outside [0, 1] or in another mode, and "noisy" without a sigma.
+    Let M be the mask of the weights that are not clipped, and H(V) the Hessian of the full-precision network at the
+    weights V. The modes are:
+
+    * "ste": M H(Q(W)) M, the Jacobian of the straight-through gradient in the latent weights W.
+    * "quantized": H(Q(W)). The layers compute with Q(W), and its derivative in W is the identity.
+    * "latent": H(W), or H(W + point (Q(W) - W)).
+    * "noisy": "ste" at W + U, the entries of U drawn from N(0, sigma^2) and fixed by (seed, draw, name of the layer).
+      Scales get no noise. The definition itself is the mean over draws.
+
+    Only forward passes need the context: a graph that was built inside keeps its derivatives. No global random state
+    is used. On exit, every layer computes as before.
+
+    Args:
+        model: A quantized model.
+        mode: One of `MODES`.
+        draw: Which draw of the noise, for "noisy".
+        seed: Seed of the noise.
+        sigma: Standard deviation of the noise; None is each layer's own `noise_sigma`.
+        point: For "latent", a point between the latent weights (0) and the quantized ones (1).
+
+    Returns:
+        The context.
+
+    Raises:
+        InputError: The mode is unknown, the model has no quantized layers, the point lies outside [0, 1] or is given
+            with another mode, or "noisy" has no sigma above 0.
     """
     layers = quant_layers(model)
     if not layers:
@@ -82,24 +99,37 @@ def hessian_operator(
     point: float | None = None,
     **options: Any,
 ) -> HessianOperator | MeanOperator:
-    """The Hessian of the mean loss over `batches` in one of the definitions of `hessian_mode`, as an operator.
+    """The Hessian of the mean loss of a quantized model, in one of the definitions of `hessian_mode`.
 
-    params: which parameters, as in spectra.HessianOperator; by default the latent weights of the quantized layers.
-    draws: how many draws of the noise "noisy" averages over. options: those of spectra.HessianOperator (loss,
-    microbatch, training, graph, precision). Returns a spectra.HessianOperator, for "noisy" a spectra.MeanOperator
-    with one of them a draw. For a probe: SpectrumProbe(..., modes={"ste": partial(hessian_operator, mode="ste")}).
-    Raises InputError as `hessian_mode` does.
+    For a probe: `SpectrumProbe(..., modes={"ste": partial(hessian_operator, mode="ste")})`.
+
+    Args:
+        model: A quantized model.
+        batches: As in `spectra.HessianOperator`.
+        mode: One of `MODES`.
+        params: Which parameters, as in `spectra.HessianOperator`; None is the latent weights of the quantized layers.
+        draws: How many draws of the noise "noisy" averages over.
+        seed: Seed of the noise.
+        sigma: As in `hessian_mode`.
+        point: As in `hessian_mode`.
+        **options: Passed to `spectra.HessianOperator`: loss, microbatch, training, graph, precision.
+
+    Returns:
+        The operator; for "noisy" the mean of one operator a draw.
+
+    Raises:
+        InputError: As in `hessian_mode`, and for `draws` below 1.
     """
     if draws < 1:
         raise InputError(f"draws must be 1 or more; got {draws}")
-    hessian_mode(unwrap(model), mode, seed=seed, sigma=sigma, point=point)  # A wrong mode is an error here.
-    batches = as_batches(batches)  # An iterator must serve every draw.
+    hessian_mode(unwrap(model), mode, seed=seed, sigma=sigma, point=point)  # so that a wrong mode fails here
+    batches = as_batches(batches)  # an iterator is read once, and every draw needs its batches
     latent = frozenset(weight_names(unwrap(model)))
     chosen = (lambda name, parameter: name in latent) if params is None else params
 
     def operator(draw: int) -> HessianOperator:
         def context() -> AbstractContextManager[None]:
-            # With precision=... the operator measures a copy: the mode belongs on that.
+            # With precision=... the operator computes with a copy of the model, and that needs the mode.
             return hessian_mode(built.model, mode, draw=draw, seed=seed, sigma=sigma, point=point)
 
         built = HessianOperator(model, batches, params=chosen, context=context, **options)
@@ -146,12 +176,13 @@ def _noisy(layer: QuantLayer, *, sigma: float, key: str) -> Tensor:
 
 
 def _standard_normal(like: Tensor, key: str) -> Tensor:
-    """The same numbers for a key on every device: drawn on the CPU from a generator of their own."""
+    """Normal numbers in the shape of `like`, fixed by the key: drawn on the CPU, so the same on every device."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+    numbers = torch.randn(like.shape, generator=generator)  # in float32, so that a float64 copy has the same noise
+    return numbers.to(like)
 
 
 def _names_of_noise(model: nn.Module) -> dict[int, str]:
-    """Layers that share a weight share its noise: the name is that of the first of them."""
+    """The name of the first layer of each weight, by the weight's id: layers that share a weight share its noise."""
     return {id(layer.weight): name for name, layer in distinct_quant_layers(model)}

@@ -14,6 +14,7 @@ from spectra.algorithms.topk import Eigenpairs, topk
 from spectra.algorithms.trace import trace
 from spectra.backend import ranks as distributed
 from spectra.backend.errors import InputError, NonFiniteError
+from spectra.backend.extras import need
 from spectra.backend.version import __version__
 from spectra.estimates.changes import Change, compare
 from spectra.estimates.density import SpectralDensity
@@ -69,17 +70,18 @@ __all__ = [
     "trace",
 ]
 
-# Loaded when first asked for: they bring in matplotlib, jinja2 and transformers.
+# Loaded when first asked for, with the optional packages that they need.
 _LAZY = {
-    "plots": ("spectra.views.plots", None),
-    "report": ("spectra.views.page", None),
-    "SpectrumCallback": ("spectra.integrations.trainer", "SpectrumCallback"),
+    "plots": ("spectra.views.plots", None, ("matplotlib",)),
+    "report": ("spectra.views.page", None, ("matplotlib", "jinja2")),
+    "SpectrumCallback": ("spectra.integrations.trainer", "SpectrumCallback", ("transformers",)),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'spectra' has no attribute {name!r}")
-    module, attribute = _LAZY[name]
+    module, attribute, packages = _LAZY[name]
+    need(*packages)
     loaded = importlib.import_module(module)
     return loaded if attribute is None else getattr(loaded, attribute)

@@ -21,6 +21,7 @@ from tools import ACCURACY, EIGENVALUES, Eigenvalues, Spectra, Tool, Trace, engi
 
 import spectra
 from spectra.backend import memory
+from spectra.backend.errors import first_line
 
 Row = dict[str, Any]
 WARM_UP_STEPS = 3
@@ -89,7 +90,7 @@ def attempt(way: str, run: Callable[[], Row]) -> Row:
 
 def reason(error: Exception) -> str:
     """What went wrong, in one line."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    return f"{type(error).__name__}: {first_line(error)[:200]}"
 
 
 def measured(bench: Bench, tool: Tool, gauge: PeakMemory, run: Callable[[], Any]) -> tuple[Row, Any]:
@@ -181,7 +182,7 @@ def outside_products(tool: Spectra, run: Callable[[], Any]) -> float:
     """
     op, device = tool.op, tool.case.device
     inside, depth = 0.0, 0
-    names = [name for name in ("_matvec", "_matmat", "_matrows") if hasattr(op, name)]
+    names = [name for name in ("_matvec", "_matmat", "_multiply_rows") if hasattr(op, name)]
 
     def watched(multiply: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         def call(vectors: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from families import BULKS, OUTLIERS, eigenvalues
 from tables import markdown
 
 import spectra
-from spectra.backend import vectors
+from spectra.backend import random_vectors
 from spectra.estimates.brackets import Bracket, bracket
 from spectra.estimates.quadrature import gauss_rule
 
@@ -46,7 +46,7 @@ class Comparison:
 
 def compare(values: np.ndarray, *, steps: int, seed: int) -> Comparison:
     op = spectra.DiagonalOperator(values)
-    start = vectors.probe(op, seed=seed, index=0)
+    start = random_vectors.probe_vector(op, seed=seed, index=0)
     runs = {policy: spectra.lanczos(op, start, steps, reorthogonalize=policy) for policy in ("full", "none")}
     full, none = (bracket(run.alphas, run.betas, 0.0) for run in runs.values())
     nodes = gauss_rule(runs["none"].alphas, runs["none"].betas).nodes

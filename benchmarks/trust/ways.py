@@ -39,7 +39,7 @@ class RotatedOperator(spectra.DiagonalOperator):
     def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
         return self.reflect(self.values * self.reflect(vector))
 
-    def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
+    def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
         return self._matvec(vectors)
 
 

@@ -1,4 +1,4 @@
-"""What to quantize and how, and when to reset: frozen dataclasses, checked when they are made."""
+"""What to quantize and how: the settings of a conversion, checked when they are made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spectra.backend.errors import InputError
 
 BITS = (1, 1.58, 2, 3, 4, 8)
 
-# The bit-widths that each scheme is defined for; the schemes themselves are in qat/quantizers.
+# The bit-widths that each scheme is defined for; the schemes themselves are in qat/layers/quantizers.
 SUPPORTED_BITS: dict[str, tuple[float, ...]] = {
     "rtn": (2, 3, 4, 8),
     "lsq": (3, 4, 8),
@@ -21,7 +21,7 @@ SUPPORTED_BITS: dict[str, tuple[float, ...]] = {
     "binary": (1,),
 }
 
-# What quantizer="auto" stands for.
+# The scheme that quantizer="auto" chooses.
 AUTO_QUANTIZER: dict[float, str] = {1: "binary", 1.58: "seq", 2: "seq", 3: "lsq", 4: "lsq", 8: "lsq"}
 
 
@@ -29,11 +29,21 @@ AUTO_QUANTIZER: dict[float, str] = {1: "binary", 1.58: "seq", 2: "seq", 3: "lsq"
 class QuantConfig:
     """Which weights become low-bit, at which width and by which scheme.
 
-    bits: 1, 1.58, 2, 3, 4 or 8, as a number or as text. quantizer: a name in `SUPPORTED_BITS`, or "auto" for binary
-    at 1 bit, seq at 1.58 and 2, lsq from 3. activation_bits: 16, activations are left alone. quantize_head,
-    quantize_embeddings: also the output head, the token embeddings. skip: globs of module names to leave in full
-    precision; a glob that matches a parent takes everything below it.
-    Raises InputError where a value is not supported, naming those that are.
+    Args:
+        bits: 1, 1.58, 2, 3, 4 or 8, as a number or as text.
+        quantizer: A scheme in `SUPPORTED_BITS`, or "auto": "binary" at 1 bit, "seq" at 1.58 and 2, "lsq" from 3.
+        activation_bits: 16; activations are not quantized.
+        quantize_head: Whether to quantize the output head.
+        quantize_embeddings: Whether to quantize the token embeddings.
+        skip: Globs of module names to leave in full precision. A glob that matches a module leaves out everything
+            below it, too.
+
+    Raises:
+        InputError: A value is not supported; the message names those that are.
+
+    Example:
+        >>> QuantConfig(bits="1.58").scheme
+        'seq'
     """
 
     bits: float = 2
@@ -63,9 +73,16 @@ class QuantConfig:
 
 
 def parse_bits(value: Any) -> float:
-    """The bit-width that a number or a text stands for: one of `BITS`, an int where it is whole.
+    """The bit-width that a number or a text stands for.
 
-    Raises InputError for anything else.
+    Args:
+        value: A number, or a number as text.
+
+    Returns:
+        One of `BITS`, an int where it is whole.
+
+    Raises:
+        InputError: It is none of them.
     """
     number = math.nan
     if is_real(value) or isinstance(value, str):
@@ -78,20 +95,29 @@ def parse_bits(value: Any) -> float:
 
 
 def check_quantizer(name: Any, bits: float) -> None:
-    """Raises InputError unless `name` is "auto" or a scheme that is defined at this bit-width."""
+    """Check the name of a scheme.
+
+    Args:
+        name: What a user gave.
+        bits: One of `BITS`.
+
+    Raises:
+        InputError: It is neither "auto" nor a scheme that is defined at this bit-width.
+    """
     if name == "auto":
         return
     if not isinstance(name, str) or name not in SUPPORTED_BITS:
         raise InputError(f"quantizer must be one of auto, {_listed(SUPPORTED_BITS)}; got {name!r}")
     if bits not in SUPPORTED_BITS[name]:
-        able = [other for other, widths in SUPPORTED_BITS.items() if bits in widths]
+        fitting = [other for other, widths in SUPPORTED_BITS.items() if bits in widths]
         raise InputError(
             f"quantizer {name!r} supports {_listed(SUPPORTED_BITS[name])} bits; got {bits}: "
-            f"use quantizer={' or '.join(repr(other) for other in ['auto', *able])}"
+            f"use quantizer={' or '.join(repr(other) for other in ['auto', *fitting])}"
         )
 
 
 def _globs(skip: Any) -> tuple[str, ...]:
+    """The globs as a tuple; one string is one glob."""
     if isinstance(skip, str):
         return (skip,)
     patterns = tuple(skip) if isinstance(skip, Iterable) else (skip,)
@@ -101,6 +127,7 @@ def _globs(skip: Any) -> tuple[str, ...]:
 
 
 def is_real(value: Any) -> bool:
+    """Whether it is a real number, and not True or False."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

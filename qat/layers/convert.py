@@ -1,4 +1,4 @@
-"""Swapping the modules of a model for quantized ones, in place."""
+"""Replace the linear layers of a model by quantized ones, in place."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ UPCAST = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `quantize_model` did: the modules it swapped, those it left and why, and what else changed.
+    """What `quantize_model` did.
 
-    weight_count: quantized weights, tied ones once. upcast: the swapped modules whose weights were bfloat16 or
-    float16 and have float32 latents now, since small updates vanish in 16 bits.
+    Attributes:
+        bits: The bit-width of the quantized weights.
+        quantizer: The name of the scheme.
+        swapped: Names of the modules that were replaced.
+        skipped: For each other module that holds a matrix, the reason why it was left.
+        weight_count: Quantized weights, tied ones counted once.
+        upcast: The replaced modules whose weights were bfloat16 or float16. Their latent weights are float32, since
+            small updates vanish in 16 bits.
+        notes: What else changed, in words.
     """
 
     bits: float
@@ -44,13 +51,28 @@ class ConversionReport:
 
 
 def quantize_model(model: nn.Module, config: QuantConfig | None = None) -> ConversionReport:
-    """Swaps the linear layers of `model` for `QuantLinear`, in place, and says what it swapped and what it left.
+    """Replace the linear layers of a model by `QuantLinear`, in place.
 
-    nn.Linear and transformers' Conv1D, exactly these classes: a subclass may compute something else and is left. The
-    output head and the embeddings stay unless the config asks for them. Bias, training mode and the weight's
-    Parameter object are kept, so that ties and optimizers built before stay valid; only bfloat16 and float16 weights
-    are replaced, by float32 copies. Raises InputError, with the model unchanged, where there is nothing to quantize,
-    where the model is quantized already, and where the config names what the model does not have.
+    Replaced are nn.Linear and transformers' Conv1D, exactly these classes: a subclass may compute something else. The
+    output head and the embeddings stay unless the config asks for them. Bias, training mode and the Parameter objects
+    of the weights are kept, so that ties, and optimizers built before, stay valid. Only bfloat16 and float16 weights
+    get new Parameters: float32 copies.
+
+    Args:
+        model: The full-precision model.
+        config: What to quantize and how; None for 2 bits.
+
+    Returns:
+        What was replaced, what was left and why.
+
+    Raises:
+        InputError: There is nothing to quantize, the model is quantized already, or the config names what the model
+            does not have. The model is unchanged.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> quantize_model(model, QuantConfig(bits=2, skip="2")).swapped
+        ('0',)
     """
     config = config or QuantConfig()
     _check_fresh(model)
@@ -88,6 +110,7 @@ def quantize_model(model: nn.Module, config: QuantConfig | None = None) -> Conve
 
 
 def _check_fresh(model: nn.Module) -> None:
+    """Raises InputError for a model that is quantized already, or is one linear layer."""
     quantized = quant_layers(model)
     if quantized:
         raise InputError(
@@ -139,6 +162,7 @@ def _choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, nn.Module]
 
 
 def _reason_by_class(module: nn.Module) -> str:
+    """Why a module of this class is left; "" where it can be replaced."""
     if type(module) in (nn.Linear, nn.Embedding) or _is_conv1d(module):
         return ""
     for known in (nn.Linear, nn.Embedding):
@@ -148,6 +172,7 @@ def _reason_by_class(module: nn.Module) -> str:
 
 
 def _reason_by_role(module: nn.Module, config: QuantConfig, *, heads: set[int], embeddings: set[int]) -> str:
+    """Why a head or an embedding is left; "" where it is neither, or the config asks for it."""
     if isinstance(module, nn.Embedding):
         if id(module) not in embeddings:
             return "not the token embeddings"
@@ -161,6 +186,7 @@ def _reason_by_role(module: nn.Module, config: QuantConfig, *, heads: set[int], 
 
 
 def _reason_by_weight(module: nn.Module) -> str:
+    """Why a module with such a weight is left; "" where it can be replaced."""
     weight = _weight(module)
     if weight.is_meta:
         raise InputError("the weights are on the meta device and have no values: load the model before quantizing it")
@@ -193,6 +219,7 @@ def _token_embeddings(model: nn.Module) -> set[int]:
 
 
 def _check_globs(model: nn.Module, config: QuantConfig) -> None:
+    """Raises InputError for a glob that matches no module."""
     names = [name for name, _ in model.named_modules() if name]
     for pattern in config.skip:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -201,7 +228,7 @@ def _check_globs(model: nn.Module, config: QuantConfig) -> None:
 
 
 def _skip_pattern(name: str, config: QuantConfig) -> str:
-    """A glob that matches the module or one of its parents leaves it out."""
+    """The reason to leave a module that a glob matches, or one of its parents; "" where none does."""
     parts = name.split(".")
     names = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
     for pattern in config.skip:
@@ -211,7 +238,10 @@ def _skip_pattern(name: str, config: QuantConfig) -> str:
 
 
 def _check_ties_of_upcast(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    """A 16-bit weight gets a new float32 Parameter. Whoever shares it must get it too, or the tie would break."""
+    """Raises InputError where a 16-bit weight is tied to a module that is not replaced.
+
+    The weight gets a new float32 Parameter, which the other module would not share.
+    """
     swapped = {id(module) for module in chosen.values()}
     sharing = {id(_weight(module)): name for name, module in chosen.items() if _weight(module).dtype in UPCAST}
     for name, module in model.named_modules():
@@ -231,7 +261,7 @@ def _weight(module: nn.Module) -> nn.Parameter:
 
 
 def _latent(weight: nn.Parameter) -> nn.Parameter:
-    """A float32 copy: most updates of a 16-bit weight are smaller than its rounding and would vanish."""
+    """A float32 copy: most updates of a 16-bit weight are smaller than its rounding error and would vanish."""
     return nn.Parameter(weight.detach().float(), requires_grad=weight.requires_grad)
 
 
@@ -244,13 +274,13 @@ def _quantized(module: nn.Module, weight: nn.Parameter, config: QuantConfig, sca
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, without importing transformers: a model that has one imported it."""
+    """Whether it is transformers' Conv1D. transformers is not imported for it: a model that has one did so."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return pytorch_utils is not None and type(module) is pytorch_utils.Conv1D
 
 
 def _declare_tied_scales(model: nn.Module) -> None:
-    """Tells a transformers model of scales that two modules share, without which its `save_pretrained` refuses."""
+    """Tell a transformers model of scales that two modules share: without that its `save_pretrained` refuses."""
     tied = getattr(model, "_tied_weights_keys", None)
     if not isinstance(tied, dict):
         return
@@ -264,6 +294,7 @@ def _declare_tied_scales(model: nn.Module) -> None:
 
 
 def _notes(model: nn.Module, upcast: dict[int, nn.Parameter]) -> tuple[str, ...]:
+    """What a user should know beside the names of the modules: new dtypes, ties with modules that are not quantized."""
     notes = []
     if upcast:
         notes.append(f"{len(upcast)} weights were 16-bit and have float32 latents now; the layers compute as before")

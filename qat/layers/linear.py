@@ -9,15 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.layers.quantizers.base import Quantizer
+from qat.layers.quantizers.linearization import Linearization
 
 
 class QuantLayer(nn.Module):
-    """What quantized layers share: a latent weight, one scale a row, a quantizer.
+    """The base of quantized layers: a latent weight W, one scale s a row, and a quantizer Q.
 
-    weight: the latent Parameter, in the layout of the module it came from, (rows, columns), or (columns, rows) where
-    `transposed`. scale: (rows, 1), a Parameter where it is learned, else computed from the weight at each use.
-    noise_sigma: the standard deviation of the noise added to the weight before it is quantized, in train mode only
-    and drawn afresh at every forward pass; noise_scales adds the same to a learned scale.
+    In train mode, noise with the standard deviation `noise_sigma` (0 at first) is added to the weight before it is
+    quantized, drawn anew at every forward pass. With `noise_scales` a learned scale gets the same noise.
+
+    Args:
+        weight: The latent weight, in the layout of the module it came from: (rows, columns), or (columns, rows) where
+            `transposed`.
+        quantizer: The scheme.
+        scale: (rows, 1), where a learned scale is shared with another layer; None starts from the weight.
+        transposed: Whether the weight has its output features in columns.
     """
 
     weight: nn.Parameter
@@ -35,19 +41,19 @@ class QuantLayer(nn.Module):
         self.transposed = transposed
         self.noise_sigma = 0.0
         self.noise_scales = False
-        # While set, stands in for `training_weight` in the forward pass. qat.modes puts its definitions here.
+        # While set, replaces `training_weight` in the forward pass. qat.hessian puts its definitions here.
         self.weight_override: Callable[[QuantLayer], Tensor] | None = None
         self.weight = weight
         if quantizer.learned_scale:
             if scale is None:
                 start = quantizer.initial_scale(self.rows())
                 scale = nn.Parameter(start.clone(), requires_grad=weight.requires_grad)
-            # Straight into the table: register_parameter refuses a name that the class has as a property.
+            # register_parameter refuses a name that the class has as a property.
             self._parameters["scale"] = scale
 
     @property
     def scale(self) -> Tensor:
-        """One scale a row, (rows, 1)."""
+        """One scale a row, (rows, 1): a Parameter where it is learned, else computed from the weight at each use."""
         if self.quantizer.learned_scale:
             scale = self._parameters["scale"]
             assert scale is not None
@@ -55,11 +61,11 @@ class QuantLayer(nn.Module):
         return self.quantizer.initial_scale(self.rows())
 
     def rows(self) -> Tensor:
-        """The latent weight as (rows, columns), one row a scale."""
+        """The latent weight as (rows, columns), one output feature or token a row."""
         return self._flip(self.weight)
 
     def quantized_weight(self) -> Tensor:
-        """Q(W) in the layout of the weight, without noise, with the straight-through derivatives."""
+        """Q(W) in the layout of the weight, without noise, with straight-through derivatives."""
         return self._flip(self.quantizer(self.rows(), self.scale))
 
     def codes(self) -> Tensor:
@@ -83,6 +89,10 @@ class QuantLayer(nn.Module):
             scale = scale + self.noise_sigma * torch.randn_like(scale)
         return self.quantizer(weight, scale)
 
+    def linearization(self) -> Linearization:
+        """The smooth function that the straight-through derivative belongs to, for checks by finite differences."""
+        return Linearization()
+
     def forward_weight(self) -> Tensor:
         """The weight that the forward pass computes with, (rows, columns)."""
         return self.training_weight() if self.weight_override is None else self.weight_override(self)
@@ -91,15 +101,23 @@ class QuantLayer(nn.Module):
         return matrix.t() if self.transposed else matrix
 
     def extra_repr(self) -> str:
+        """What printing the model shows of this layer."""
         rows, columns = self.rows().shape
         return f"rows={rows}, columns={columns}, quantizer={self.quantizer!r}"
 
 
 class QuantLinear(QuantLayer):
-    """y = x Q(W)^T + bias, in place of nn.Linear (weight (out, in)) or transformers' Conv1D (weight (in, out)).
+    """y = x Q(W)^T + bias, in place of nn.Linear or transformers' Conv1D.
 
-    The product is computed in the dtype of x, so that a bfloat16 model keeps computing in bfloat16 around float32
+    The matrix product is computed in the dtype of x: a bfloat16 model goes on computing in bfloat16 with float32
     latent weights.
+
+    Args:
+        weight: The latent weight, (out, in), or (in, out) where `transposed`, as in Conv1D.
+        bias: (out,), or None.
+        quantizer: The scheme.
+        scale: (out, 1), as in `QuantLayer`.
+        transposed: Whether the weight is (in, out).
     """
 
     def __init__(
@@ -116,10 +134,12 @@ class QuantLinear(QuantLayer):
         self.out_features, self.in_features = self.rows().shape
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layer's output (..., out) for an input (..., in), in the dtype of the input."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.forward_weight().to(x.dtype), bias)
 
     def extra_repr(self) -> str:
+        """What printing the model shows of this layer."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, quantizer={self.quantizer!r}"
@@ -127,7 +147,15 @@ class QuantLinear(QuantLayer):
 
 
 class QuantEmbedding(QuantLayer):
-    """Rows of Q(W), one scale a token, in place of nn.Embedding. `dtype` is that of the rows it returns."""
+    """Rows of Q(W), one scale a token, in place of nn.Embedding.
+
+    Args:
+        weight: The latent weight, (tokens, features).
+        quantizer: The scheme.
+        scale: (tokens, 1), as in `QuantLayer`.
+        padding_idx: The token that gets no gradient, or None.
+        dtype: The dtype of the rows that are returned; None is that of the weight.
+    """
 
     def __init__(
         self,
@@ -144,16 +172,31 @@ class QuantEmbedding(QuantLayer):
         self.dtype = dtype or weight.dtype
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """The quantized rows (..., features) of token ids (...)."""
         return F.embedding(tokens, self.forward_weight(), padding_idx=self.padding_idx).to(self.dtype)
 
 
 def quant_layers(model: nn.Module) -> list[tuple[str, QuantLayer]]:
-    """Every quantized layer of the model with its name, in the order of `named_modules`, each once."""
+    """Every quantized layer of a model.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Pairs (name, layer) in the order of `named_modules`, each layer once.
+    """
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]
 
 
 def distinct_quant_layers(model: nn.Module) -> list[tuple[str, QuantLayer]]:
-    """`quant_layers` with one layer for each latent weight: a head tied to its embeddings counts once."""
+    """`quant_layers` with one layer for each latent weight: a head tied to its embeddings counts once.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Pairs (name, layer).
+    """
     seen: set[int] = set()
     layers = []
     for name, layer in quant_layers(model):
@@ -170,9 +213,15 @@ def weight_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def decay_exempt(model: nn.Module) -> frozenset[str]:
-    """The names of the learned scales among `model.named_parameters()`: give these no weight decay.
+    """The parameters that should get no weight decay: the learned scales.
 
-    Decay would pull a scale, and with it every weight of its row, toward zero whatever the loss says.
+    Decay would pull a scale toward zero whatever the loss says, and with it every weight of its row.
+
+    Args:
+        model: A quantized model.
+
+    Returns:
+        Names among `model.named_parameters()`.
     """
     scales = {id(layer.scale) for _, layer in quant_layers(model) if layer.quantizer.learned_scale}
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in scales)

@@ -1,7 +1,4 @@
-"""The settings of a training and of a study, with their defaults: frozen dataclasses, checked when they are made.
-
-Nothing heavy is imported here, so that a command shows its help and refuses a wrong option at once.
-"""
+"""The settings of a study with their defaults: frozen dataclasses, checked when they are made."""
 
 from __future__ import annotations
 
@@ -17,11 +14,40 @@ from qat.training.winq import WinQConfig, reset_steps
 from spectra.backend.errors import InputError
 
 METHODS = ("baseline", "winq")
+MINIMUM = {
+    "length": 2,
+    "validation_sequences": 1,
+    "probes": 1,
+    "lanczos_steps": 1,
+    "deflate": 0,
+    "measure_sequences": 1,
+    "workers": 1,
+}
 
 
 @dataclass(frozen=True)
 class SmallLlamaConfig:
-    """The default model and how it is trained in full precision before anything is quantized."""
+    """The default model, and how it is trained in full precision before anything is quantized.
+
+    Args:
+        vocabulary_size: Tokens of the tokenizer that is trained with it.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the feed-forward layers.
+        layers: Decoder layers.
+        heads: Attention heads.
+        positions: The longest sequence, in tokens.
+        steps: Training steps.
+        batch_size: Sequences a step.
+        length: Tokens a sequence.
+        learning_rate: Peak of the cosine schedule.
+        initializer_range: Standard deviation of the initial weights. It is three times the usual 0.02: a model this
+            narrow learns faster from there.
+        epochs: Upper bound on the passes over the text; a short text is trained on for fewer steps.
+        seed: Of the initial weights and the data order.
+
+    Raises:
+        InputError: A size or count is below 1, or the seed is out of range.
+    """
 
     vocabulary_size: int = 1024
     hidden_size: int = 64
@@ -33,8 +59,8 @@ class SmallLlamaConfig:
     batch_size: int = 16
     length: int = 128
     learning_rate: float = 6e-3
-    initializer_range: float = 0.06  # three times the usual: so narrow a model learns faster from there
-    epochs: float = 12.0  # at most so many passes over the text, however many steps are asked for
+    initializer_range: float = 0.06
+    epochs: float = 12.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -44,21 +70,42 @@ class SmallLlamaConfig:
                 raise InputError(f"the small Llama's {name} is 1 or more, got {getattr(self, name)}")
 
     def steps_for(self, blocks: int) -> int:
-        """The number of steps on a text of so many blocks."""
+        """The number of training steps on a text of so many blocks: `steps`, or fewer so as to keep to `epochs`."""
         return max(1, min(self.steps, math.ceil(self.epochs * blocks / self.batch_size)))
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """All settings of a study. Validated when made: bit-widths, methods, modes and counts.
+    """All settings of a study: what is trained, how, on which text, and how spectra are measured along the way.
 
-    model: a hub name or a folder; None is the small Llama trained here. tokenizer: another than the model's own.
-    text, dataset: files or a hub dataset; neither is the standard library's source. modes: see `qat.hessian_mode`.
-    probes, lanczos_steps, deflate: of every spectrum, see `spectra.slq`. With 10 outliers deflated the interval of the
-    root-mean-square eigenvalue is a tenth of what as many products give without.
-    measure_sequences: how many training sequences a spectrum's loss is the mean of. workers: how many runs are trained
-    at once, each in a process of its own on one thread; a script that asks for more than 1 needs the usual
-    `if __name__ == "__main__":`.
+    Args:
+        out: The folder to make.
+        bits: Bit-widths of the quantized weights, of `qat.layers.config.BITS`.
+        methods: Training methods, of `METHODS`.
+        model: A folder or hub name of a causal language model; None is the small Llama, trained on the text.
+        tokenizer: A folder or hub name of another tokenizer than the model's own; "train" trains one on the text.
+        text: Text files, UTF-8.
+        dataset: A dataset on the hub instead of files. Without either, the source of the standard library is used.
+        trust_remote_code: Run the code that a model or tokenizer of the hub brings along.
+        device: "cpu", "cuda", or None for a GPU if there is one.
+        quantizer: A scheme, or "auto" to choose it by bit-width; see `qat.QuantConfig`.
+        skip: Globs of module names to leave in full precision.
+        length: Tokens a sequence, in training and in measuring.
+        train: How to train.
+        winq: Settings of the method "winq".
+        validation_sequences: How many sequences a validation loss is the mean of.
+        modes: Which Hessians, see `qat.hessian_mode`.
+        probes: Probe vectors of a spectrum, see `spectra.slq`.
+        lanczos_steps: Lanczos steps a probe vector.
+        deflate: Outlying eigenvalues that are measured first and projected out. With 10 the interval of the
+            root-mean-square eigenvalue is a tenth as wide as for as many Hessian-vector products without.
+        measure_sequences: How many training sequences the loss of a spectrum is the mean of.
+        workers: How many runs are trained at once, each in a process of its own on one thread. A script that asks
+            for more than 1 needs the usual `if __name__ == "__main__":`.
+        small_llama: The default model.
+
+    Raises:
+        InputError: A bit-width, method, mode, count or device cannot be used.
     """
 
     out: str
@@ -95,28 +142,22 @@ class StudyConfig:
         for name in ("bits", "methods", "modes"):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty: give at least one, separated by commas")
-        least = {
-            "length": 2,
-            "validation_sequences": 1,
-            "probes": 1,
-            "lanczos_steps": 1,
-            "deflate": 0,
-            "measure_sequences": 1,
-            "workers": 1,
-        }
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise InputError(f"{name} is {smallest} or more, got {getattr(self, name)}")
+        for name, minimum in MINIMUM.items():
+            if getattr(self, name) < minimum:
+                raise InputError(f"{name} is {minimum} or more, got {getattr(self, name)}")
         choose_device(self.device)
         if "noisy" in self.modes and self.winq.sigma == 0:
             raise InputError("the noisy Hessian needs noise: give --sigma above 0, or leave noisy out of --modes")
 
     def quantization(self, bits: float) -> QuantConfig:
-        """How a model of so many bits is quantized."""
+        """How a model of this bit-width is quantized."""
         return QuantConfig(bits=bits, quantizer=self.quantizer, skip=self.skip)
 
     def measuring_steps(self) -> tuple[int, ...]:
-        """Where spectra are taken between the start and the end: each quarter, and wherever WinQ resets."""
+        """The training steps between the first and the last at which spectra are measured.
+
+        They are the quarters of the run, and wherever WinQ resets, for every method alike.
+        """
         steps = {round(self.train.steps * quarter / 4) for quarter in (1, 2, 3)}
         if "winq" in self.methods:
             steps |= set(reset_steps(self.winq.every, self.train.steps))
@@ -124,7 +165,17 @@ class StudyConfig:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name, "cpu" or "cuda"; None is a GPU if there is one. Raises InputError for one not here."""
+    """The device of that name.
+
+    Args:
+        name: "cpu", "cuda", or None for a GPU if there is one.
+
+    Returns:
+        The device.
+
+    Raises:
+        InputError: Another name, or "cuda" where there is no GPU.
+    """
     if name not in (None, "cpu", "cuda"):
         raise InputError(f"unknown device {name!r}: choose cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():

@@ -13,19 +13,29 @@ from spectra.estimates.quantities import ESTIMATES
 from spectra.runs.jsonlines import plain
 from spectra.runs.record import SpectrumRecord
 
+RUN_KEYS = ("bits", "method")  # what tells the runs of a study apart
 OUTCOMES = ("validation_loss", "perplexity", "steps", "steps_to_baseline_loss")
 MOMENTS = ("start", "end")
 NOT_REACHED = "not reached"
-PER_BLOCK = 2  # quantities side by side on a terminal
+QUANTITIES_PER_BLOCK = 2  # side by side on a terminal
 
 Row = dict[str, Any]
 Curve = Sequence[tuple[int, float]]
 
 
 def steps_to(loss: float, curve: Curve) -> float | None:
-    """The first step at which a curve of (step, loss) is down to `loss`, on straight lines between its points.
+    """The training step at which a validation curve first reaches a loss, by linear interpolation.
 
-    None when it never is.
+    Args:
+        loss: The loss to reach.
+        curve: Pairs (training step, validation loss), in the order of the steps.
+
+    Returns:
+        The step, or None where the curve never is that low.
+
+    Example:
+        >>> steps_to(4.5, [(0, 5.0), (10, 4.0)])
+        5.0
     """
     before: tuple[int, float] | None = None
     for step, value in curve:
@@ -40,7 +50,12 @@ def steps_to(loss: float, curve: Curve) -> float | None:
 def spectrum_columns(records: Sequence[SpectrumRecord]) -> Row:
     """The estimates of a run at its start and end, as `lambda_max_start`, `lambda_max_end`, and so on.
 
-    The first Hessian mode has these names; a further one its own in front, as in `latent_lambda_max_start`.
+    Args:
+        records: The records of the run, in the order of measuring.
+
+    Returns:
+        Estimates by column. Columns of the first Hessian mode have these names; those of a further mode have its name
+        in front, as in `latent_lambda_max_start`.
     """
     columns: Row = {}
     for index, mode in enumerate(dict.fromkeys(record.mode for record in records)):
@@ -53,10 +68,16 @@ def spectrum_columns(records: Sequence[SpectrumRecord]) -> Row:
 
 
 def with_steps_to_baseline(rows: Sequence[Row], curves: Sequence[Curve]) -> list[Row]:
-    """The rows with `steps_to_baseline_loss`: when each curve is first down to the last loss of its baseline.
+    """The rows with `steps_to_baseline_loss`: the step at which each curve reaches the last loss of its baseline.
 
-    The baseline is measured by the same rule, so that a curve that ends above its lowest point is not favoured.
-    None when the loss is never reached, or no baseline was trained at that bit-width.
+    The baseline's own curve is read by the same rule: it may have reached that loss before its last step.
+
+    Args:
+        rows: The rows of a study.
+        curves: The validation curve of each row's run.
+
+    Returns:
+        New rows. The value is None where the loss is never reached, or no baseline was trained at that bit-width.
     """
     finals = {row["bits"]: row["validation_loss"] for row in rows if row["method"] == "baseline"}
     return [
@@ -66,19 +87,25 @@ def with_steps_to_baseline(rows: Sequence[Row], curves: Sequence[Curve]) -> list
 
 
 def for_report(rows: Sequence[Row]) -> list[Row]:
-    """The rows in the words of a reader: `not reached` where a loss was not."""
+    """The rows as the report shows them: steps as text, `not reached` where a loss was not."""
     return [_in_order(row) | {"steps_to_baseline_loss": _cell(row, "steps_to_baseline_loss")} for row in rows]
 
 
 def write_table(rows: Sequence[Row], folder: Path, *, heading: str = "") -> None:
-    """table.json and table.md in the folder. A number that is not finite is null in the first."""
+    """Write table.json and table.md. JSON has no NaN and no infinity: such a number is null there.
+
+    Args:
+        rows: The rows of a study.
+        folder: The folder to write to.
+        heading: What table.md says above the table.
+    """
     text = json.dumps([plain(_in_order(row)) for row in rows], indent=2, allow_nan=False)
     (folder / "table.json").write_text(text + "\n", encoding="utf-8")
     (folder / "table.md").write_text(markdown(rows, heading=heading), encoding="utf-8")
 
 
 def markdown(rows: Sequence[Row], *, heading: str = "") -> str:
-    """One Markdown table with every column; estimates with their 95 % interval, `?` marks the unresolved."""
+    """One Markdown table with every column. Estimates have their 95 % interval, and `?` where they are unresolved."""
     keys = _keys(rows)
     lines = ["| " + " | ".join(key.replace("_", " ") for key in keys) + " |", "|" + " --- |" * len(keys)]
     lines += ["| " + " | ".join(_cell(row, key) for key in keys) + " |" for row in rows]
@@ -87,19 +114,19 @@ def markdown(rows: Sequence[Row], *, heading: str = "") -> str:
 
 
 def terminal(rows: Sequence[Row]) -> str:
-    """The same in blocks narrow enough for a terminal: the outcomes, then the quantities, a row each time."""
+    """The table in blocks narrow enough for a terminal: first the outcomes, then two quantities at a time."""
     keys = _keys(rows)
     spectral = [key for key in keys if any(isinstance(row.get(key), Estimate) for row in rows)]
     names = list(dict.fromkeys(key.rpartition("_")[0] for key in spectral))
     blocks = [_aligned(rows, [key for key in OUTCOMES if key in keys])]
-    for first in range(0, len(names), PER_BLOCK):
-        chosen = [f"{name}_{moment}" for name in names[first : first + PER_BLOCK] for moment in MOMENTS]
+    for first in range(0, len(names), QUANTITIES_PER_BLOCK):
+        chosen = [f"{name}_{moment}" for name in names[first : first + QUANTITIES_PER_BLOCK] for moment in MOMENTS]
         blocks.append(_aligned(rows, [key for key in chosen if key in spectral]))
     return "\n\n".join(blocks)
 
 
 def _aligned(rows: Sequence[Row], keys: Sequence[str]) -> str:
-    keys = ["bits", "method", *keys]
+    keys = [*RUN_KEYS, *keys]
     cells = [[key.replace("_", " ") for key in keys], *([_cell(row, key) for key in keys] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(keys))]
     return "\n".join(
@@ -108,13 +135,14 @@ def _aligned(rows: Sequence[Row], keys: Sequence[str]) -> str:
 
 
 def _in_order(row: Row) -> Row:
-    outcomes = ("bits", "method", *OUTCOMES)
-    return {key: row[key] for key in (*outcomes, *(key for key in row if key not in outcomes)) if key in row}
+    """The row with the columns that name the run first, then the outcomes."""
+    first = ("label", *RUN_KEYS, *OUTCOMES)
+    return {key: row[key] for key in (*first, *(key for key in row if key not in first)) if key in row}
 
 
 def _keys(rows: Sequence[Row]) -> list[str]:
-    """All columns, the spectral quantities in the order they are always named in."""
-    keys = list(dict.fromkeys(key for row in rows for key in _in_order(row)))
+    """All columns but the label, which bits and method say already; the estimates in the order of `ESTIMATES`."""
+    keys = list(dict.fromkeys(key for row in rows for key in _in_order(row) if key != "label"))
     rank = {f"{name}_{moment}": index for index, name in enumerate(ESTIMATES) for moment in MOMENTS}
     return sorted(keys, key=lambda key: rank.get(key, len(rank)) if key in rank or key.endswith(MOMENTS) else -1)
 

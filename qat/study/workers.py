@@ -1,8 +1,8 @@
-"""Runs of a study side by side: a process each, one thread each, and as many as there are cores.
+"""Runs of a study in parallel: each in a process of its own, on one thread.
 
-Small models gain little from threads and lose much where other programs run on the same cores: OpenMP's threads spin
-while they wait for one that is not running. Training such a model took 3 s with two threads on two idle cores, 4 s
-with one, and 40 to 95 s with two on busy cores. Processes wait for nobody.
+Small models gain little from threads, and lose much where other programs use the same cores: a thread of OpenMP keeps
+its core busy while it waits for another. Training such a model took 3 s with two threads on two idle cores, 4 s with
+one thread, and 40 to 95 s with two threads on busy cores. Processes do not wait for each other.
 """
 
 from __future__ import annotations
@@ -28,16 +28,27 @@ from spectra.backend.errors import InputError
 CGROUPS = Path("/sys/fs/cgroup")
 MOST_WORKERS = 4  # each holds about 0.6 GB for its libraries alone
 
-_shared: Any = None  # in a worker, what all jobs have in common
+_shared: Any = None  # in a worker's process, the first argument of every job
 
 
 def run_jobs(
     job: Callable[..., Any], shared: Any, arguments: Sequence[tuple[Any, ...]], *, workers: int
 ) -> Iterator[tuple[int, Any]]:
-    """Yield (i, job(shared, *arguments[i])) as they are done: in turn with one worker, else side by side.
+    """Run jobs one after the other, or in parallel processes.
 
-    After an error no further job is started; those that run come to their end, and then the error is raised.
-    Raises InputError when a worker is killed, as a system does that is out of memory.
+    After an error no further job is started. Those that run are completed, and then the error is raised.
+
+    Args:
+        job: Called as job(shared, *arguments[i]); a function that can be pickled.
+        shared: What all jobs have in common; it is sent to each process once.
+        arguments: The further arguments of each job.
+        workers: How many processes; 1 runs the jobs in this one.
+
+    Yields:
+        Pairs (i, result of job i), in the order in which they are completed.
+
+    Raises:
+        InputError: A worker was killed, as systems do when memory runs out.
     """
     if workers <= 1:
         for index, given in enumerate(arguments):
@@ -61,7 +72,14 @@ def run_jobs(
 
 
 def available_cores(cgroups: Path = CGROUPS) -> int:
-    """The cores this process may use: those it is bound to, and no more than a container's quota gives time on."""
+    """How many cores this process may use, by its CPU affinity and by the quota of its container.
+
+    Args:
+        cgroups: Where the system's control groups are mounted.
+
+    Returns:
+        The number of cores, 1 or more.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, period = _quota(cgroups)
     return cores if quota is None else max(1, min(cores, math.ceil(quota / period)))
@@ -69,7 +87,14 @@ def available_cores(cgroups: Path = CGROUPS) -> int:
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Inside, torch computes on at most `count` threads, and on no more than it did before."""
+    """Limit torch to `count` threads inside; a lower limit that was set before stays.
+
+    Args:
+        count: The largest number of threads.
+
+    Yields:
+        Nothing.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, min(before, count)))
     try:
@@ -79,7 +104,10 @@ def threads(count: int) -> Iterator[None]:
 
 
 def _quota(cgroups: Path) -> tuple[int | None, int]:
-    """Microseconds of processor time in a period, under either version of control groups; None is no limit."""
+    """The processor time in a period and the period, in microseconds, for both versions of control groups.
+
+    A quota of None is no limit.
+    """
     try:
         quota, period = (cgroups / "cpu.max").read_text().split()
         return (None, 1) if quota == "max" else (int(quota), int(period))
@@ -93,7 +121,7 @@ def _quota(cgroups: Path) -> tuple[int | None, int]:
 
 
 def _set_up(shared: bytes, lock: Any, counter: Any) -> None:
-    """In a new worker: one thread, a line of the terminal of its own, and no traceback when the user interrupts."""
+    """Prepare a new worker: one thread, its own line for progress bars, and no traceback when the user interrupts."""
     global _shared
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     torch.set_num_threads(1)

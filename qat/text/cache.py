@@ -13,11 +13,11 @@ from typing import Any
 
 from spectra.backend.errors import InputError
 
-FORMAT = 1  # part of every key: raise it when what is kept changes meaning
+FORMAT = 1  # part of every key: raise it when the same key would stand for something else
 
 
 def cache_folder() -> Path:
-    """`QAT_CACHE`, else `qat` in `XDG_CACHE_HOME`, else `~/.cache/qat`."""
+    """The folder of the cache: `QAT_CACHE`, else `qat` in `XDG_CACHE_HOME`, else `~/.cache/qat`."""
     if folder := os.environ.get("QAT_CACHE"):
         return Path(folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -25,7 +25,15 @@ def cache_folder() -> Path:
 
 
 def cache_key(texts: Iterable[str], settings: dict[str, Any]) -> str:
-    """A name for what is made of these texts with these settings: 16 hexadecimal digits of a SHA-256."""
+    """A name for what is made of these texts with these settings.
+
+    Args:
+        texts: The texts, in an order that matters.
+        settings: Everything else that the result depends on.
+
+    Returns:
+        16 hexadecimal digits of a SHA-256 hash.
+    """
     digest = hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True, default=str).encode())
     for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")
@@ -34,10 +42,20 @@ def cache_key(texts: Iterable[str], settings: dict[str, Any]) -> str:
 
 
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder `name` in the cache; when it is not there, `make(folder)` fills a new one.
+    """A folder in the cache, made if it is not there.
 
-    The folder is filled under another name and then renamed, so that it is whole or absent, whatever interrupts
-    and however many processes make it at once. Raises InputError when the cache cannot be written.
+    A new folder is filled under another name and then renamed. So it is complete or absent, whatever interrupts, and
+    however many processes make it at once.
+
+    Args:
+        name: The folder's name in the cache.
+        make: Called as make(folder) to fill a new one.
+
+    Returns:
+        The folder's path.
+
+    Raises:
+        InputError: The cache cannot be written.
     """
     target = cache_folder() / name
     if target.is_dir():

@@ -5,25 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from qat.text.cache import cache_key, cached_folder
-from qat.text.hub import offline_unless_reachable
-from spectra.backend.errors import InputError
-from spectra.integrations.loading import read_texts
+from spectra.backend.errors import InputError, first_line
+from spectra.integrations.hub import offline_unless_reachable
+from spectra.integrations.loading import read_texts, tokenize
 
 VALIDATION_SHARE = 0.1
-FILES_TO_SPLIT_BY = 10  # with fewer files than this, each file gives its own tail
+FILES_TO_SPLIT_BY = 10  # of fewer files than this, each gives its last tenth to validation
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the bytes and the end of text
-DATASET_CHARACTERS = 20_000_000  # of a dataset on the hub, as much as this is read
+DATASET_CHARACTERS = 20_000_000  # how much of a dataset on the hub is read
 # Packages of others, tests, tables of characters, generated documentation, and what only some installations carry.
 SKIPPED_FOLDERS = frozenset(
     [
@@ -35,7 +34,13 @@ SKIPPED_FOLDERS = frozenset(
 
 @dataclass(frozen=True)
 class Text:
-    """Documents to train on and documents to validate on; `source` says where they come from."""
+    """Documents to train on and documents to validate on.
+
+    Args:
+        train: One string a document.
+        validation: One string a document.
+        source: Where they come from, in words.
+    """
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
@@ -43,12 +48,23 @@ class Text:
 
     @property
     def characters(self) -> int:
-        """Of both parts together."""
+        """The number of characters of both parts together."""
         return sum(map(len, self.train)) + sum(map(len, self.validation))
 
 
 def load_text(files: Sequence[str | Path] = (), dataset: str | None = None) -> Text:
-    """The given files, else the dataset of that name on the hub, else the source of the standard library."""
+    """The given files, else the dataset of that name on the hub, else the source of Python's standard library.
+
+    Args:
+        files: Paths of UTF-8 text files.
+        dataset: A name on the Hugging Face hub.
+
+    Returns:
+        The text, split into documents to train on and to validate on.
+
+    Raises:
+        InputError: Both are given, or what is given cannot be read.
+    """
     if files and dataset:
         raise InputError("give text files or a dataset, not both: leave out --text or --dataset")
     if files:
@@ -57,7 +73,14 @@ def load_text(files: Sequence[str | Path] = (), dataset: str | None = None) -> T
 
 
 def standard_library() -> Text:
-    """The source of the running interpreter's standard library, split by file. No test folders, no site-packages."""
+    """The source of the running interpreter's standard library, split by file, without its tests and other packages.
+
+    Returns:
+        The text; the same on every machine with this version of Python.
+
+    Raises:
+        InputError: This Python comes without its source.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     documents = {}
     for path in _python_files(root):
@@ -74,7 +97,17 @@ def standard_library() -> Text:
 
 
 def read_files(files: Sequence[str | Path]) -> Text:
-    """A person's own files, UTF-8. Ten files or more are split by file; of fewer, each gives its last tenth."""
+    """Text files. Ten files or more are split by file; of fewer, each gives its last tenth to validation.
+
+    Args:
+        files: Paths of UTF-8 text files.
+
+    Returns:
+        The text.
+
+    Raises:
+        InputError: A file is missing, empty or not UTF-8.
+    """
     documents = dict(zip([Path(file).as_posix() for file in files], read_texts(files), strict=True))
     if len(documents) >= FILES_TO_SPLIT_BY:
         train, validation = split_by_file(documents)
@@ -84,7 +117,17 @@ def read_files(files: Sequence[str | Path]) -> Text:
 
 
 def read_dataset(name: str) -> Text:
-    """The text of a dataset on the hub: its train split, and its validation or test split when it has one."""
+    """The text of a dataset on the hub: its train split, and its validation or test split when it has one.
+
+    Args:
+        name: The dataset's name on the Hugging Face hub, or a folder that `datasets` can load.
+
+    Returns:
+        The text, at most `DATASET_CHARACTERS` characters of it.
+
+    Raises:
+        InputError: The dataset cannot be loaded, or it has no column of text.
+    """
     import datasets
 
     with offline_unless_reachable() as reachable:
@@ -92,7 +135,7 @@ def read_dataset(name: str) -> Text:
             splits: Any = datasets.load_dataset(name)
         except Exception as error:
             hint = "check the name, or give files with --text" if reachable else "no network: give files with --text"
-            raise InputError(f"the dataset {name!r} could not be loaded ({_first_line(error)}): {hint}") from error
+            raise InputError(f"the dataset {name!r} could not be loaded ({first_line(error)}): {hint}") from error
     train_split = splits["train"] if "train" in splits else next(iter(splits.values()))
     train = _text_column(train_split, name, DATASET_CHARACTERS)
     for other in ("validation", "valid", "dev", "test"):
@@ -103,10 +146,16 @@ def read_dataset(name: str) -> Text:
 
 
 def split_by_file(documents: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Train and validation documents. Whole files go to validation in the order of a hash of their path.
+    """Split by whole files. Files go to validation in the order of a hash of their path, up to a tenth of the text.
 
-    So the order they are given in does not matter. At most a tenth of the text goes there; when files are so uneven
-    that none fits, every file gives its tail instead.
+    The order of the files does not matter. Where the files are so uneven that none fits, every file gives its last
+    tenth instead.
+
+    Args:
+        documents: The text of each file by its path.
+
+    Returns:
+        The documents to train on, and those to validate on.
     """
     total = sum(map(len, documents.values()))
     held_out, taken = set(), 0
@@ -123,7 +172,14 @@ def split_by_file(documents: dict[str, str]) -> tuple[tuple[str, ...], tuple[str
 
 
 def split_by_tail(documents: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of each document the first nine tenths to train on and the rest to validate on, cut at a line end if near."""
+    """Split each document: the first nine tenths to train on, the rest to validate on, cut at a line end if near.
+
+    Args:
+        documents: The text of each document.
+
+    Returns:
+        The parts to train on, and those to validate on.
+    """
     train, validation = [], []
     for document in documents:
         cut = int(len(document) * (1 - VALIDATION_SHARE))
@@ -134,10 +190,18 @@ def split_by_tail(documents: Sequence[str]) -> tuple[tuple[str, ...], tuple[str,
     return tuple(train), tuple(validation)
 
 
-def trained_tokenizer(text: Text, vocabulary_size: int = 1024):
-    """A byte-level BPE tokenizer trained on the training documents, kept in the cache. Any language: no unknown tokens.
+def trained_tokenizer(text: Text, vocabulary_size: int = 1024) -> Any:
+    """A byte-level BPE tokenizer trained on the training documents, and kept in the cache. It knows every character.
 
-    Raises InputError for a vocabulary smaller than the bytes.
+    Args:
+        text: What to train on.
+        vocabulary_size: How many tokens to learn, 257 or more.
+
+    Returns:
+        A tokenizer of transformers.
+
+    Raises:
+        InputError: The vocabulary is smaller than the bytes, or the cache cannot be written.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -157,19 +221,15 @@ def trained_tokenizer(text: Text, vocabulary_size: int = 1024):
     return PreTrainedTokenizerFast.from_pretrained(cached_folder(f"tokenizer-{key}", make))
 
 
-def tokenize(documents: Iterable[str], tokenizer) -> torch.Tensor:
-    """All documents as one row of token ids, int64, each followed by the end-of-text token if there is one."""
-    documents = list(documents)
-    if not documents:
-        return torch.empty(0, dtype=torch.int64)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    rows = [np.array([*tokens, *end], dtype=np.int64) for tokens in encoded["input_ids"]]
-    return torch.from_numpy(np.concatenate(rows))
-
-
 class Blocks(Dataset):
-    """Tokens in blocks of `length`, the incomplete last one dropped; an item has input_ids and labels, (length,)."""
+    """Tokens in blocks of equal length, as a data set of torch. An incomplete last block is dropped.
+
+    An item has `input_ids` and `labels`, both (length,) and int64.
+
+    Args:
+        tokens: Token ids, (number of tokens,), int64.
+        length: Tokens a block.
+    """
 
     def __init__(self, tokens: torch.Tensor, length: int) -> None:
         count = len(tokens) // length
@@ -183,24 +243,38 @@ class Blocks(Dataset):
         return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
 
     def evenly(self, count: int) -> Blocks:
-        """At most `count` of the blocks, spread evenly over all."""
+        """At most `count` of the blocks, at equal distances over all of them."""
         if count >= len(self):
             return self
         return Blocks(self.blocks[torch.arange(count) * len(self) // count].flatten(), self.length)
 
 
-def make_blocks(text: Text, tokenizer, *, length: int, train_blocks: int = 1, validation_blocks: int = 1):
-    """The blocks of the training and of the validation documents.
+def make_blocks(
+    text: Text, tokenizer: Any, *, length: int, train_blocks: int = 1, validation_blocks: int = 1
+) -> tuple[Blocks, Blocks]:
+    """The blocks of the training documents, and those of the validation documents.
 
-    train_blocks, validation_blocks: the fewest that will do. Raises InputError, with the counts, when there are fewer.
+    Args:
+        text: The documents.
+        tokenizer: Makes the tokens.
+        length: Tokens a block.
+        train_blocks: How many blocks to train on are needed.
+        validation_blocks: How many blocks to validate on are needed.
+
+    Returns:
+        Blocks to train on, blocks to validate on.
+
+    Raises:
+        InputError: There are fewer blocks than needed; the message has the counts.
     """
     return (
-        _enough(tokenize(text.train, tokenizer), length, train_blocks, "training", text.source),
-        _enough(tokenize(text.validation, tokenizer), length, validation_blocks, "validation", text.source),
+        _checked_blocks(tokenize(tokenizer, text.train), length, train_blocks, "training", text.source),
+        _checked_blocks(tokenize(tokenizer, text.validation), length, validation_blocks, "validation", text.source),
     )
 
 
-def _enough(tokens: torch.Tensor, length: int, needed: int, part: str, source: str) -> Blocks:
+def _checked_blocks(tokens: torch.Tensor, length: int, needed: int, part: str, source: str) -> Blocks:
+    """The tokens in blocks. Raises InputError, with the counts, where they are fewer than needed."""
     blocks = Blocks(tokens, length)
     if len(blocks) < needed:
         source = source if len(source) < 80 else source[:77] + "..."
@@ -212,7 +286,7 @@ def _enough(tokens: torch.Tensor, length: int, needed: int, part: str, source: s
 
 
 def _python_files(root: Path) -> list[Path]:
-    """The .py files below, in the order of their relative path."""
+    """The .py files below `root`, in the order of their relative path."""
     found = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
@@ -222,7 +296,7 @@ def _python_files(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _text_column(split, name: str, characters: int) -> str:
+def _text_column(split: Any, name: str, characters: int) -> str:
     """The column named text, else the first one that holds strings, as one document of at most so many characters."""
     columns = [column for column in split.column_names if getattr(split.features[column], "dtype", "") == "string"]
     if not columns:
@@ -236,7 +310,3 @@ def _text_column(split, name: str, characters: int) -> str:
         if taken >= characters:
             break
     return "\n".join(pieces)[:characters]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""WinQ as a callback of the Hugging Face Trainer. Apart from winq.py, so that only this file imports transformers."""
+"""WinQ as a callback of the Hugging Face Trainer. winq.py itself does without transformers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from spectra.backend.errors import InputError
 
 
 class WinQCallback(TrainerCallback):
-    """Noise while the Trainer trains, and a reset toward the grid every so often (WinQ, arXiv 2605.17471).
+    """Weight noise while the Trainer trains, and resets toward the quantization grid (WinQ, arXiv 2605.17471).
 
-    every: steps, or a fraction of the run, as in WinQConfig; alpha: the share that moves toward Q(W); sigma: the
-    size of the weight noise; noise_scales: noise on the learned scales too. around_reset: called as
-    around_reset("before-reset" | "after-reset", step). Steps are optimizer steps, also when resuming.
-    The noise comes off when training ends. If training raises, the Trainer tells its callbacks nothing: call `stop()`,
-    or leave it, since the noise acts in train mode only and the next training sets it anew.
-    Raises InputError for a value out of range, and when training starts on a model without quantized layers.
+    Training steps are optimizer steps, also when a training is resumed. The noise is taken off when training ends. If
+    training raises, the Trainer tells its callbacks nothing: call `stop()`, or leave it, since the noise acts in train
+    mode only and the next training sets it anew.
+
+    Args:
+        every: When to reset, as in `qat.WinQConfig`.
+        alpha: How far a reset moves the weights toward Q(W), 0 to 1.
+        sigma: Standard deviation of the weight noise.
+        noise_scales: Whether learned scales get the same noise.
+        around_reset: Called as around_reset("before-reset", step) and around_reset("after-reset", step).
+
+    Raises:
+        InputError: A value is out of range; or, when training starts, the model has no quantized layers.
     """
 
     def __init__(
@@ -36,29 +43,44 @@ class WinQCallback(TrainerCallback):
 
     @classmethod
     def preset(cls, name: str, *, around_reset: AroundReset | None = None) -> WinQCallback:
-        """The settings of the paper's text ("paper") or of its released code ("released"): see qat.PRESETS."""
+        """The callback with the settings of the paper's text or of its released code.
+
+        Args:
+            name: "paper" or "released", see `qat.PRESETS`.
+            around_reset: As for the class.
+
+        Returns:
+            The callback.
+
+        Raises:
+            InputError: There is no such preset.
+        """
         if name not in PRESETS:
             raise InputError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
         return cls(**asdict(PRESETS[name]), around_reset=around_reset)
 
     @property
     def config(self) -> WinQConfig:
+        """The settings in use."""
         return self.winq.config
 
     @property
     def resets(self) -> list[int]:
-        """The steps at which this run has reset the weights so far."""
+        """The training steps at which this run has reset the weights so far."""
         return self.winq.resets
 
     def stop(self) -> None:
-        """Takes the noise off, for when training raised."""
+        """Take the noise off, for when training raised."""
         self.winq.stop()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the noise on and plan the resets."""
         self.winq.start(kwargs["model"], state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Reset the weights where a reset is due."""
         self.winq.step(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the noise off."""
         self.winq.stop()

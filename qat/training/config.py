@@ -1,4 +1,4 @@
-"""How to train: an optimizer, a learning-rate schedule, a fixed data order."""
+"""The settings of a training, checked when they are made."""
 
 from __future__ import annotations
 
@@ -7,19 +7,29 @@ from dataclasses import dataclass
 
 from spectra.backend.errors import InputError
 
-SMALL_LLAMA_RATE, PRETRAINED_RATE = 3e-3, 2e-5  # a model trained on billions of tokens breaks at the first
-
-
+SMALL_LLAMA_RATE, PRETRAINED_RATE = 3e-3, 2e-5  # a model trained on billions of tokens diverges at the first
 SCHEDULES = ("constant", "cosine", "wsd")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train: AdamW, a learning-rate schedule, a fixed data order. Validated when made.
+    """How to train: AdamW, a learning-rate schedule, a fixed data order.
 
-    schedule: "constant"; "cosine", to 0 at the end; "wsd" (warmup, stable, decay), linearly to 0 over the last fifth.
-    warmup: the share of the steps over which the rate rises linearly from 0, whatever the schedule.
-    evaluate_every: steps between two validation losses, 0 for a sixteenth of the run.
+    Args:
+        steps: Training steps.
+        batch_size: Sequences a training step.
+        learning_rate: The peak of the schedule.
+        schedule: "constant"; "cosine", to 0 at the end; or "wsd" (warmup, stable, decay), linearly to 0 at the end.
+        warmup: The share of the steps over which the rate rises linearly from 0, whatever the schedule.
+        decay: The share of the steps over which "wsd" decays.
+        weight_decay: Weight decay of AdamW on matrices; scales and biases get none.
+        gradient_clip: The largest gradient norm; 0 does not clip.
+        evaluate_every: Training steps between two validation losses; 0 is a sixteenth of the run.
+        telemetry_every: Training steps between two lines of telemetry.
+        seed: Seed of the data order and the weight noise.
+
+    Raises:
+        InputError: A value is out of range.
     """
 
     steps: int = 128
@@ -51,11 +61,19 @@ class TrainConfig:
                 raise InputError(f"{name} is 0 or more, got {getattr(self, name)}")
 
     def evaluation_steps(self) -> tuple[int, ...]:
-        """After which steps the validation loss is taken: 0, every evaluate_every, and the last."""
+        """The training steps after which the validation loss is measured: 0, every `evaluate_every`, and the last."""
         every = self.evaluate_every or max(1, self.steps // 16)
         return (*range(0, self.steps, every), self.steps)
 
 
 def check_seed(seed: int) -> None:
+    """Check a seed.
+
+    Args:
+        seed: What a user gave.
+
+    Raises:
+        InputError: It is no whole number of 32 bits.
+    """
     if not 0 <= seed < 2**32:
         raise InputError(f"a seed is a whole number from 0 to {2**32 - 1}, got {seed}")

@@ -1,4 +1,4 @@
-"""How good a language model is on a text: validation loss and perplexity, exact means over all counted tokens."""
+"""Validation loss and perplexity of a language model on a text, as exact means over the predicted tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from spectra.integrations.loading import longest_sequence
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The mean next-token cross-entropy in nats over `tokens` predicted tokens, in blocks of `block` tokens."""
+    """How well a model predicts a text.
+
+    Attributes:
+        loss: The mean next-token cross-entropy, in nats a token.
+        tokens: How many tokens were predicted.
+        block: Tokens a block; the first token of a block is not predicted.
+    """
 
     loss: float
     tokens: int
@@ -31,14 +37,23 @@ class Evaluation:
 
 
 def perplexity_of(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """exp(loss), infinite where that overflows, NaN for NaN."""
     return math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
 
 
 def evaluate(model: nn.Module, blocks: Blocks, *, batch_size: int = 16) -> Evaluation:
-    """The loss sum_i -log p(token_i | those before it in its block) / N over all blocks; N counts length - 1 a block.
+    """The mean loss over blocks: - (1 / N) sum_i log p(token_i | the tokens before it in its block).
 
-    In evaluation mode and without gradients; the mode of every module is put back. Sums are in float64.
+    N counts length - 1 predicted tokens a block. The model computes in evaluation mode and without gradients; the mode
+    of every module is put back. The sum is in float64.
+
+    Args:
+        model: A causal language model of transformers.
+        blocks: Tokens in blocks.
+        batch_size: Blocks a forward pass.
+
+    Returns:
+        The loss, and how many tokens it is the mean of.
     """
     total = 0.0
     device = next(model.parameters()).device
@@ -53,10 +68,21 @@ def evaluate(model: nn.Module, blocks: Blocks, *, batch_size: int = 16) -> Evalu
 
 
 def perplexity(model: nn.Module, tokens: torch.Tensor, *, block: int = 2048, batch_size: int = 1) -> Evaluation:
-    """Perplexity in non-overlapping blocks, the usual way: blocks of min(block, the longest input of the model).
+    """Perplexity of a text in blocks that do not overlap.
 
-    tokens: (n,) token ids. The incomplete last block is left out, unless it is the only one. Raises InputError for
-    fewer than two tokens.
+    An incomplete last block is left out, unless it is the only one.
+
+    Args:
+        model: A causal language model of transformers.
+        tokens: Token ids, (number of tokens,).
+        block: Tokens a block; where the model takes fewer, that many.
+        batch_size: Blocks a forward pass.
+
+    Returns:
+        The loss, with `.perplexity`.
+
+    Raises:
+        InputError: There are fewer than two tokens, or `block` is below 2.
     """
     if len(tokens) < 2:
         raise InputError(f"perplexity needs two tokens or more, the text has {len(tokens)}: give a longer text")
@@ -69,7 +95,7 @@ def perplexity(model: nn.Module, tokens: torch.Tensor, *, block: int = 2048, bat
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout and the like off inside; every module is then put back in the mode it was in, one by one."""
+    """Evaluation mode inside, which turns dropout off; on exit every module gets back the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Progress bars with the time left: on a terminal only, and a line for each worker of a study."""
+"""Progress bars with the time left. They are drawn on a terminal only; each worker of a study has its own lines."""
 
 from __future__ import annotations
 
@@ -8,23 +8,40 @@ from tqdm import tqdm
 
 from spectra.cli.command_line import on_terminal
 
-POSITION = "QAT_BAR_POSITION"  # in a worker's environment: the how-many-eth it is
+POSITION = "QAT_BAR_POSITION"  # an environment variable that holds the index of a worker
 
 
 def progress_bar(total: int, description: str, unit: str, *, inner: bool = False) -> tqdm:
-    """A bar that goes away when closed; an inner one has the line below."""
+    """A progress bar that disappears when it is closed.
+
+    Args:
+        total: How many units the work has.
+        description: What is being done.
+        unit: The name of a unit.
+        inner: Whether it is drawn below another bar of the same worker.
+
+    Returns:
+        The bar.
+    """
     position = 2 * int(os.environ.get(POSITION, 0)) + int(inner)
     return tqdm(total=total, desc=description, unit=unit, disable=not on_terminal(), leave=False, position=position)
 
 
 class MeasuringBar:
-    """A bar for each measurement of a spectrum, to be called as bar(products done, products in all)."""
+    """A progress bar for each measurement of a spectrum: the `progress` of a `spectra.SpectrumProbe`.
+
+    Call it as bar(done, total), both numbers of Hessian-vector products.
+
+    Args:
+        name: The run that is measured.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.bar: tqdm | None = None
 
     def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` products are done, and remove the bar after the last."""
         if self.bar is None:
             self.bar = progress_bar(total, f"{self.name}, spectrum", "product", inner=True)
         self.bar.total = total
@@ -33,7 +50,7 @@ class MeasuringBar:
             self.close()
 
     def close(self) -> None:
-        """Take the bar away, also when a measurement broke off."""
+        """Remove the bar, also when a measurement was interrupted."""
         if self.bar is not None:
             self.bar.close()
         self.bar = None

@@ -1,4 +1,4 @@
-"""What quantized weights do during training, in four numbers."""
+"""Telemetry of quantized weights in training: flips, distance to the grid, clipping, relative gradient."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from spectra.backend.errors import InputError
 
 
 class Telemetry:
-    """Numbers over all quantized weights of a model, tied ones once. Keeps an int8 copy of their codes.
+    """Measures all quantized weights of a model, tied ones once. It keeps an int8 copy of their codes.
 
-    Raises InputError where the model has no quantized layers.
+    Args:
+        model: A quantized model.
+
+    Raises:
+        InputError: The model has no quantized layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -24,12 +28,14 @@ class Telemetry:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """The numbers now; a call changes nothing but the codes that the next one compares with.
+        """Measure the weights as they are. Afterwards only the codes to compare with are new.
 
-        flip_rate: share of weights whose code changed since the previous call (since construction, at the first).
-        distance_to_grid: ||W - Q(W)|| / ||W||. clipped_share: share of weights outside the clip bounds.
-        relative_gradient_norm: ||grad|| / ||W|| over the weights, left out unless all have a gradient: read it
-        between the backward pass and `zero_grad`.
+        Returns:
+            `flip_rate`: the share of weights whose code changed since the last call, or since construction.
+            `distance_to_grid`: ||W - Q(W)|| / ||W||.
+            `clipped_share`: the share of weights outside the clip bounds.
+            `relative_gradient_norm`: ||gradient|| / ||W||. It is there only if all weights have a gradient, that is
+            between the backward pass and `zero_grad`.
         """
         flipped, clipped, distance, size, gradient = [], [], [], [], []
         for index, layer in enumerate(self._layers):
@@ -55,14 +61,15 @@ class Telemetry:
 
 
 def _squares(tensor: Tensor) -> Tensor:
-    """The sum of squares in float64: a float32 norm of ten million entries is off in the fourth digit."""
+    """The sum of squares, in float64: a float32 norm of ten million entries has an error in the fourth digit."""
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
 
 
 def _total(terms: list[Tensor]) -> float:
-    """One transfer from the device for each device there is, not one a layer."""
+    """The sum as a number. Where all terms are on one device, they are added there and copied to the host once."""
     return float(sum(term.item() for term in terms)) if len({t.device for t in terms}) > 1 else float(sum(terms))
 
 
 def _ratio(part: float, whole: float) -> float:
+    """The quotient part / whole, 0 where the whole is 0."""
     return part / whole if whole > 0 else 0.0

@@ -25,7 +25,13 @@ from spectra.runs.folder import Run
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a training went. curve: (step, validation loss) pairs, from step 0 to the last."""
+    """How a training went.
+
+    Attributes:
+        steps: Training steps.
+        curve: Pairs (training step, validation loss), from step 0 to the last.
+        seconds: How long it took.
+    """
 
     steps: int
     curve: tuple[tuple[int, float], ...]
@@ -33,7 +39,7 @@ class TrainResult:
 
     @property
     def validation_loss(self) -> float:
-        """The last of the curve."""
+        """The validation loss after the last training step."""
         return self.curve[-1][1]
 
 
@@ -49,15 +55,29 @@ def train(
     telemetry: Any = None,
     device: str | None = None,
 ) -> TrainResult:
-    """Train in place, and return the validation curve. The same config.seed gives the same batches in the same order.
+    """Train a language model in place.
 
-    run: gets a line of telemetry every config.telemetry_every steps and at every evaluation.
-    telemetry: has `measure() -> dict`, called where gradients are at hand and added to the line.
-    device: "cpu", "cuda" or None for the GPU if there is one. callbacks: run at every step before our own.
-    Raises NonFiniteError, naming the step, when a loss is NaN or infinite; what was recorded stays.
+    The same `config.seed` gives the same batches in the same order.
+
+    Args:
+        model: A causal language model of transformers, quantized or not.
+        train_blocks: Blocks to train on.
+        validation_blocks: Blocks that the validation loss is the mean over.
+        config: How to train.
+        name: What the progress bar and error messages call the training.
+        run: A run folder. It gets a line of telemetry every `config.telemetry_every` steps and at every evaluation.
+        callbacks: Further callbacks of the Trainer; at every step they come before that of this module.
+        telemetry: Has `measure() -> dict`. It is called while gradients are there, and its numbers join the line.
+        device: "cpu", "cuda", or None for a GPU if there is one.
+
+    Returns:
+        The validation curve.
+
+    Raises:
+        NonFiniteError: A loss is NaN or infinite; the message names the step. What was recorded is kept.
     """
     set_seed(config.seed)
-    with tempfile.TemporaryDirectory(prefix="qat-trainer-") as scratch:  # the Trainer insists on a folder
+    with tempfile.TemporaryDirectory(prefix="qat-trainer-") as scratch:  # the Trainer needs a folder
         arguments = TrainingArguments(
             output_dir=scratch,
             max_steps=config.steps,
@@ -74,7 +94,7 @@ def train(
             remove_unused_columns=False,
         )
         _ = arguments.device
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # the Trainer would spread one batch over all GPUs, which changes it
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # on all GPUs the Trainer would train on a larger batch
         optimizer = make_optimizer(model, config)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, config))
         watch = _Watch(validation_blocks, config, name=name, run=run, telemetry=telemetry)
@@ -99,10 +119,21 @@ def train(
 
 
 def schedule_factor(step: int, config: TrainConfig) -> float:
-    """What the learning rate is multiplied by in the update after `step` updates, 0 <= step < steps.
+    """The factor on the learning rate in one training step.
 
-    Warmup over w = warmup * steps updates: (step + 1) / w. Then constant: 1; cosine: (1 + cos(pi t)) / 2 with t the
-    share of the rest that is done; wsd: 1, and (steps - step) / d over the last d = decay * steps updates.
+    Warmup, over the first w = warmup * steps: (step + 1) / w. Then "constant": 1; "cosine": (1 + cos(pi t)) / 2, with t
+    the share of the remaining steps that is done; "wsd": 1, and (steps - step) / d over the last d = decay * steps.
+
+    Args:
+        step: The number of training steps before this one, 0 <= step < steps.
+        config: How to train.
+
+    Returns:
+        The factor, 0 to 1.
+
+    Example:
+        >>> schedule_factor(9, TrainConfig(steps=10, schedule="wsd", decay=0.5))
+        0.2
     """
     warmup = config.warmup * config.steps
     if step < warmup:
@@ -116,7 +147,15 @@ def schedule_factor(step: int, config: TrainConfig) -> float:
 
 
 def data_order(blocks: int, config: TrainConfig) -> list[int]:
-    """Which block is used when: one shuffle of all blocks after another, drawn from config.seed alone."""
+    """The order in which blocks are trained on: one permutation of all blocks after another, drawn from the seed.
+
+    Args:
+        blocks: How many blocks there are.
+        config: How to train.
+
+    Returns:
+        The index of a block for each sequence of the training.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     needed = config.steps * config.batch_size
     order: list[int] = []
@@ -126,7 +165,15 @@ def data_order(blocks: int, config: TrainConfig) -> list[int]:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices alone: none on the scales of quantizers, whatever their shape, nor on biases."""
+    """AdamW with weight decay on matrices alone: none on biases, and none on the scales of quantizers.
+
+    Args:
+        model: The model; parameters that are frozen are left out.
+        config: How to train.
+
+    Returns:
+        The optimizer.
+    """
     exempt = decay_exempt(model)
     decayed, others = [], []
     for name, parameter in model.named_parameters():
@@ -137,7 +184,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 class _Trainer(Trainer):
-    """The Trainer with our data order, and with a look at every loss."""
+    """The Trainer with a fixed data order and a check of every loss."""
 
     watch: _Watch
     ordered: Subset
@@ -146,7 +193,7 @@ class _Trainer(Trainer):
         return DataLoader(self.ordered, batch_size=self.args.per_device_train_batch_size)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *arguments: Any, **options: Any) -> Any:
-        return model(**inputs).loss  # the mean over predicted tokens, whatever the Trainer's version counts as items
+        return model(**inputs).loss  # the mean over the tokens of this batch, in every version of the Trainer
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
         loss = super().training_step(*arguments, **options)
@@ -166,6 +213,7 @@ class _Watch(TrainerCallback):
         self.bar = progress_bar(config.steps, name, "step")
 
     def finite(self, loss: float, what: str, step: int) -> float:
+        """The loss. Raises NonFiniteError, and writes a last line of telemetry, if it is NaN or infinite."""
         if math.isfinite(loss):
             return loss
         if self.run is not None:
@@ -177,6 +225,7 @@ class _Watch(TrainerCallback):
         )
 
     def validate(self, model: nn.Module, step: int) -> float:
+        """Measure the validation loss, add it to the curve and return it."""
         loss = evaluate(model, self.blocks, batch_size=self.config.batch_size).loss
         self.curve.append((step, self.finite(loss, "validation loss", step)))
         if step == 0 and self.run is not None:

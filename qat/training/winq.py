@@ -1,7 +1,7 @@
-"""WinQ: train with noise on the weights, and every so often reset them toward the quantization grid.
+"""WinQ: train with noise on the weights, and at intervals reset them toward the quantization grid.
 
-Source of the method: WinQ, arXiv 2605.17471. `WinQ` serves any training loop; for the Hugging Face Trainer,
-qat.WinQCallback wraps it.
+Source of the method: WinQ, arXiv 2605.17471. `WinQ` is for any training loop; `qat.WinQCallback` is for the Hugging
+Face Trainer.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ from spectra.backend.errors import InputError
 
 @dataclass(frozen=True)
 class WinQConfig:
-    """When WinQ resets the weights, how far, and how much noise it trains with (arXiv 2605.17471).
+    """When WinQ resets the weights, how far, and with how much noise it trains (arXiv 2605.17471).
 
-    every: a whole number of steps (resets at each multiple), or a fraction of the run strictly between 0 and 1
-    (0.25 resets at 1/4, 1/2 and 3/4 of it). alpha: the share of the way that a reset moves the weights toward
-    Q(W). sigma: the standard deviation of the weight noise, in units of the weights. noise_scales: the same noise on
-    the learned scales. Raises InputError where a value is out of range.
+    Args:
+        every: A whole number of training steps: resets at each multiple. Or a fraction of the run strictly between 0
+            and 1: 0.25 resets at 1/4, 1/2 and 3/4.
+        alpha: How far a reset moves the weights toward Q(W): 0 not at all, 1 onto the grid.
+        sigma: Standard deviation of the weight noise, in the unit of the weights.
+        noise_scales: Whether learned scales get the same noise.
+
+    Raises:
+        InputError: A value is out of range.
     """
 
     every: float = 0.25
@@ -46,7 +51,14 @@ class WinQConfig:
 
 
 def check_every(every: Any) -> None:
-    """Raises InputError unless `every` is a whole number of steps from 1 or a fraction strictly between 0 and 1."""
+    """Check the interval between resets.
+
+    Args:
+        every: What a user gave.
+
+    Raises:
+        InputError: It is neither a whole number from 1 nor a fraction strictly between 0 and 1.
+    """
     whole = isinstance(every, Integral) and not isinstance(every, bool) and int(every) >= 1
     fraction = is_real(every) and not isinstance(every, Integral) and 0 < every < 1
     if not (whole or fraction):
@@ -56,9 +68,8 @@ def check_every(every: Any) -> None:
         )
 
 
-# "paper" is the text's own setting. "released" is what the released callback computes: it writes the reset as
-# W a + Q(W) (1 - a) with a = 0.2, so its a is the share that stays, and alpha here, the share that moves, is 0.8.
-# It also adds the noise to the clipping scales.
+# "paper" is the setting in the paper's text. "released" is what the released code computes: it writes the reset as
+# a W + (1 - a) Q(W) with a = 0.2, so alpha, the factor of Q(W), is 0.8. It also adds the noise to the scales.
 PRESETS = {
     "paper": WinQConfig(every=0.25, alpha=0.4, sigma=1e-3),
     "released": WinQConfig(every=0.25, alpha=0.8, sigma=1e-3, noise_scales=True),
@@ -69,11 +80,17 @@ AroundReset = Callable[[str, int], None]
 
 @torch.no_grad()
 def interpolate_(model: nn.Module, *, alpha: float) -> None:
-    """W <- (1 - alpha) W + alpha Q(W) for every quantized layer, in place (WinQ, arXiv 2605.17471).
+    """Move the latent weights toward the grid, in place: W <- (1 - alpha) W + alpha Q(W) (WinQ, arXiv 2605.17471).
 
-    alpha: the share of the way toward the grid, 0 to 1; at 1 the weights are Q(W) exactly. With learned scales no
-    code changes, so the loss stays equal, bit for bit. Gradients and optimizer state are not touched; weights that
-    are tied move once. Raises InputError for an alpha outside [0, 1] or a model without quantized layers.
+    With learned scales no code changes, and the loss stays the same, bit for bit. Gradients and optimizer state are not
+    changed. Tied weights move once.
+
+    Args:
+        model: A quantized model.
+        alpha: How far to move: 0 not at all, 1 to Q(W) exactly.
+
+    Raises:
+        InputError: Alpha lies outside [0, 1], or the model has no quantized layers.
     """
     WinQConfig(alpha=alpha)
     for layer in _layers(model, distinct=True):
@@ -81,9 +98,9 @@ def interpolate_(model: nn.Module, *, alpha: float) -> None:
 
 
 def _between(start: Tensor, end: Tensor, share: float) -> Tensor:
-    """start + share (end - start), never outside [start, end] by rounding, and exactly `end` at 1.
+    """The point start + share (end - start), inside [start, end] in spite of rounding error; `end` at share 1.
 
-    That is what keeps every code: one unit in the last place too far could cross a threshold.
+    One unit in the last place outside could cross a threshold and change a code.
     """
     if share < 0.5:
         return start + share * (end - start)
@@ -91,10 +108,22 @@ def _between(start: Tensor, end: Tensor, share: float) -> Tensor:
 
 
 def reset_steps(every: float, total_steps: int) -> tuple[int, ...]:
-    """The steps (1 is the first) after which a run of `total_steps` resets.
+    """The training steps after which WinQ resets the weights.
 
-    A whole number: each multiple of it, the last step included if it is one. A fraction: at every, 2 every, ... of
-    the run, rounded to a step, and never at the end, where no training follows. Raises InputError for a bad `every`.
+    Args:
+        every: A whole number: each multiple of it, the last step included if it is one. A fraction: at every, 2 every,
+            ... of the run, rounded to a step, but not at the end, where no training follows.
+        total_steps: Training steps of the run.
+
+    Returns:
+        Ascending steps; 1 is the first training step.
+
+    Raises:
+        InputError: `every` is out of range.
+
+    Example:
+        >>> reset_steps(0.25, 100)
+        (25, 50, 75)
     """
     check_every(every)
     if isinstance(every, Integral):
@@ -105,7 +134,9 @@ def reset_steps(every: float, total_steps: int) -> tuple[int, ...]:
 
 
 class WinQ:
-    """Noise and resets for any training loop.
+    """Weight noise and resets for any training loop.
+
+    In a loop of your own::
 
         winq = WinQ(PRESETS["paper"])
         winq.start(model, total_steps)
@@ -116,7 +147,9 @@ class WinQ:
         finally:
             winq.stop()
 
-    around_reset: called as around_reset("before-reset", step) and around_reset("after-reset", step).
+    Args:
+        config: The settings; None for the defaults.
+        around_reset: Called as around_reset("before-reset", step) and around_reset("after-reset", step).
     """
 
     def __init__(self, config: WinQConfig | None = None, *, around_reset: AroundReset | None = None) -> None:
@@ -128,7 +161,15 @@ class WinQ:
         self._before: list[tuple[QuantLayer, float, bool]] = []
 
     def start(self, model: nn.Module, total_steps: int) -> None:
-        """Puts the noise on and plans the resets. Raises InputError where the model has no quantized layers."""
+        """Put the noise on and plan the resets.
+
+        Args:
+            model: A quantized model.
+            total_steps: Training steps of the run.
+
+        Raises:
+            InputError: The model has no quantized layers.
+        """
         self.stop()
         layers = _layers(model)
         self._due = frozenset(reset_steps(self.config.every, total_steps))
@@ -138,7 +179,17 @@ class WinQ:
             layer.noise_sigma, layer.noise_scales = self.config.sigma, self.config.noise_scales
 
     def step(self, step: int) -> bool:
-        """To be called after optimizer step number `step` (1 is the first). True where it reset the weights."""
+        """Reset the weights if it is time. Call it after every optimizer step.
+
+        Args:
+            step: The number of the training step; 1 is the first.
+
+        Returns:
+            Whether the weights were reset.
+
+        Raises:
+            InputError: `start` was not called.
+        """
         if self._model is None:
             raise InputError("WinQ.step was called before WinQ.start(model, total_steps): start it first")
         if step not in self._due:
@@ -150,7 +201,7 @@ class WinQ:
         return True
 
     def stop(self) -> None:
-        """Takes the noise off again. Safe to call more than once."""
+        """Take the noise off. A second call does nothing."""
         for layer, sigma, noise_scales in self._before:
             layer.noise_sigma, layer.noise_scales = sigma, noise_scales
         self._before, self._model = [], None

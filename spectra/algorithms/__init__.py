@@ -1,1 +1,1 @@
-"""What spends Hessian-vector products: Lanczos, quadrature, eigenpairs, traces, shares."""
+"""Algorithms that multiply vectors by an operator: Lanczos, quadrature, eigenpairs, traces, shares of eigenvalues."""

@@ -1,4 +1,4 @@
-"""How much of an interval comes from the probes, and how much from the batches that happened to be measured."""
+"""How uncertain a quantity is because of the probe vectors, and how uncertain because of the choice of batches."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ import numpy as np
 from spectra.algorithms.slq import slq
 from spectra.backend.errors import InputError
 from spectra.estimates.estimate import CONFIDENCE, RESOLVED_HALF_WIDTH, Estimate
-from spectra.estimates.quantities import NEAR_ZERO, summarize
+from spectra.estimates.quantities import NEAR_ZERO, describe, summarize
 from spectra.operators.base import LinearOperator
 from spectra.operators.derived import MeanOperator
-from spectra.operators.hessian.objective import as_batches, rows_between, rows_in
-
-NOT_NEGATIVE = ("rms", "frobenius")
+from spectra.operators.hessian.batches import as_batches, rows_between, rows_in
 
 
 @dataclass(frozen=True)
 class NoiseSplit:
-    """A quantity of the loss over some batches, as an estimate of that over all the data they were drawn from.
+    """A quantity measured on some batches, as an estimate of its value on all the data they were drawn from.
 
-    estimate: on these batches, with what probes and a finite recurrence leave open; probe_half_width: of its interval.
-    batch_half_width: t_{g-1} times the jackknife's standard error over g groups of batches. bias: by how much fewer
-    batches make the quantity too large, to first order in 1 / batches. total: the estimate with both widths added in
-    quadrature, and room for the bias on its side.
+    Attributes:
+        estimate: The quantity on these batches; its interval covers the error of the probe vectors and of a
+            finite number of Lanczos steps.
+        probe_half_width: Half-width of that interval.
+        batch_half_width: t_{g-1} times the jackknife's standard error over g groups of batches.
+        bias: How much the finite number of batches raises the quantity on average, to first order in 1 / batches.
+        total: The estimate with both half-widths added in quadrature, and extended by the bias on the side where the
+            true value then lies.
     """
 
     estimate: Estimate
@@ -38,7 +40,7 @@ class NoiseSplit:
     total: Estimate
 
     def to_dict(self) -> dict[str, float]:
-        """What a record keeps beside the estimate: both half-widths, the bias, and the ends of the total interval."""
+        """Both half-widths, the bias and the ends of the total interval, as a record stores them."""
         parts = {"probes": self.probe_half_width, "batches": self.batch_half_width, "bias": self.bias}
         return {**parts, "low": self.total.low, "high": self.total.high}
 
@@ -58,26 +60,40 @@ def batch_noise(
     near_zero_tol: float = NEAR_ZERO,
     full: Mapping[str, Estimate] | None = None,
 ) -> dict[str, NoiseSplit]:
-    """Split the interval of each quantity of a spectrum into probe noise and batch noise.
+    """Split the uncertainty of each quantity of a spectrum into that of the probe vectors and that of the batches.
+
+    The batches are divided into consecutive groups. Each quantity is measured on all of them and again with each group
+    left out, always with the same probe vectors, and `jackknife` turns the differences into a standard error. The cost
+    is groups + 1 spectra, all but one of them on fewer batches.
+
+    A group weighs as many tokens as it contributes to the loss, or its rows if `build` returns an operator without an
+    objective. If there are fewer batches than groups, batches are divided by rows. Rows that were drawn together, such
+    as windows of one document, should be in one group: otherwise the batch noise comes out too small. With few probe
+    vectors, and groups that have little in common, part of the probe vectors' error is counted as batch noise too; the
+    total interval is then wider than necessary.
 
         build = lambda batches: spectra.HessianOperator(model, batches)
         print(spectra.batch_noise(build, batches)["trace"])
 
-    The batches are cut into `groups` that follow each other; each quantity is measured on all of them, and with each
-    group left out, always with the same probes, so that few are enough: see `jackknife`. A group weighs the tokens it
-    counts in the loss, or its rows where `build` returns an operator without an objective. Where there are fewer
-    batches than groups, batches are cut by rows. Rows that were drawn together (windows of one document) belong into
-    one group, else the batch noise comes out too small.
+    Args:
+        build: Makes the operator of the mean loss over a list of batches.
+        batches: One batch or an iterable of batches.
+        groups: How many groups, at least 2.
+        probes: Probe vectors of each spectrum (`spectra.slq`).
+        steps: Lanczos steps of each spectrum.
+        seed: Seed of the probe vectors.
+        deflate: Eigenvalues to deflate in each spectrum.
+        near_zero_tol: |lambda| below which an eigenvalue counts as near zero, in the units of the eigenvalues.
+        full: The estimates on all batches, if they are known already.
 
-    build: a list of batches -> the operator of their mean loss. probes, steps, seed, deflate: see `spectra.slq`.
-    near_zero_tol: |lambda| that counts as near zero. full: the estimates on all batches, where they are known.
-    Costs groups + 1 spectra, those with a group left out on fewer batches. What probes see differently in different
-    groups counts as batch noise too: with few probes on groups that have little in common, the total is on the safe
-    side.
-    Raises InputError for less than two groups, for fewer rows than groups, for a group that counts no token, and for a
-    loss that adds up over batches instead of averaging.
+    Returns:
+        A `NoiseSplit` for each quantity, under its key.
+
+    Raises:
+        InputError: If there are fewer than two groups or fewer rows than groups, if a group contributes no token to the
+            loss, or if the loss is a sum over the data instead of a mean.
     """
-    parts = _grouped(as_batches(batches), groups)
+    parts = _divide(as_batches(batches), groups)
 
     def measure(operator: LinearOperator) -> dict[str, Estimate]:
         try:
@@ -89,7 +105,7 @@ def batch_noise(
         return summarize(density, near_zero_tol)
 
     whole = build(list(itertools.chain(*parts)))
-    weights = _checked(_weights(whole, parts), groups)
+    weights = _check_weights(_group_weights(whole, parts), groups)
     full = measure(whole) if full is None else full
     left_out = [measure(build(list(itertools.chain(*parts[:j], *parts[j + 1 :])))) for j in range(groups)]
     return jackknife(full, left_out, weights)
@@ -98,25 +114,34 @@ def batch_noise(
 def jackknife(
     full: Mapping[str, Estimate], left_out: Sequence[Mapping[str, Estimate]], weights: Sequence[float] | np.ndarray
 ) -> dict[str, NoiseSplit]:
-    """The delete-a-group jackknife with groups of unequal weight, for each quantity of `full`.
+    """The delete-a-group jackknife with groups of unequal weight, for each quantity.
 
-    With g groups of weights m_j, n = sum m_j, h_j = n / m_j, theta from all and theta_j without group j: the
-    pseudo-values are p_j = h_j theta - (h_j - 1) theta_j, the corrected estimate is
-    theta_J = g theta - sum_j (1 - m_j / n) theta_j, the bias theta - theta_J, and the variance
+    With g groups of weights m_j, n = sum_j m_j and h_j = n / m_j, let theta be the estimate from all groups and theta_j
+    the one without group j. The pseudo-values are p_j = h_j theta - (h_j - 1) theta_j, the corrected estimate is
+    theta_J = g theta - sum_j (1 - m_j / n) theta_j, the bias is theta - theta_J, and the variance is
     (1 / g) sum_j (p_j - theta_J)^2 / (h_j - 1) (Busing, Meijer and van der Leeden, Statistics and Computing 9, 1999).
-    For a weighted mean the p_j are the groups' means, and the bias is zero.
+    For a weighted mean over the groups the p_j are the groups' means, and the bias is zero.
 
-    full: the estimates on all the data. left_out: (g,) those without each group, from the same probes. weights: (g,).
-    Raises InputError for fewer than two groups, and for weights that do not fit.
+    Args:
+        full: The estimate of each quantity on all the data.
+        left_out: (g,) the estimates without each group, from the same probe vectors.
+        weights: (g,) the weights m_j.
+
+    Returns:
+        A `NoiseSplit` for each quantity in `full`.
+
+    Raises:
+        InputError: If there are fewer than two groups, or the weights do not fit them.
     """
-    weights = _checked(weights, len(left_out))
+    weights = _check_weights(weights, len(left_out))
     return {
-        name: _split(name, estimate, np.array([float(each[name]) for each in left_out]), weights)
+        name: _split_one(name, estimate, np.array([float(each[name]) for each in left_out]), weights)
         for name, estimate in full.items()
     }
 
 
-def _checked(weights: Sequence[float] | np.ndarray, groups: int) -> np.ndarray:
+def _check_weights(weights: Sequence[float] | np.ndarray, groups: int) -> np.ndarray:
+    """The weights as an array; raises InputError unless there is a positive one for each of at least two groups."""
     weights = np.asarray(weights, dtype=float)
     if groups < 2 or weights.shape != (groups,):
         raise InputError(
@@ -128,28 +153,31 @@ def _checked(weights: Sequence[float] | np.ndarray, groups: int) -> np.ndarray:
     return weights
 
 
-def _split(name: str, estimate: Estimate, without: np.ndarray, weights: np.ndarray) -> NoiseSplit:
+def _split_one(name: str, estimate: Estimate, left_out: np.ndarray, weights: np.ndarray) -> NoiseSplit:
+    """The jackknife of one quantity, from its values with each group left out (g,)."""
     from scipy.special import stdtrit
 
-    groups, shares = len(weights), weights / weights.sum()
-    corrected = groups * estimate.value - float((1 - shares) @ without)
-    pseudo = (estimate.value - (1 - shares) * without) / shares
-    variance = float(np.mean((pseudo - corrected) ** 2 * shares / (1 - shares)))
+    groups, parts = len(weights), weights / weights.sum()
+    corrected = groups * estimate.value - float((1 - parts) @ left_out)
+    pseudo = (estimate.value - (1 - parts) * left_out) / parts
+    variance = float(np.mean((pseudo - corrected) ** 2 * parts / (1 - parts)))
     half = float(stdtrit(groups - 1, 0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
     bias = estimate.value - corrected
     low = estimate.value - math.hypot(estimate.value - estimate.low, half) - max(bias, 0.0)
     high = estimate.value + math.hypot(estimate.high - estimate.value, half) + max(-bias, 0.0)
-    share = name.endswith("_share")
-    if share or name in NOT_NEGATIVE:
+    quantity = describe(name)
+    if quantity.is_nonnegative:
         low = max(low, 0.0)
-    total = replace(estimate, low=low, high=min(high, 1.0) if share else high)
-    if share and total.resolved and total.half_width > RESOLVED_HALF_WIDTH:
-        total = replace(total, resolved=False, reason=f"the batches leave +-{half:.2f} open: measure more of them")
+    total = replace(estimate, low=low, high=min(high, 1.0) if quantity.is_share else high)
+    if quantity.is_share and total.resolved and total.half_width > RESOLVED_HALF_WIDTH:
+        total = replace(
+            total, resolved=False, reason=f"the choice of batches leaves +-{half:.2f}: measure more of them"
+        )
     return NoiseSplit(estimate, estimate.half_width, half, bias, total)
 
 
-def _grouped(batches: list[Any], groups: int) -> list[list[Any]]:
-    """Groups of batches that follow each other; of parts of batches, as even as rows allow, where there are few."""
+def _divide(batches: list[Any], groups: int) -> list[list[Any]]:
+    """Divide batches into consecutive groups; where there are too few, divide their rows as evenly as possible."""
     if groups < 2:
         raise InputError(f"groups must be at least 2, got {groups}: with one there is nothing to leave out")
     if len(batches) >= groups:
@@ -174,8 +202,8 @@ def _grouped(batches: list[Any], groups: int) -> list[list[Any]]:
     ]
 
 
-def _weights(operator: LinearOperator, parts: list[list[Any]]) -> list[float]:
-    """What each group weighs in the operator's loss."""
+def _group_weights(operator: LinearOperator, parts: list[list[Any]]) -> list[float]:
+    """The weight of each group in the operator's loss: counted tokens, or rows where the operator has no objective."""
     member = operator.operators[0] if isinstance(operator, MeanOperator) else operator
     objective = getattr(member, "objective", None)
     if objective is None:

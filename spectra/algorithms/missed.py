@@ -1,4 +1,4 @@
-"""What a search may have missed: eigenvalues whose vectors lie outside everything it has found."""
+"""Whether a search for eigenvalues missed some, judged by Lanczos from a random vector outside of what it found."""
 
 from __future__ import annotations
 
@@ -6,50 +6,84 @@ import math
 
 import torch
 
-from spectra.algorithms.lanczos import Recurrence, Tridiagonal
-from spectra.backend.vectors import gaussian
+from spectra.algorithms.lanczos import LanczosRecurrence, Tridiagonal
+from spectra.backend.random_vectors import gaussian
 from spectra.estimates.quadrature import christoffel, gauss_rule
 from spectra.operators.base import LinearOperator
 from spectra.operators.derived import DeflatedOperator
 
-STEPS = 15  # after which a random start should have shown an outlier: each multiplies its share of the vector
-RISK = 0.05  # of missing an eigenvalue that would have to be among those wanted
+MAX_STEPS = 15  # Lanczos steps; an eigenvalue clearly outside the others shows in fewer
+MISS_PROBABILITY = 0.05  # accepted, of missing an eigenvalue beyond the bounds
 
 
-def nothing_beyond(
-    op: LinearOperator, basis: torch.Tensor, low: float, high: float, *, seed: int, stream: str, steps: int = STEPS
+def rules_out_eigenvalues_beyond(
+    op: LinearOperator,
+    basis: torch.Tensor,
+    low: float,
+    high: float,
+    *,
+    seed: int,
+    stream: str,
+    max_steps: int = MAX_STEPS,
 ) -> bool:
-    """Whether the complement of `basis`, orthonormal rows (m, n), shows no eigenvalue below `low` or above `high`.
+    """Whether A, restricted to the orthogonal complement of a basis, has no eigenvalue outside [low, high].
 
-    Lanczos there from a random vector, at most `steps` products. True once an eigenvalue just beyond either end would
-    have stayed hidden with a probability of at most 5 % (`hidden`); False where a Ritz value lies beyond. Undecided at
-    the end, it tells whether the outermost Ritz values stay within by their residuals.
+    Runs Lanczos in the complement from a random vector. After each step:
+
+    * a Ritz value outside [low, high] proves an eigenvalue there: the answer is False;
+    * if an eigenvalue at `low` or at `high` would have gone unseen with a probability of at most 5 %
+      (`missed_probability_bound`), or if the recurrence has broken down: the answer is True.
+
+    If neither happens, the answer after the last step is whether the extreme Ritz values, moved outward by their
+    residual norms, stay within [low, high].
+
+    Args:
+        op: A, (n, n).
+        basis: (m, n) with orthonormal rows.
+        low: Lower bound; -inf to ask about the upper end only.
+        high: Upper bound; inf to ask about the lower end only.
+        seed: Seed of the random vector.
+        stream: Name of the purpose of the random vector (`random_vectors.gaussian`).
+        max_steps: Lanczos steps, each of which costs one product.
+
+    Returns:
+        The answer: True if there is none, as far as can be told.
     """
     dimension = op.shape[0] - len(basis)
     if not dimension:
         return True
-    complement = DeflatedOperator(op, basis.T, inputs="orthogonal", orthonormal=True)
-    start = complement.project(gaussian(op, seed=seed, index=0, stream=stream))
-    recurrence = Recurrence(complement, start)
-    for _ in range(steps):
+    restricted = DeflatedOperator(op, basis.T, inputs="orthogonal", orthonormal=True)
+    start = restricted.project(gaussian(op, seed=seed, index=0, stream=stream))
+    recurrence = LanczosRecurrence(restricted, start)
+    for _ in range(max_steps):
         recurrence.advance(1)
         found = recurrence.tridiagonals()[0]
         rule = gauss_rule(found.alphas, found.betas)
         if rule.nodes[0] < low or rule.nodes[-1] > high:
             return False
-        if recurrence.broken or max(hidden(found, dimension, end) for end in (low, high)) <= RISK:
+        bounds = [missed_probability_bound(found, dimension, end) for end in (low, high)]
+        if recurrence.broken_down or max(bounds) <= MISS_PROBABILITY:
             return True
     residuals = found.betas[-1] * abs(rule.last_components)
     return bool(low <= rule.nodes[0] - residuals[0] and rule.nodes[-1] + residuals[-1] <= high)
 
 
-def hidden(found: Tridiagonal, dimension: int, end: float) -> float:
-    """How likely at most a random vector holds as little of an eigenvector as its recurrence leaves room for, where the
-    eigenvalue lies outside the Ritz values, at `end` or further out.
+def missed_probability_bound(found: Tridiagonal, dimension: int, end: float) -> float:
+    """Upper bound on the probability that Lanczos from a random vector missed an eigenvalue at `end` or further out.
 
-    Of all measures with the moments that it has seen, none has more mass at a point than the Christoffel function rho
-    there, which falls away from the Ritz values. An eigenvector x gives the measure of the start vector b the mass
-    (x . b)^2, and in d dimensions that of a random b is below rho with a probability of at most sqrt(2 d rho / pi).
+    An eigenvector x gives the spectral measure of the start vector b the mass (x . b)^2 at its eigenvalue. Among all
+    measures with the moments of the Jacobi matrix, none has more mass at a point than the Christoffel function rho
+    there, and rho decreases away from the Ritz values. So the eigenvalue can only have been missed if
+    (x . b)^2 <= rho(end). For b uniform on the unit sphere in d dimensions that has a probability of at most
+    sqrt(2 d rho / pi).
+
+    Args:
+        found: The Jacobi matrix of the start vector.
+        dimension: d, of the space from which the start vector was drawn.
+        end: A point outside the Ritz values; infinite where that end of the spectrum does not matter.
+
+    Returns:
+        The bound, at most 1; 0 for an infinite `end`.
     """
     if math.isinf(end):
         return 0.0

@@ -1,13 +1,13 @@
-"""What a measurement will hold in memory, known before it starts."""
+"""How much memory a measurement will take, computed before it starts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spectra.algorithms.block_size import VECTORS_A_PROBE, probes_together
-from spectra.algorithms.lanczos import choose_policy
-from spectra.algorithms.topk import default_basis
+from spectra.algorithms.block_size import VECTORS_PER_PROBE, probe_block_size
+from spectra.algorithms.lanczos import choose_reorthogonalization
+from spectra.algorithms.topk import default_basis_size
 
 if TYPE_CHECKING:
     from spectra.operators.hessian.operator import HessianOperator
@@ -17,13 +17,19 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the operator's device beside the model and its batches.
+    """Bytes that a measurement takes on the operator's device, apart from the model and its batches.
 
-    graphs: the kept graphs of the gradient, and the gradient. product: what one product holds on top while it runs.
-    recurrence: the vectors of the probes that advance together, with their basis where they reorthogonalise.
-    deflation: the vectors taken out. search: the basis in which those are looked for. kept of pieces: microbatches
-    whose graph is kept, of how many; the others are rebuilt at each product. rows: of the largest microbatch.
-    together: probes that advance side by side.
+    Attributes:
+        graphs: Of the gradient and of the autograd graphs of it that are kept between products.
+        product: That one product takes on top while it runs.
+        recurrence: Of the Lanczos vectors of the probe vectors advanced at once, with their bases where those are
+            stored.
+        deflation: Of the deflated eigenvectors.
+        search: Of the Krylov basis in which those eigenvectors are searched for.
+        kept: How many microbatches keep their graph; the others rebuild it in every product.
+        pieces: How many microbatches there are.
+        rows: Of the largest microbatch.
+        together: How many probe vectors are advanced at once.
     """
 
     graphs: int
@@ -38,15 +44,15 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The most that is held at once: the search for outliers comes before the recurrences."""
+        """The largest number of bytes in use at once; the search for eigenvectors ends before the recurrences begin."""
         return self.graphs + self.product + max(self.search, self.deflation + self.recurrence)
 
     def __str__(self) -> str:
         parts = {name: getattr(self, name) for name in ("graphs", "product", "recurrence", "deflation", "search")}
-        listed = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items() if size)
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         graphs = "all graphs kept" if self.kept == self.pieces else f"{self.kept} of {self.pieces} graphs kept"
         return (
-            f"{in_words(self.peak)} at most beside the model ({listed}); {graphs}, {self.rows} rows at a time, "
+            f"{format_bytes(self.peak)} at most beside the model ({listed}); {graphs}, {self.rows} rows at a time, "
             f"{self.together} probes together"
         )
 
@@ -54,33 +60,46 @@ class MemoryPlan:
 def plan(
     op: HessianOperator, *, probes: int = 10, steps: int = 100, deflate: int = 0, reorthogonalize: str = "auto"
 ) -> MemoryPlan:
-    """What `slq(op, ...)` will hold at once, by the engine "reverse"; the batched ones hold a multiple of `product`.
+    """How much memory `slq(op, ...)` will take with these arguments.
 
-    Graphs and products are measured on two and three rows of the largest microbatch: their size is linear in the rows.
+    Graphs and products are measured on two and on three rows of the largest microbatch, because their size is linear in
+    the number of rows. The plan is for the engine "reverse"; the batched engines take a multiple of `product`.
+
+    Args:
+        op: The Hessian operator.
+        probes: Probe vectors.
+        steps: Lanczos steps.
+        deflate: Eigenvalues to deflate.
+        reorthogonalize: "auto", "full" or "none", as in `spectra.slq`.
+
+    Returns:
+        The `MemoryPlan`; print it for one line of text.
+
+    Raises:
+        InputError: If `reorthogonalize` has an unknown value.
     """
     vector = op.vector_bytes
-    kept_vectors = steps if choose_policy(op, steps, reorthogonalize) == "full" else 0
-    together = min(probes_together(op, kept_vectors, deflated=deflate > 0), probes)
-    footprint, pieces = op.footprint(), op.objective.pieces
-    fit = op.pieces_that_fit()
-    graphs = sum(footprint.graph(rows) for rows in op.objective.rows[:fit])
-    largest = max(op.objective.rows)
-    transient = footprint.product(largest) + (footprint.graph(largest) if fit < len(pieces) else 0)
+    basis_size = steps if choose_reorthogonalization(op, steps, reorthogonalize) == "full" else 0
+    together = min(probe_block_size(op, basis_size, deflated=deflate > 0), probes)
+    footprint, layout = op.footprint(), op.graph_layout()
+    rows = layout.objective.rows
+    graphs = sum(footprint.graph(count) for count in rows[: layout.kept])
+    transient = footprint.product(max(rows)) + (footprint.graph(max(rows)) if layout.kept < len(rows) else 0)
     return MemoryPlan(
         graphs=graphs + vector,
         product=transient + together * vector,
-        recurrence=together * (VECTORS_A_PROBE - 1 + kept_vectors) * vector,
+        recurrence=together * (VECTORS_PER_PROBE - 1 + basis_size) * vector,
         deflation=deflate * vector,
-        search=(default_basis(deflate) + 1 + deflate + 2) * vector if deflate else 0,
-        kept=min(fit, len(pieces)),
-        pieces=len(pieces),
-        rows=largest,
+        search=(default_basis_size(deflate) + 1 + deflate + 2) * vector if deflate else 0,
+        kept=layout.kept,
+        pieces=len(rows),
+        rows=max(rows),
         together=together,
     )
 
 
-def in_words(size: int) -> str:
-    """Bytes in a unit that reads well: 3.1 GiB."""
+def format_bytes(size: int) -> str:
+    """Bytes in binary units with three digits, such as 3.1 GiB."""
     number, unit = float(size), 0
     while number >= 1024 and unit < len(UNITS) - 1:
         number, unit = number / 1024, unit + 1

@@ -1,4 +1,4 @@
-"""The space that probes are drawn from: without what is known of the spectrum already."""
+"""The subspace from which probe vectors are drawn: without the eigenvectors that are known already."""
 
 from __future__ import annotations
 
@@ -7,65 +7,87 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from spectra.algorithms.lanczos import Recurrence, Tridiagonal
+from spectra.algorithms.lanczos import LanczosRecurrence, Tridiagonal
 from spectra.algorithms.topk import Eigenpairs
-from spectra.backend.vectors import probe
-from spectra.estimates import moments
+from spectra.backend.random_vectors import probe_vector
 from spectra.estimates.density import SpectralDensity
+from spectra.estimates.ends import ROUNDING_FACTOR
+from spectra.estimates.measure import KnownEigenvalues
 from spectra.operators.base import LinearOperator
 from spectra.operators.derived import DeflatedOperator
 
-DEFLATION_TOLERANCE = 1e-3  # of |lambda|: what is left of an outlier is then its square, below the bulk
+DEFLATION_TOLERANCE = 1e-3  # residual / |lambda|: what remains of an eigenvalue is lambda times its square
 
 
 class ProbeSpace:
-    """The space that probes are drawn from: orthogonal to deflated eigenvectors, and without the coordinates that the
-    operator maps to zero, which the first product reveals."""
+    """The orthogonal complement of deflated eigenvectors and of coordinates that the operator maps to zero.
+
+    The coordinates, with zero rows and columns, are detected in the first product. They and the deflated eigenvalues
+    are counted exactly, and probe vectors sample the rest of the spectrum.
+
+    Args:
+        op: A, a symmetric operator (n, n).
+        pairs: The eigenpairs to deflate, or None.
+        seed: Seed of the probe vectors.
+
+    Attributes:
+        op: A, or the deflated operator.
+        pairs: The deflated eigenpairs, or None.
+        seed: Seed of the probe vectors.
+        zero_count: How many coordinates the operator maps to zero, known after the first call of `recurrence`.
+    """
 
     def __init__(self, op: LinearOperator, pairs: Eigenpairs | None, *, seed: int):
         self.pairs, self.seed = pairs, seed
-        # a recurrence that starts orthogonal to the deflated vectors stays so: only images are projected
+        # a recurrence that starts orthogonal to the deflated vectors stays so: only images need projecting
         self.op = op if pairs is None else DeflatedOperator(op, pairs.vectors, inputs="orthogonal")
         self.zero_count = 0
-        self._zeros: torch.Tensor | None = None  # where the operator is zero, as a mask (n,)
+        self._zeros: torch.Tensor | None = None  # mask (n,) of the coordinates that the operator maps to zero
 
     @property
     def zero_nodes(self) -> int:
-        """1 where a node of each rule stands for the known zeros, else 0."""
+        """How many nodes of each quadrature rule represent the zero coordinates: 1 if there are any, else 0."""
         return int(self.zero_count > 0)
 
     @property
     def dimension(self) -> int:
-        """How many dimensions the probes cover."""
+        """The dimension of the space."""
         return self.op.shape[0] - self.zero_count - (0 if self.pairs is None else len(self.pairs.values))
 
-    def recurrence(self, indices: Sequence[int], kept: int) -> Recurrence | None:
-        """The probes of these indices, ready to advance, with a basis of `kept` vectors each; None where nothing is
-        left to probe."""
-        drawn = [probe(self.op, seed=self.seed, index=index) for index in indices]
-        starts = torch.stack(drawn) if len(drawn) > 1 else drawn[0][None]  # one alone is not copied
+    def recurrence(self, indices: Sequence[int], basis_size: int) -> LanczosRecurrence | None:
+        """A Lanczos recurrence from probe vectors of this space.
+
+        Args:
+            indices: Which probe vectors of the seed.
+            basis_size: How many basis vectors to store for each (`LanczosRecurrence`).
+
+        Returns:
+            The recurrence before its first step, or None where the space has dimension zero.
+        """
+        drawn = [probe_vector(self.op, seed=self.seed, index=index) for index in indices]
+        starts = torch.stack(drawn) if len(drawn) > 1 else drawn[0][None]  # a single vector is not copied
         del drawn
         if isinstance(self.op, DeflatedOperator):
             starts = self.op.project(starts)
-        images = self._find_zeros(starts) if self._zeros is None else None
+        images = self._detect_zeros(starts) if self._zeros is None else None
         assert self._zeros is not None
         if self.dimension <= 0:
             return None
         if self.zero_count:
             starts.masked_fill_(self._zeros, 0)
-            if isinstance(self.op, DeflatedOperator):  # its vectors have lost what they had there
+            if isinstance(self.op, DeflatedOperator):  # whose vectors have changed in `_detect_zeros`
                 starts = self.op.project(starts)
-        return Recurrence(self.op, starts, keep_basis=kept, first_images=images)
+        return LanczosRecurrence(self.op, starts, basis_size=basis_size, first_images=images)
 
-    def _find_zeros(self, starts: torch.Tensor) -> torch.Tensor:
-        """The first products; notice where they are exactly zero, and drop those coordinates from the deflated vectors
-        too.
+    def _detect_zeros(self, starts: torch.Tensor) -> torch.Tensor:
+        """Multiply the first start vectors, and take the coordinates that are exactly zero in all images for zero rows.
 
-        Zero rows of a symmetric matrix are zero columns, so the image of the whole probe is that of its part outside
-        them, and no product is lost.
+        Zero rows of a symmetric matrix are zero columns. The images are therefore also those of the start vectors with
+        these coordinates set to zero, and no product is wasted. The coordinates are removed from the deflated
+        eigenvectors as well. Returns the images (k, n).
         """
         inner = self.op.inner if isinstance(self.op, DeflatedOperator) else self.op
-        images = inner.rows(starts)
+        images = inner.multiply_rows(starts)
         self._zeros = zeros = ~images.any(dim=0)
         self.zero_count = int(torch.count_nonzero(zeros))
         if isinstance(self.op, DeflatedOperator):
@@ -76,35 +98,52 @@ class ProbeSpace:
         return images
 
     def density(
-        self, results: Sequence[Tridiagonal], *, probes: int, steps: int, noise: float | None = None
+        self, results: Sequence[Tridiagonal], *, probes: int, steps: int, rounding_error: float | None = None
     ) -> SpectralDensity:
-        """Stack Jacobi matrices, one a probe, padded where a breakdown ended the recurrence early."""
+        """Build the density from the Jacobi matrices of probe vectors and from what is known of the spectrum.
+
+        Args:
+            results: The Jacobi matrix of each probe vector; empty where nothing is left to sample.
+            probes: Number of rows of the density's arrays.
+            steps: Number of their columns; matrices that a breakdown made smaller are padded with zeros.
+            rounding_error: Bound on how far arithmetic has moved an eigenvalue, by default the operator's relative
+                rounding error times a bound on the norm of the Jacobi matrices.
+
+        Returns:
+            The density.
+        """
         alphas, betas = np.zeros((probes, steps)), np.zeros((probes, steps))
         lengths = np.zeros(probes, dtype=int)
         for row, result in enumerate(results):
             alphas[row, : result.steps], betas[row, : result.steps] = result.alphas, result.betas
             lengths[row] = result.steps
-        atoms, counts, residuals = [], [], []
-        if self.pairs is not None:
-            atoms = list(self.pairs.values)
-            rounding = moments.ENDS_ROUNDING * self.op.rounding() * np.abs(self.pairs.values).max()
-            residuals = list(np.maximum(self.pairs.residuals, rounding))
-            counts = [1] * len(atoms)
-        if self.zero_count:
-            atoms, counts, residuals = [*atoms, 0.0], [*counts, self.zero_count], [*residuals, 0.0]
-        order = np.argsort(atoms, kind="stable")
-        if noise is None:
-            radius = float(np.abs(alphas).max() + 2 * np.abs(betas).max()) if alphas.size else 0.0
-            noise = self.op.rounding() * radius
+        known = self._known_eigenvalues()
+        if rounding_error is None:
+            norm = float(np.abs(alphas).max() + 2 * np.abs(betas).max()) if alphas.size else 0.0
+            rounding_error = self.op.rounding() * norm
         return SpectralDensity(
             self.op.shape[0],
             alphas,
             betas,
             lengths,
-            np.array(atoms, dtype=float)[order],
-            np.array(counts, dtype=float)[order],
-            np.array(residuals, dtype=float)[order],
-            noise=noise,
+            known.values,
+            known.counts,
+            known.errors,
+            rounding_error=rounding_error,
             exact=not results,
             seed=self.seed,
         )
+
+    def _known_eigenvalues(self) -> KnownEigenvalues:
+        """The deflated eigenvalues and the exact zeros, in ascending order."""
+        values, counts, errors = [], [], []
+        if self.pairs is not None:
+            values = list(self.pairs.values)
+            rounding_error = ROUNDING_FACTOR * self.op.rounding() * np.abs(self.pairs.values).max()
+            errors = list(np.maximum(self.pairs.residuals, rounding_error))
+            counts = [1] * len(values)
+        if self.zero_count:
+            values, counts, errors = [*values, 0.0], [*counts, self.zero_count], [*errors, 0.0]
+        order = np.argsort(values, kind="stable")
+        values, counts, errors = (np.array(numbers, dtype=float)[order] for numbers in (values, counts, errors))
+        return KnownEigenvalues(values, counts, errors)

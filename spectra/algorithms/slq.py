@@ -11,8 +11,8 @@ import numpy as np
 import scipy
 import torch
 
-from spectra.algorithms.block_size import probes_together
-from spectra.algorithms.lanczos import Tridiagonal, choose_policy
+from spectra.algorithms.block_size import probe_block_size
+from spectra.algorithms.lanczos import Tridiagonal, choose_reorthogonalization
 from spectra.algorithms.probe_space import DEFLATION_TOLERANCE, ProbeSpace
 from spectra.algorithms.topk import Eigenpairs, topk
 from spectra.backend import ranks
@@ -31,39 +31,58 @@ def slq(
     seed: int = 0,
     deflate: int | Eigenpairs = 0,
     reorthogonalize: str = "auto",
-    noise: float | None = None,
+    rounding_error: float | None = None,
     spread: str = "none",
     progress: Callable[[int, int], Any] | None = None,
 ) -> SpectralDensity:
     """The spectral density of a symmetric operator by stochastic Lanczos quadrature.
 
-    Each of `probes` random unit vectors v gives a Gauss rule of `steps` nodes for the measure
-    sum_k (u_k . v)^2 delta(lambda - lambda_k), whose mean over v is the density of eigenvalues (Golub and Meurant,
-    1993; Ubaru, Chen and Saad, SIAM J. Matrix Anal. 38, 2017). Probe i depends on (seed, i) alone.
+    Each random unit vector v (probe vector) has the spectral measure sum_k (u_k . v)^2 delta(lambda - lambda_k), with
+    (lambda_k, u_k) the eigenpairs. Its mean over v is the density of eigenvalues. `steps` Lanczos steps give the Gauss
+    rule of this measure with `steps` nodes (Golub and Meurant, 1993; Ubaru, Chen and Saad, SIAM J. Matrix Anal. 38,
+    2017). The cost is probes * steps products.
 
-    deflate: take this many eigenvalues of largest magnitude out of the recurrence and put them back with their exact
-    weights: they are found with `topk` first (its products come on top), or given as its result. Outliers cost a
-    recurrence many times over, so this pays wherever a few eigenvalues stand far from the bulk.
-    Coordinates that the operator maps to exact zero (clipped weights, embeddings of tokens that do not occur) are
-    noticed in the first product and counted as known zeros instead of being sampled; they take the place of one node.
+    With steps >= n the matrix is formed from n products and diagonalized, and every estimate is exact. Coordinates that
+    the operator maps to exactly zero (clipped weights, embeddings of tokens that do not occur) are detected in the
+    first product and counted as zero eigenvalues instead of being sampled. They take the place of one node.
 
-    Costs probes * steps products. With steps >= n the whole matrix costs only n, so it is formed and diagonalised,
-    and every estimate is exact. reorthogonalize: "full", "none" or "auto" (full while the basis is small); see
-    `spectra.lanczos`. noise: how far rounding may have moved eigenvalues, by default the operator's `rounding`, which
-    takes three products to measure for a Hessian, at the norm of T. progress: called as progress(products done,
-    products in all).
-    spread: "probes" leaves each rank of torch.distributed its part of the probes (`spectra.distributed`); every rank
-    gets the whole density, which does not depend on how many there are.
-    Raises InputError for counts below one, NonFiniteError for a product that is not finite.
+    Args:
+        op: A, a symmetric operator (n, n).
+        probes: How many probe vectors.
+        steps: Lanczos steps for each probe vector.
+        seed: Seed of the probe vectors; vector i depends on (seed, i) alone.
+        deflate: How many eigenvalues of largest magnitude to compute with `topk` first (whose products come on top), or
+            the result of `topk`. They are projected out of the recurrences and enter the density with exact weights.
+            This saves many steps wherever a few eigenvalues lie far from the others.
+        reorthogonalize: "full", "none" (see `spectra.lanczos`), or "auto": full while the basis is small.
+        rounding_error: How far arithmetic may have moved an eigenvalue, in the units of the eigenvalues. By default
+            the operator's relative `rounding` times the norm of T; measuring it costs three products for a Hessian.
+        spread: "probes" distributes the probe vectors over the ranks of torch.distributed (`spectra.distributed`).
+            Every rank gets the whole density, which does not depend on the number of ranks.
+        progress: Called as progress(products done, products in total).
+
+    Returns:
+        The `SpectralDensity`, from which shares, sums and extremes are read with their intervals.
+
+    Raises:
+        InputError: If a count is below one, or an option has an unknown value.
+        NonFiniteError: If a product is not finite.
+
+    Example:
+        >>> import numpy as np, spectra
+        >>> op = spectra.DiagonalOperator(np.append(np.linspace(-1, 3, 2000), 40.0))
+        >>> density = spectra.slq(op, probes=5, steps=30, deflate=1)
+        >>> print(f"{density.negative_share().value:.2f} {density.lambda_max().value:.2f}")
+        0.25 40.00
     """
     if probes < 1 or steps < 1:
         raise InputError(f"probes and steps must be at least 1, got probes={probes}, steps={steps}")
     ranks.check_spread(spread, ("none", "probes"))
-    policy = choose_policy(op, steps, reorthogonalize)
+    reorthogonalize = choose_reorthogonalization(op, steps, reorthogonalize)
     n = op.shape[0]
     if steps >= n:
         return _exact(op, probes, steps, progress)
-    pairs = _outliers(op, deflate, seed)
+    pairs = _pairs_to_deflate(op, deflate, seed)
     if pairs is not None and len(pairs.values) + steps >= n:
         return _exact(op, probes, steps, progress)
     space = ProbeSpace(op, pairs, seed=seed)
@@ -71,81 +90,84 @@ def slq(
     if spread == "probes":
         if probes < ranks.rank_count():
             raise InputError(f"at least one probe a rank is expected, got {probes} for {ranks.rank_count()} ranks")
-        indices = ranks.part_of_rank(indices)
-    results = _run(space, indices, steps, policy == "full", _Progress(progress, len(indices) * steps))
+        indices = ranks.items_of_rank(indices)
+    basis_size = steps if reorthogonalize == "full" else 0
+    results = _tridiagonals(space, indices, steps, basis_size, _Progress(progress, len(indices) * steps))
     if spread == "probes":
-        everyone = [result for part in ranks.all_gather(results) for result in part]
-        results = sorted(everyone, key=lambda result: result[0])
-    return space.density([found for _, found in results], probes=probes, steps=steps, noise=noise)
+        gathered = [result for part in ranks.all_gather(results) for result in part]
+        results = sorted(gathered, key=lambda result: result[0])
+    return space.density([found for _, found in results], probes=probes, steps=steps, rounding_error=rounding_error)
 
 
-def _run(
-    space: ProbeSpace, indices: Sequence[int], steps: int, keep_basis: bool, report: _Progress
+def _tridiagonals(
+    space: ProbeSpace, indices: Sequence[int], steps: int, basis_size: int, progress: _Progress
 ) -> list[tuple[int, Tridiagonal]]:
-    """The Jacobi matrices of these probes, as many at a time as fit in memory."""
-    kept = steps if keep_basis else 0
+    """The index and the Jacobi matrix of each of these probe vectors, computed in blocks that fit in memory."""
     results: list[tuple[int, Tridiagonal]] = []
-    group = probes_together(space.op, kept, deflated=space.pairs is not None)
-    for first in range(0, len(indices), group):
-        chosen = indices[first : first + group]
-        recurrence = space.recurrence(chosen, kept)
+    block_size = probe_block_size(space.op, basis_size, deflated=space.pairs is not None)
+    for first in range(0, len(indices), block_size):
+        block = indices[first : first + block_size]
+        recurrence = space.recurrence(block, basis_size)
         if recurrence is None:  # the operator is zero on the whole space
             break
-        recurrence.advance(steps - space.zero_nodes, on_step=partial(report.advance, len(chosen)))
-        results += zip(chosen, (replace(t, basis=None) for t in recurrence.tridiagonals()), strict=True)
-        report.reach((first + len(chosen)) * steps)
+        recurrence.advance(steps - space.zero_nodes, on_step=partial(progress.add, len(block)))
+        results += zip(block, (replace(t, basis=None) for t in recurrence.tridiagonals()), strict=True)
+        progress.reach((first + len(block)) * steps)
     return results
 
 
-def outliers(op: LinearOperator, k: int, *, seed: int = 0, start: torch.Tensor | None = None) -> Eigenpairs:
-    """The k eigenpairs of largest magnitude, as well as deflation needs them. start: see `topk`.
-
-    A copy of a repeated eigenvalue that is missed stays in the recurrence, where it is counted all the same, so
-    nothing is verified.
-    """
-    k = min(k, op.shape[0])
-    return topk(op, k, which="LM", tol=DEFLATION_TOLERANCE, seed=seed, verify=False, start=start)
-
-
-def _outliers(op: LinearOperator, deflate: int | Eigenpairs, seed: int) -> Eigenpairs | None:
+def _pairs_to_deflate(op: LinearOperator, deflate: int | Eigenpairs, seed: int) -> Eigenpairs | None:
+    """The eigenpairs that the option `deflate` asks for, None if there are none."""
     if isinstance(deflate, Eigenpairs):
         return deflate if len(deflate.values) else None
     if deflate < 0:
         raise InputError(f"deflate must be a number of eigenvalues or the result of topk, got {deflate}")
     if deflate == 0:
         return None
-    return outliers(op, deflate, seed=seed)
+    return largest_eigenpairs(op, deflate, seed=seed)
+
+
+def largest_eigenpairs(op: LinearOperator, k: int, *, seed: int = 0, start: torch.Tensor | None = None) -> Eigenpairs:
+    """The eigenpairs of largest magnitude, to the accuracy that deflation needs.
+
+    Missed copies of repeated eigenvalues are not searched for. The recurrences see and count them all the same.
+
+    Args:
+        op: A, a symmetric operator (n, n).
+        k: How many pairs; n at most are returned.
+        seed: Seed of the random vectors.
+        start: (n, j), guesses of the eigenvectors, as in `topk`.
+
+    Returns:
+        The pairs, with their residuals.
+    """
+    k = min(k, op.shape[0])
+    return topk(op, k, which="LM", tol=DEFLATION_TOLERANCE, seed=seed, verify=False, start=start)
 
 
 def _exact(op: LinearOperator, probes: int, steps: int, progress: Callable[[int, int], Any] | None) -> SpectralDensity:
-    n = op.shape[0]
-    matrix = np.empty((n, n))
-    unit = torch.zeros(n, dtype=op.dtype, device=op.device)
-    report = _Progress(progress, n)
-    for column in range(n):
-        unit[column] = 1
-        matrix[:, column] = (op @ unit).double().cpu().numpy()
-        unit[column] = 0
-        report.advance()
-    touched = matrix.any(axis=1)  # the other rows, and so columns, are zero eigenvalues without rounding
-    reduced = matrix[np.ix_(touched, touched)]
-    eigenvalues = np.zeros(n)
-    if touched.any():
-        eigenvalues[touched] = scipy.linalg.eigvalsh((reduced + reduced.T) / 2)
-    noise = op.rounding() * float(np.abs(eigenvalues).max())
-    return SpectralDensity.from_eigenvalues(eigenvalues, probes=probes, steps=steps, noise=noise)
+    """The density of all eigenvalues of the matrix, formed with n products."""
+    matrix = op.to_dense(on_products=_Progress(progress, op.shape[0]).reach).cpu().double().numpy()
+    nonzero = matrix.any(axis=1)  # the other rows and columns are zero eigenvalues, free of rounding error
+    eigenvalues = np.zeros(len(matrix))
+    if nonzero.any():
+        eigenvalues[nonzero] = scipy.linalg.eigvalsh(matrix[np.ix_(nonzero, nonzero)])
+    rounding_error = op.rounding() * float(np.abs(eigenvalues).max())
+    return SpectralDensity.from_eigenvalues(eigenvalues, probes=probes, steps=steps, rounding_error=rounding_error)
 
 
 class _Progress:
-    """Counts products towards a total for a callback that may be absent."""
+    """Counts products toward a total and reports them to a callback, if there is one."""
 
     def __init__(self, callback: Callable[[int, int], Any] | None, total: int):
         self.callback, self.total, self.done = callback, total, 0
 
-    def advance(self, products: int = 1) -> None:
+    def add(self, products: int) -> None:
+        """Count more products."""
         self.reach(self.done + products)
 
     def reach(self, done: int) -> None:
+        """Set the number of products done, which never decreases."""
         if self.callback is not None and done > self.done:
             self.callback(done, self.total)
         self.done = max(done, self.done)

@@ -1,4 +1,4 @@
-"""The trace of an operator from a few products."""
+"""The trace of an operator, estimated from a few products."""
 
 from __future__ import annotations
 
@@ -9,43 +9,65 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from spectra.algorithms.block_size import probes_together, vectors_that_fit
+from spectra.algorithms.block_size import max_vectors_in_memory, probe_block_size
 from spectra.backend.errors import InputError
 from spectra.backend.float32 import in_float32
-from spectra.backend.vectors import gaussian, inner_products, orthonormal_rows, probe, row_dots, take_out_
+from spectra.backend.random_vectors import gaussian, probe_vector
+from spectra.backend.vectors import inner_products, orthonormal_rows, project_out_, row_dots
 from spectra.estimates.estimate import Estimate, certain, sampling_interval, student_interval
 from spectra.operators.base import LinearOperator
 
 METHODS = ("hutchinson", "hutch++", "xtrace")
-# XTrace's samples share a sketch, so their spread understates the error of their mean: Student's interval covered 88 %
-# over 2,800 spectra of benchmarks/trust, this much of it 97 % over 800.
+FEWEST_PRODUCTS = {"hutchinson": 1, "hutch++": 6, "xtrace": 4}
+# XTrace's samples share a sketch, so their variance understates that of their mean: Student's interval covered 88 % of
+# 2,800 spectra of benchmarks/trust, and one wider by this factor 97 % of 800.
 XTRACE_INFLATION = 1.5
-BLOCK = 10  # vectors at once, the most: a GPU gains little beyond, and products hold memory for each
-LEARNING = 12  # of the products a block, the smallest part: two blocks show whether a dominant range is there
-FADING = 0.5  # of the energy that a block of the Krylov space brought, what the next is taken to bring
-NEGLIGIBLE = 1e3  # units of rounding: directions below were all rounding
+MAX_BLOCK = 10  # vectors multiplied at once: a GPU gains little from more, and products hold memory for each
+FEWEST_BLOCKS = 12  # into which Hutch++ divides its products: the first two show whether a range dominates
+ENERGY_DECAY = 0.5  # energy that the next block of the Krylov space is expected to capture, relative to the last block
+NEGLIGIBLE = 1e3  # units of rounding error, relative to ||A||, below which a direction is rounding error alone
 
 
 @in_float32
 def trace(op: LinearOperator, *, method: str = "hutchinson", probes: int = 30, seed: int = 0) -> Estimate:
-    """tr A with a 95 % interval, from `probes` products.
+    """The trace of a symmetric operator with a 95 % interval.
 
-    "hutchinson": n times the mean of v . A v over random unit vectors (Hutchinson, Commun. Stat. 18, 1989).
-    "hutch++": a dominant range Q is found and its trace taken exactly, the rest of the products estimates what is left
-    (Meyer, Musco, Musco and Woodruff, SOSA 2021). Q is a block Krylov space, whose products serve both purposes (Chen
-    and Hallman, SIAM J. Matrix Anal. 44, 2023), and grows, up to half of the products, while that narrows the interval
-    (as in Persson, Cortinovis and Kressner, SIAM J. Matrix Anal. 43, 2022): without a dominant range little is lost.
-    "xtrace": half of the products finds a range that every test vector in turn is left out of, so that each serves
-    both purposes (Epperly, Tropp and Webber, SIAM J. Matrix Anal. 45, 2024).
-    The last two hold up to half of `probes` vectors and win where a few eigenvalues dominate. Where `probes` reaches
-    what the exact trace costs (n products), the exact trace is returned.
-    Raises InputError for an unknown method or too few products.
+    * "hutchinson": tr A is n times the mean of v . A v over random unit vectors v (Hutchinson, Commun. Stat. 18, 1989).
+    * "hutch++": tr A = tr(Q A Q^T) + tr(P A P) with P = I - Q^T Q. The first part is exact, on a basis Q of a dominant
+      range, and Hutchinson estimates the second (Meyer, Musco, Musco and Woodruff, SOSA 2021). Q spans a block Krylov
+      space, whose products serve both to find the range and to take its trace (Chen and Hallman, SIAM J. Matrix Anal.
+      44, 2023). It grows to at most half of the products, and only as long as that is expected to narrow the interval
+      (as in Persson, Cortinovis and Kressner, SIAM J. Matrix Anal. 43, 2022), so little is lost where no range
+      dominates.
+    * "xtrace": half of the products give a basis for the range, the others its trace. Each random vector in turn is
+      left out of the basis and used to estimate the rest (Epperly, Tropp and Webber, SIAM J. Matrix Anal. 45, 2024).
+
+    "hutch++" and "xtrace" are more accurate where a few eigenvalues dominate, and hold up to `probes` / 2 vectors.
+
+    Args:
+        op: A, a symmetric operator (n, n).
+        method: "hutchinson", "hutch++" or "xtrace".
+        probes: How many products to spend. With n or more the trace is the exact sum of the diagonal, from n products.
+        seed: Seed of the random vectors.
+
+    Returns:
+        The `Estimate`, with the products spent.
+
+    Raises:
+        InputError: If the method is unknown, or `probes` is too small for it.
+        NonFiniteError: If a product is not finite.
+
+    Example:
+        >>> import numpy as np, spectra
+        >>> op = spectra.DiagonalOperator(np.append(np.full(1000, 0.5), [300.0, 200.0]))
+        >>> estimate = spectra.trace(op, method="hutch++", probes=30)
+        >>> print(f"{estimate.value:.1f} from {estimate.products} products")
+        1000.0 from 30 products
     """
-    least = {"hutchinson": 1, "hutch++": 6, "xtrace": 4}
     if method not in METHODS:
         raise InputError(f"the method must be one of {', '.join(METHODS)}, got {method!r}")
-    if probes < least[method]:
-        raise InputError(f"{method} needs at least {least[method]} products, got probes={probes}")
+    if probes < FEWEST_PRODUCTS[method]:
+        raise InputError(f"{method} needs at least {FEWEST_PRODUCTS[method]} products, got probes={probes}")
     if probes >= op.shape[0]:
         return _exact(op)
     estimate = {"hutchinson": _hutchinson, "hutch++": _hutch_plus_plus, "xtrace": _xtrace}[method]
@@ -53,161 +75,168 @@ def trace(op: LinearOperator, *, method: str = "hutchinson", probes: int = 30, s
 
 
 def _exact(op: LinearOperator) -> Estimate:
-    n = op.shape[0]
-    unit = torch.zeros(n, dtype=op.dtype, device=op.device)
-    diagonal = np.empty(n)
-    for index in range(n):
-        unit[index] = 1
-        diagonal[index] = float((op @ unit)[index])
-        unit[index] = 0
-    slack = 100 * torch.finfo(op.dtype).eps * float(np.abs(diagonal).sum())
-    return replace(certain(float(diagonal.sum()), rounding=slack), products=n)
+    """The sum of the diagonal, uncertain by rounding error alone."""
+    diagonal = op.diagonal(products=op.shape[0]).value
+    rounding = 100 * torch.finfo(op.dtype).eps * float(np.abs(diagonal).sum())
+    return replace(certain(float(diagonal.sum()), rounding=rounding), products=op.shape[0])
 
 
 def _hutchinson(op: LinearOperator, probes: int, seed: int) -> Estimate:
-    forms, squares = _quadratic_forms(op, probes, lambda index: probe(op, seed=seed, index=index))
+    """n times the mean quadratic form of random unit vectors."""
+    forms, squares = _quadratic_forms(op, probes, lambda index: probe_vector(op, seed=seed, index=index))
     return replace(_sphere_interval(forms, squares, op.shape[0]), products=probes)
 
 
 def _quadratic_forms(
     op: LinearOperator, count: int, draw: Callable[[int], torch.Tensor], basis: torch.Tensor | None = None
 ) -> tuple[list[float], list[float]]:
-    """v . A v and ||A v||^2 for the unit vectors v that `draw` gives; with a basis (k, n) those of the operator
-    restricted to its complement, from which v is taken."""
+    """v . A v and ||A v||^2 for the unit vectors v = draw(0), ..., draw(count - 1).
+
+    With a basis, orthonormal rows (m, n), the vectors are projected onto its orthogonal complement and normalized, and
+    A is restricted to that complement.
+    """
     forms: list[float] = []
     squares: list[float] = []
-    group = _block(op, basis)
-    for first in range(0, count, group):
-        vectors = torch.stack([draw(index) for index in range(first, min(first + group, count))])
+    block_size = _block_size(op, basis)
+    for first in range(0, count, block_size):
+        vectors = torch.stack([draw(index) for index in range(first, min(first + block_size, count))])
         if basis is not None:
-            take_out_(vectors, basis)  # a random vector has next to nothing there: once is enough
+            project_out_(vectors, basis)  # once is enough: hardly any of a random vector lies in a small basis
             vectors /= row_dots(vectors, vectors).sqrt()[:, None].to(vectors.dtype)
-        images = op.finite_rows(vectors)
+        images = op.multiply_rows_checked(vectors)
         forms += row_dots(vectors, images).tolist()
         inside = 0.0 if basis is None else (images @ basis.T).double().square().sum(dim=1)
         squares += (row_dots(images, images) - inside).tolist()
     return forms, squares
 
 
-def _block(op: LinearOperator, basis: torch.Tensor | None = None) -> int:
-    """Vectors at once: several where each pass over a basis serves them all."""
-    return min(probes_together(op, 0, deflated=basis is not None), BLOCK)
+def _block_size(op: LinearOperator, basis: torch.Tensor | None = None) -> int:
+    """How many vectors to multiply at once; more with a basis, where each pass over it serves the whole block."""
+    return min(probe_block_size(op, 0, deflated=basis is not None), MAX_BLOCK)
 
 
-def _images(op: LinearOperator, vectors: torch.Tensor) -> torch.Tensor:
-    """A applied to each row of `vectors`, as many at once as fit. (k, n)"""
-    group = _block(op)
+def _multiply(op: LinearOperator, vectors: torch.Tensor) -> torch.Tensor:
+    """A applied to each row (k, n), in blocks that fit in memory."""
+    block_size = _block_size(op)
     images = torch.empty_like(vectors)
-    for first in range(0, len(vectors), group):
-        images[first : first + group] = op.finite_rows(vectors[first : first + group])
+    for first in range(0, len(vectors), block_size):
+        images[first : first + block_size] = op.multiply_rows_checked(vectors[first : first + block_size])
     return images
 
 
 def _sphere_interval(forms: list[float], squares: list[float], n: int) -> Estimate:
-    """n times the mean of v . A v over unit vectors.
+    """n times the mean of v . A v over uniformly random unit vectors v in n dimensions, with its interval.
 
-    The variance of each is 2 (mean ||A v||^2 - mean(v . A v)^2) / (n + 2); the larger of this and of what the samples
-    show counts. Skewness and degrees of freedom are the samples'.
+    The variance of a single v . A v is 2 (E ||A v||^2 - E[v . A v]^2) / (n + 2). The interval takes the larger of this,
+    with means in place of expectations, and the variance of the samples. Skewness and degrees of freedom are those of
+    the samples.
     """
     samples, count = n * np.array(forms), len(forms)
-    spread = max(float(np.mean(squares) - np.mean(forms) ** 2), 0.0)
-    deviation = n * math.sqrt(2 * spread / (n + 2))
+    variance = max(float(np.mean(squares) - np.mean(forms) ** 2), 0.0)  # of the eigenvalues
+    deviation = n * math.sqrt(2 * variance / (n + 2))
     if count == 1:
         return sampling_interval(float(samples[0]), deviation, 0.0)
-    seen = float(samples.std(ddof=1))
+    sample_deviation = float(samples.std(ddof=1))
     centred = samples - samples.mean()
-    skewness = float((centred**3).mean() / (centred**2).mean() ** 1.5) if seen > 0 else 0.0
+    skewness = float((centred**3).mean() / (centred**2).mean() ** 1.5) if sample_deviation > 0 else 0.0
     root = math.sqrt(count)
-    return sampling_interval(float(samples.mean()), max(deviation, seen) / root, skewness / root, freedom=count - 1)
+    error = max(deviation, sample_deviation) / root
+    return sampling_interval(float(samples.mean()), error, skewness / root, freedom=count - 1)
 
 
 def _hutch_plus_plus(op: LinearOperator, probes: int, seed: int) -> Estimate:
-    basis, captured = _dominant_space(op, probes, seed)
+    """The exact trace on a dominant range, plus Hutchinson's estimate on its orthogonal complement."""
+    basis, captured = _dominant_range(op, probes, seed)
     forms, squares = _quadratic_forms(
         op, probes - len(basis), lambda index: gaussian(op, seed=seed, index=index, stream="rest"), basis
     )
-    left = _sphere_interval(forms, squares, op.shape[0] - len(basis))
+    rest = _sphere_interval(forms, squares, op.shape[0] - len(basis))
     return Estimate(
-        captured + left.value, captured + left.low, captured + left.high, left.resolved, left.reason, probes
+        captured + rest.value, captured + rest.low, captured + rest.high, rest.resolved, rest.reason, probes
     )
 
 
-def _dominant_space(op: LinearOperator, probes: int, seed: int) -> tuple[torch.Tensor, float]:
-    """Q, orthonormal rows (m, n) of a block Krylov space that cost m products, and tr(Q A Q^T).
+def _dominant_range(op: LinearOperator, probes: int, seed: int) -> tuple[torch.Tensor, float]:
+    """Q, orthonormal rows (m, n) of a block Krylov space, and tr(Q A Q^T), from m products.
 
-    The variance of the whole estimate is in proportion to (||A||_F^2 - E) / (probes - m), with the energy captured
-    E = 2 ||A Q^T||_F^2 - ||Q A Q^T||_F^2. So another block pays where it captures more than its part of the products
-    left of the energy left.
+    Q captures the energy E = 2 ||A Q^T||_F^2 - ||Q A Q^T||_F^2 of ||A||_F^2. The variance of the whole estimate is
+    proportional to (||A||_F^2 - E) / (probes - m). Another block therefore narrows the interval if it captures a larger
+    part of the energy that is left than it takes of the products that are left.
     """
-    size = max(min(probes // LEARNING, BLOCK), 1)
-    most = max(min(probes // 2, vectors_that_fit(op)), 2 * size)
-    basis = torch.empty(most, op.shape[0], dtype=op.dtype, device=op.device)
-    block = _filled_up(op, basis[:0], basis[:0], size, seed)
-    captured = energy = total = scale = 0.0
+    block_size = max(min(probes // FEWEST_BLOCKS, MAX_BLOCK), 1)
+    max_size = max(min(probes // 2, max_vectors_in_memory(op)), 2 * block_size)
+    basis = torch.empty(max_size, op.shape[0], dtype=op.dtype, device=op.device)
+    block = _complete_block(op, basis[:0], basis[:0], block_size, seed)
+    captured_trace = captured_energy = energy = norm = 0.0
     filled = 0
     while True:
-        images = _images(op, block)
-        basis[filled : filled + size] = block
+        images = _multiply(op, block)
+        basis[filled : filled + block_size] = block
         squares = row_dots(images, images)
-        inside = images @ basis[: filled + size].T
-        doubled = inside[:, :filled]  # what couples to earlier blocks stands on both sides of the diagonal
-        gain = float(2 * squares.sum() - inside.double().square().sum() - doubled.double().square().sum())
-        captured += float(row_dots(block, images).sum())
-        energy += gain
-        scale = max(scale, float(squares.max().sqrt()))
-        if filled == 0:  # random vectors still: their images show ||A||_F^2
-            total = op.shape[0] * float(squares.sum()) / size
-        filled += size
-        pays = FADING * gain * (probes - filled) > size * max(total - energy, 0.0)
-        if filled + size > most or not (pays or filled == size):
-            return basis[:filled], captured
+        inside = images @ basis[: filled + block_size].T
+        coupling = inside[:, :filled]  # to earlier blocks, which appears on both sides of the diagonal of Q A Q^T
+        gain = float(2 * squares.sum() - inside.double().square().sum() - coupling.double().square().sum())
+        captured_trace += float(row_dots(block, images).sum())
+        captured_energy += gain
+        norm = max(norm, float(squares.max().sqrt()))
+        if filled == 0:  # the first block is random, so its images estimate ||A||_F^2
+            energy = op.shape[0] * float(squares.sum()) / block_size
+        filled += block_size
+        worthwhile = ENERGY_DECAY * gain * (probes - filled) > block_size * max(energy - captured_energy, 0.0)
+        if filled + block_size > max_size or not (worthwhile or filled == block_size):
+            return basis[:filled], captured_trace
         images.addmm_(inside, basis[:filled], alpha=-1)
-        lower, block = orthonormal_rows(take_out_(images, basis[:filled]))
-        rounding = NEGLIGIBLE * torch.finfo(op.dtype).eps * scale
-        block = _filled_up(op, block[torch.diagonal(lower).abs() > rounding], basis[:filled], size, seed)
+        lower, block = orthonormal_rows(project_out_(images, basis[:filled]))
+        rounding = NEGLIGIBLE * torch.finfo(op.dtype).eps * norm
+        block = _complete_block(op, block[torch.diagonal(lower).abs() > rounding], basis[:filled], block_size, seed)
 
 
-def _filled_up(op: LinearOperator, block: torch.Tensor, basis: torch.Tensor, size: int, seed: int) -> torch.Tensor:
-    """`size` rows, orthonormal and orthogonal to the basis: those of `block` and random ones."""
+def _complete_block(op: LinearOperator, block: torch.Tensor, basis: torch.Tensor, size: int, seed: int) -> torch.Tensor:
+    """`size` orthonormal rows orthogonal to the basis: those of `block`, and random ones where it has fewer."""
     missing = range(len(basis) + len(block), len(basis) + size)
     if not missing:
         return block
     rows = torch.cat([block, _test_vectors(op, missing, seed)])
     for _ in range(2):
-        take_out_(rows, basis)
+        project_out_(rows, basis)
     return orthonormal_rows(rows)[1]
 
 
 def _xtrace(op: LinearOperator, probes: int, seed: int) -> Estimate:
-    """Leave each test vector w_i out of the sketch Y = A W = Q R in turn. The basis without it is Q (I - s_i s_i^T),
-    with s_i the unit vector along column i of R^-T; the trace on that basis is taken exactly and w_i, projected onto
-    the complement and scaled to the sphere, estimates the rest. Vectors are rows here, so that R is the transpose of
-    the factor."""
+    """The mean over test vectors w_i of the trace estimated with w_i left out of the sketch Y = A W = Q R.
+
+    The range without w_i has the projector Q (I - s_i s_i^T) Q^T, where s_i is the unit vector along column i of R^-T.
+    The trace on that range is exact. The remainder is estimated by w_i, projected onto its orthogonal complement and
+    scaled to the length that the sphere gives.
+
+    The code holds vectors in rows, so R is the transpose of the factor that `orthonormal_rows` gives.
+    """
     n, count = op.shape[0], probes // 2
     tests = _test_vectors(op, range(count), seed)
-    lower, basis = orthonormal_rows(_images(op, tests))
-    images = _images(op, basis)
+    lower, basis = orthonormal_rows(_multiply(op, tests))
+    images = _multiply(op, basis)
     small = (lower.T, inner_products(basis, images), inner_products(basis, tests), inner_products(images, tests))
     r, h, w, t = (matrix.cpu().numpy() for matrix in small)
     h = (h + h.T) / 2
     diagonal = np.abs(np.diag(r))
-    if diagonal.min() <= 1e3 * torch.finfo(op.dtype).eps * max(diagonal.max(), 1e-300):
-        exact = float(np.trace(h))  # the sketch holds the whole range of A
-        slack = 1e3 * torch.finfo(op.dtype).eps * float(np.abs(h).sum())
-        return Estimate(exact, exact - slack, exact + slack, products=2 * count)
+    if diagonal.min() <= NEGLIGIBLE * torch.finfo(op.dtype).eps * max(diagonal.max(), 1e-300):
+        exact = float(np.trace(h))  # the sketch spans the whole range of A
+        rounding = NEGLIGIBLE * torch.finfo(op.dtype).eps * float(np.abs(h).sum())
+        return Estimate(exact, exact - rounding, exact + rounding, products=2 * count)
     s = np.linalg.inv(r).T
     s /= np.linalg.norm(s, axis=0)
-    lengths = row_dots(tests, tests).cpu().numpy()
+    squared_lengths = row_dots(tests, tests).cpu().numpy()
     samples = np.empty(count)
     for i in range(count):
         x = w[:, i] - s[:, i] * (s[:, i] @ w[:, i])
         captured = np.trace(h) - s[:, i] @ h @ s[:, i]
-        residual = w[:, i] @ r[:, i] - 2 * (t[:, i] @ x) + x @ h @ x
-        samples[i] = captured + (n - count + 1) * residual / (lengths[i] - x @ x)
+        remainder = w[:, i] @ r[:, i] - 2 * (t[:, i] @ x) + x @ h @ x
+        samples[i] = captured + (n - count + 1) * remainder / (squared_lengths[i] - x @ x)
     naive = student_interval(samples)
     half = XTRACE_INFLATION * naive.half_width
     return Estimate(naive.value, naive.value - half, naive.value + half, products=2 * count)
 
 
 def _test_vectors(op: LinearOperator, indices: range, seed: int) -> torch.Tensor:
+    """Gaussian vectors of these indices, one a row."""
     return torch.stack([gaussian(op, seed=seed, index=index, stream="sketch") for index in indices])

@@ -1,1 +1,1 @@
-"""The ground that every room stands on: vectors on a device, true float32, free memory, ranks, errors."""
+"""What every other sub-package stands on: vectors, true float32, free memory, ranks, errors."""

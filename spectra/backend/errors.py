@@ -1,9 +1,33 @@
-"""Errors that a person can mend. Each message is one line: what was expected, what came, what to do next."""
+"""Errors that the user can fix. Each message is one line: what was expected, what came, what to do next."""
 
 
 class InputError(ValueError):
-    """Input that cannot be used as given. Commands print the message alone and exit with code 2."""
+    """Input that cannot be used as given. Commands print only the message and exit with code 2."""
 
 
 class NonFiniteError(InputError):
-    """A loss, gradient or Hessian product held NaN or infinity; the message names the batch and the parameter."""
+    """A loss, gradient or Hessian-vector product that is NaN or infinite.
+
+    The message names the batch and the parameter.
+    """
+
+
+def first_line(error: BaseException) -> str:
+    r"""The first line of an error's message without its closing punctuation, or the name of its class if it has none.
+
+    Other libraries raise errors with many lines; a message of ours quotes the first.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        The line.
+
+    Example:
+        >>> first_line(RuntimeError("no such device.\nStack trace: ..."))
+        'no such device'
+        >>> first_line(KeyError())
+        'KeyError'
+    """
+    lines = str(error).strip().splitlines()
+    return (lines[0].rstrip(" .:") if lines else "") or type(error).__name__

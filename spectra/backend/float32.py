@@ -1,17 +1,18 @@
-"""Float32 arithmetic that is float32: torch has global settings that let a device round what it multiplies."""
+"""True float32 matrix products, whatever TF32 setting the program has."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
 
 class HasDevice(Protocol):
-    """Anything that says where it computes, such as an operator."""
+    """Anything that computes on one device, such as an operator."""
 
     device: torch.device
 
@@ -19,24 +20,34 @@ class HasDevice(Protocol):
 P = ParamSpec("P")
 S = TypeVar("S", bound=HasDevice)
 R = TypeVar("R")
-EXACT = ("none", "ieee")  # no rounding allowed by anyone, or forbidden
+FULL_PRECISION = ("none", "ieee")  # torch's settings under which float32 operands are not rounded
 
 
 @contextlib.contextmanager
 def float32_products(device: torch.device, *, tf32: bool = False, convolutions: bool = False) -> Iterator[None]:
-    """Inside, float32 matrices are multiplied in float32, or in TF32, whatever the caller has set; that is put back.
+    """Fix the precision of float32 matrix products inside the context, and restore the caller's settings after it.
 
-    A training script often allows TF32 (10 bits of fraction) for the whole program; eigenvectors combined so are
-    orthonormal to three digits only. convolutions: those too, which have TF32 on a GPU from the start.
-    torch keeps these settings in an older and in a newer place, and refuses to read the older one where they differ:
-    both are set alike, or the newer one alone where the caller has made them differ.
+    A caller's autocast, which would run matrix products in bfloat16, is off inside.
+
+    A training script often allows TF32, which rounds operands to 10 bits of fraction, for the whole program. Linear
+    combinations of basis vectors computed so are orthonormal to three digits only.
+
+    torch holds these settings twice, in an older and in a newer interface, and refuses to read the older one where the
+    two disagree. Both are set here, or the newer one alone where the caller has made them disagree.
+
+    Args:
+        device: Where the products run.
+        tf32: Whether to multiply in TF32 instead of float32.
+        convolutions: Whether convolutions and recurrent layers follow too; torch lets them use TF32 on a GPU by
+            default.
     """
-    backends: Any = torch.backends  # whose parts are not all declared
+    backends: Any = torch.backends  # torch's stubs do not declare all of its attributes
     places = [backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul]
     if convolutions and device.type == "cuda":
         places += [backends.cudnn.conv, backends.cudnn.rnn]
-    if not tf32 and all(place.fp32_precision in EXACT for place in places):
-        yield
+    if not tf32 and all(place.fp32_precision in FULL_PRECISION for place in places):
+        with _no_autocast(device):
+            yield
         return
     places = [backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn]
     newer = [place.fp32_precision for place in places]
@@ -49,7 +60,8 @@ def float32_products(device: torch.device, *, tf32: bool = False, convolutions: 
             backends.cudnn.allow_tf32 = tf32
         for place in places:
             place.fp32_precision = "tf32" if tf32 else "ieee"
-        yield
+        with _no_autocast(device):
+            yield
     finally:
         if older is not None:
             torch.set_float32_matmul_precision(older[0])
@@ -58,14 +70,20 @@ def float32_products(device: torch.device, *, tf32: bool = False, convolutions: 
             place.fp32_precision = setting
 
 
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def in_float32(
     function: Callable[Concatenate[S, P], R],
 ) -> Callable[Concatenate[S, P], R]:
-    """A function of an operator, with all of its vector arithmetic in `float32_products`."""
+    """Decorate a function of an operator so that all of its float32 matrix products run in true float32."""
 
     @functools.wraps(function)
-    def exact(op: S, *args: P.args, **options: P.kwargs) -> R:
+    def wrapper(op: S, *args: P.args, **options: P.kwargs) -> R:
         with float32_products(op.device):
             return function(op, *args, **options)
 
-    return exact
+    return wrapper

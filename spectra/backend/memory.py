@@ -1,4 +1,4 @@
-"""How much memory is free, and how much a computation takes."""
+"""How much memory is free on a device, and how much a computation allocates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 
 
 def available(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device. On a CPU the tighter of the machine and its control group."""
+    """Bytes that can still be allocated on a device.
+
+    On a CPU the smaller of what the machine has left and what the process's control group has left.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -27,20 +30,26 @@ def available(device: torch.device) -> int:
 
 
 def _machine_available() -> int:
+    """Bytes that the operating system calls available; 4 GiB where it does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return 4 << 30  # no /proc here: assume a small machine
+    return 4 << 30  # no /proc on this system: assume a small machine
 
 
 class AllocationMeter(TorchDispatchMode):
-    """Counts the bytes of tensors that operations inside make: `live` now, and their `peak`.
+    """Context that counts the bytes of the tensors which operations inside it allocate.
 
-    Each storage counts once, from the operation that made it until nothing refers to it. What was there before, such as
-    parameters, does not count; neither do the workspaces of libraries nor what an allocator keeps for later.
+    Each storage counts once, from the operation that allocates it until nothing refers to it. Tensors from before the
+    context, such as parameters, do not count. Neither do the workspaces of libraries, nor what the caching allocator
+    keeps for later.
+
+    Attributes:
+        live: Bytes allocated inside that are still in use.
+        peak: The largest value of `live` so far.
     """
 
     def __init__(self) -> None:
@@ -50,12 +59,12 @@ class AllocationMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        before = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        arguments = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         out = func(*args, **kwargs)
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
-            if key in self._known or key in before:
+            if key in self._known or key in arguments:
                 continue
             self._known.add(key)
             self.live += size
@@ -64,9 +73,11 @@ class AllocationMeter(TorchDispatchMode):
         return out
 
     def _freed(self, key: int, size: int) -> None:
+        """Note that a storage is gone."""
         self._known.discard(key)
         self.live -= size
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
+    """The tensors anywhere in nested arguments or results."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -1,8 +1,8 @@
-"""Several processes, one spectrum: probes or batches spread over the ranks of torch.distributed.
+"""One measurement on several processes (ranks) of torch.distributed.
 
-Spread over probes, the ranks have nothing to say to each other until the end. Spread over batches, every product ends
-in one all-reduce. Start with `torchrun --nproc-per-node N`; every rank makes the same calls on the same model and
-batches.
+With spread="probes" each rank takes a part of the probe vectors, and the ranks exchange results once, at the end. With
+spread="batches" each rank takes a part of the batches, and every Hessian-vector product ends in one all-reduce. Start
+with `torchrun --nproc-per-node N`. Every rank makes the same calls on the same model and batches.
 """
 
 from __future__ import annotations
@@ -16,22 +16,28 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from spectra.backend.errors import InputError
+from spectra.backend.errors import InputError, first_line
 
 SPREADS = ("none", "probes", "batches")
 T = TypeVar("T")
 
 
 class RankError(RuntimeError):
-    """Another rank is gone, or does not answer: nothing more can be computed together."""
+    """Another rank has stopped or does not answer, so that collective operations are no longer possible."""
 
 
 def start(*, device: str | None = None, minutes: float = 30.0) -> torch.device:
-    """Join the process group that torchrun set up, and return this rank's device.
+    """Join the process group that torchrun set up.
 
-    device: "cuda" (NCCL, one GPU a rank) or "cpu" (gloo); by default CUDA where there is some. minutes: how long a
-    rank waits for the others before it gives up with a `RankError`.
-    Raises InputError outside torchrun.
+    Args:
+        device: "cuda" (NCCL, one GPU a rank) or "cpu" (gloo). By default CUDA where it is available.
+        minutes: How long a rank waits for the others before it raises `RankError`.
+
+    Returns:
+        The device of this rank.
+
+    Raises:
+        InputError: If the process was not started by torchrun.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if "WORLD_SIZE" not in os.environ:
@@ -46,23 +52,34 @@ def start(*, device: str | None = None, minutes: float = 30.0) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group; does nothing where there is none."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def rank() -> int:
-    """This process's number, 0 where there is one process."""
+    """The number of this process, from 0; 0 without a process group."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def rank_count() -> int:
-    """How many processes there are."""
+    """The number of processes; 1 without a process group."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def check_spread(spread: str, allowed: tuple[str, ...] = SPREADS) -> str:
-    """The spread, if it is one of those allowed and there are ranks to spread over. Raises InputError."""
+    """Validate the option `spread`.
+
+    Args:
+        spread: "none", or what is distributed over the ranks: "probes" or "batches".
+        allowed: The values that the caller supports.
+
+    Returns:
+        `spread`.
+
+    Raises:
+        InputError: If the value is not allowed, or if there is no process group to distribute over.
+    """
     if spread not in allowed:
         raise InputError(f"spread must be one of {', '.join(allowed)}, got {spread!r}")
     if spread != "none" and not distributed.is_initialized():
@@ -72,41 +89,45 @@ def check_spread(spread: str, allowed: tuple[str, ...] = SPREADS) -> str:
     return spread
 
 
-def part_of_rank(items: list[T]) -> list[T]:
-    """Every `rank_count()`-th of the items, from this rank's number on: together the ranks have each item once."""
+def items_of_rank(items: list[T]) -> list[T]:
+    """The items that this rank takes: every `rank_count()`-th, beginning with number `rank()`.
+
+    Every item belongs to exactly one rank.
+    """
     return items[rank() :: rank_count()]
 
 
 def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of the ranks' tensors, in place: one all-reduce."""
-    with _together("adding up a product"):
+    """Replace a tensor by the sum of the tensors of all ranks."""
+    with _rank_errors("summing a Hessian-vector product over the ranks"):
         distributed.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_min(number: int, device: torch.device) -> int:
-    """The smallest of the ranks' numbers, where they have to decide alike."""
+    """The smallest of the numbers of all ranks, for decisions that all ranks must make alike."""
     tensor = torch.tensor(number, device=device)
-    with _together("agreeing on sizes"):
+    with _rank_errors("agreeing on a size"):
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MIN)
     return int(tensor)
 
 
 def all_gather(value: Any) -> list[Any]:
-    """The values of all ranks, in their order: small host data, such as Jacobi matrices."""
+    """The values of all ranks in the order of their numbers; for small host data such as Jacobi matrices."""
     values: list[Any] = [None] * rank_count()
-    with _together("gathering results"):
+    with _rank_errors("gathering results"):
         distributed.all_gather_object(values, value)
     return values
 
 
 @contextlib.contextmanager
-def _together(what: str) -> Iterator[None]:
+def _rank_errors(action: str) -> Iterator[None]:
+    """Raise a RankError where the collective operation inside fails because of another rank."""
     try:
         yield
     except (RuntimeError, ValueError) as error:  # DistBackendError, a closed connection, a timeout
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise RankError(
-            f"rank {rank()} was {what} when another rank stopped or fell silent: look at the other ranks' messages "
+            f"rank {rank()} was {action} when another rank stopped or fell silent: look at the other ranks' messages "
             f"for the cause ({reason})"
         ) from error

@@ -1,206 +1,196 @@
-"""Long vectors: probes that do not depend on device or order, and sums that do not lose digits.
+"""Linear algebra on long vectors: dot products that keep their digits, and orthonormal rows.
 
-A float32 norm over ten million entries can be off by 4e-4 on a CPU, which spoils every eigenvalue below that, so
-dots and norms accumulate in float64 whatever the vectors hold.
+A float32 sum over ten million entries can lose half of its digits: on a CPU a norm has been seen to be off by 4e-4,
+which hides every eigenvalue below that. Dot products and norms are therefore accumulated in float64, whatever the dtype
+of the vectors.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
 
-STRETCHES = {"cpu": 1 << 16, "cuda": 1 << 22}  # numbers worked on in one go: what a cache holds, what fills a GPU
-CHOLESKY_LIMIT = 1e-6  # of a factor's diagonal: rows nearer to dependence lose too many digits in a Gram matrix
-ENOUGH_LEFT = 0.1  # of a vector, after one pass of Gram-Schmidt, for it to be orthogonal to ten units of rounding
-DOTS = {"cpu": 1 << 17, "cuda": 1 << 26}  # numbers of a dot product, the most that float32 sums without loss there
-
-
-class VectorSpace(Protocol):
-    """What a vector has to fit: any operator. shape: (n, n)."""
-
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    device: torch.device
+CHUNK_SIZES = {"cpu": 1 << 16, "cuda": 1 << 22}  # entries processed at once: they fit a CPU's cache, or fill a GPU
+DOT_CHUNK_SIZES = {"cpu": 1 << 17, "cuda": 1 << 26}  # length up to which a float32 dot product keeps its digits
+CHOLESKY_LIMIT = 1e-6  # smallest ratio of a Cholesky factor's diagonal entries at which Cholesky QR is accurate
+SECOND_PASS_BELOW = 0.1  # ratio of norms after and before a Gram-Schmidt pass below which a second pass is made
 
 
 def dot(u: torch.Tensor, v: torch.Tensor) -> float:
-    """u . v accumulated in float64. u, v: (n,)."""
+    """u . v of two vectors (n,), accumulated in float64."""
     return float(row_dots(u[None], v[None]))
 
 
 def norm(v: torch.Tensor) -> float:
-    """||v||_2 accumulated in float64. v: (n,)."""
+    """||v||_2 of a vector (n,), accumulated in float64."""
     return math.sqrt(dot(v, v))
 
 
 def row_dots(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The dot products of corresponding rows, (k,) in float64, on the vectors' device. u, v: (k, n).
+    """Dot products of corresponding rows, u_i . v_i.
 
-    Long rows are summed in stretches by the vendor's dot product, in the vectors' dtype and one pass over memory, and
-    the stretches in float64: as exact as float64 throughout to within a few units of float32's last digit.
+    Each row is split into chunks. The device's own dot product sums a chunk in the dtype of the vectors, and the chunks
+    are summed in float64: one pass over memory, with an error of a few units of float32's last digit.
+
+    Args:
+        u: (k, n).
+        v: (k, n), in the dtype and on the device of `u`.
+
+    Returns:
+        (k,) in float64, on the same device.
     """
-    if u.shape[1] < _sized(STRETCHES, u.device):
+    if u.shape[1] < chunk_size(u.device):
         return (u * v).sum(dim=1, dtype=torch.float64)
-    width = _sized(DOTS, u.device)
-    dots = [torch.dot(a, b) for row in zip(u, v, strict=True) for a, b in _stretches(width, *row)]
-    return _row_sums(dots, len(u))
+    size = chunk_size(u.device, DOT_CHUNK_SIZES)
+    dots = [torch.dot(a, b) for row in zip(u, v, strict=True) for a, b in _chunks(size, *row)]
+    return _sum_chunks(dots, len(u))
 
 
-def subtract_(rows: torch.Tensor, others: torch.Tensor, factors: torch.Tensor, against: torch.Tensor) -> torch.Tensor:
-    """rows -= factors * others in place; then the dot products of corresponding rows with `against`, as `row_dots`.
+def subtract_and_dot_(
+    rows: torch.Tensor, others: torch.Tensor, factors: torch.Tensor, against: torch.Tensor
+) -> torch.Tensor:
+    """Subtract multiples of rows in place, then take dot products: r_i -= f_i o_i, and returns r_i . a_i.
 
-    rows, others, against: (k, n); factors: (k,) in float64. On a CPU one pass over memory does both.
+    On a CPU both happen in one pass over memory.
+
+    Args:
+        rows: (k, n), overwritten with the differences r_i.
+        others: (k, n), the rows o_i.
+        factors: (k,) in float64.
+        against: (k, n), the rows a_i; may be `rows` itself, which gives the squared norms of the differences.
+
+    Returns:
+        (k,) in float64, accumulated as in `row_dots`.
     """
-    if rows.device.type != "cpu" or rows.shape[1] < STRETCHES["cpu"]:
+    if rows.device.type != "cpu" or rows.shape[1] < CHUNK_SIZES["cpu"]:
         rows.addcmul_(others, factors[:, None].to(rows.dtype), value=-1)
         return row_dots(rows, against)
     dots = [
-        torch.dot(part.sub_(other, alpha=factor), partner)
+        torch.dot(chunk.sub_(other, alpha=factor), partner)
         for factor, *row in zip(factors.tolist(), rows, others, against, strict=True)
-        for part, other, partner in _stretches(DOTS["cpu"], *row)
+        for chunk, other, partner in _chunks(DOT_CHUNK_SIZES["cpu"], *row)
     ]
-    return _row_sums(dots, len(rows))
+    return _sum_chunks(dots, len(rows))
 
 
-def _row_sums(dots: list[torch.Tensor], count: int) -> torch.Tensor:
-    """The sums over each of `count` rows of the dot products of its stretches, in float64."""
-    return torch.stack(dots).view(count, -1).sum(dim=1, dtype=torch.float64)
+def chunk_size(device: torch.device, sizes: dict[str, int] = CHUNK_SIZES) -> int:
+    """How many entries of a vector to process at once on this kind of device."""
+    return sizes.get(device.type, sizes["cpu"])
 
 
-def _stretches(width: int, *vectors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Corresponding parts of vectors (n,), at most `width` long."""
-    return zip(*(vector.split(width) for vector in vectors), strict=True)
+def _chunks(size: int, *vectors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Corresponding chunks of vectors (n,), each at most `size` long."""
+    return zip(*(vector.split(size) for vector in vectors), strict=True)
 
 
-def coefficients(basis: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """basis @ vector as `row_dots` sums it: (m,) in float64. basis: (m, n), vector: (n,)."""
+def _sum_chunks(dots: list[torch.Tensor], rows: int) -> torch.Tensor:
+    """Sum the dot products of chunks, listed row by row, over each of `rows` rows in float64, (rows,)."""
+    return torch.stack(dots).view(rows, -1).sum(dim=1, dtype=torch.float64)
+
+
+def basis_coefficients(basis: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """Q v, the dot products of a vector with each row of a basis, accumulated in float64 on a CPU.
+
+    Args:
+        basis: Q, (m, n).
+        vector: v, (n,).
+
+    Returns:
+        (m,) in float64.
+    """
     if vector.device.type != "cpu":
         return (basis @ vector).double()
-    width = STRETCHES["cpu"]
+    size = CHUNK_SIZES["cpu"]
     total = torch.zeros(len(basis), dtype=torch.float64)
-    for start in range(0, len(vector), width):
-        total += basis[:, start : start + width] @ vector[start : start + width]
+    for start in range(0, len(vector), size):
+        total += basis[:, start : start + size] @ vector[start : start + size]
     return total
 
 
 def inner_products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """rows @ others.T in float64, of as many columns at a time as a cache holds. (k, j)"""
-    width = max(_sized(STRETCHES, rows.device) // max(len(rows), len(others), 1), 1)
+    """All dot products r_i . o_j, multiplied and summed in float64.
+
+    Args:
+        rows: (k, n).
+        others: (j, n); `rows` itself for the Gram matrix.
+
+    Returns:
+        (k, j) in float64, on the same device.
+    """
+    columns = max(chunk_size(rows.device) // max(len(rows), len(others), 1), 1)
     total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=rows.device)
-    for start in range(0, rows.shape[1], width):
-        part = rows[:, start : start + width].double()
-        other = part if others is rows else others[:, start : start + width].double()
-        total.addmm_(part, other.T)
+    for start in range(0, rows.shape[1], columns):
+        chunk = rows[:, start : start + columns].double()
+        other = chunk if others is rows else others[:, start : start + columns].double()
+        total.addmm_(chunk, other.T)
     return total
 
 
 def orthogonalize_(vector: torch.Tensor, *bases: torch.Tensor) -> tuple[list[np.ndarray], float]:
-    """Take out of `vector` (n,) its part in the rows of `bases`, each (m, n), which are orthonormal together, in place.
-    Returns the coefficients, an array (m,) for each basis, and the norm of what is left.
+    """Project a vector onto the orthogonal complement of orthonormal bases, in place.
 
-    Classical Gram-Schmidt: matrix products, a second time where so little was left that rounding shows in it (Daniel,
-    Gragg, Kaufman and Stewart, Math. Comp. 30, 1976).
+    v -= Q^T (Q v) by classical Gram-Schmidt, repeated once where the first pass leaves so little that rounding error
+    would spoil the orthogonality of the result (Daniel, Gragg, Kaufman and Stewart, Math. Comp. 30, 1976).
+
+    Args:
+        vector: v, (n,), overwritten.
+        *bases: each (m, n); all rows together are orthonormal.
+
+    Returns:
+        The coefficients Q v, an array (m,) in float64 for each basis, and the norm of the vector that is left.
     """
     totals = [np.zeros(len(basis)) for basis in bases]
-    left = norm(vector)
+    length = norm(vector)
     for _ in range(2):
-        before = left
-        found = torch.cat([coefficients(basis, vector) for basis in bases])
+        previous_length = length
+        found = torch.cat([basis_coefficients(basis, vector) for basis in bases])
         parts = found.split([len(basis) for basis in bases])
         for basis, part in zip(bases, parts, strict=True):
             vector.addmv_(basis.T, part.to(vector.dtype), alpha=-1)
         totals = [total + part.cpu().numpy() for total, part in zip(totals, parts, strict=True)]
-        left = norm(vector)
-        if left > ENOUGH_LEFT * before:
+        length = norm(vector)
+        if length > SECOND_PASS_BELOW * previous_length:
             break
-    return totals, left
+    return totals, length
 
 
-def take_out_(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """The rows of `vectors` without their part in the orthonormal rows of `basis`, in place, in one pass. (k, n)"""
+def project_out_(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """Project each row onto the orthogonal complement of a basis, in place and in one pass: V -= (V Q^T) Q.
+
+    Args:
+        vectors: V, (k, n), overwritten.
+        basis: Q, (m, n) with orthonormal rows.
+
+    Returns:
+        `vectors`.
+    """
     return vectors.addmm_(vectors @ basis.T, basis, alpha=-1)
 
 
 def orthonormal_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """rows = L Q with L (k, k) lower triangular in float64 and Q (k, n) orthonormal to rounding. rows: (k, n), k <= n.
+    """Factorize rows into L Q with L lower triangular and Q orthonormal to rounding error.
 
-    Two rounds of Cholesky QR with Gram matrices in float64, which are matrix products (Yamamoto et al., Electron.
-    Trans. Numer. Anal. 44, 2015; Yamazaki, Tomov and Dongarra, SIAM J. Sci. Comput. 37, 2015, for the precision);
-    Householder QR where the rows are too nearly dependent for that.
+    Two rounds of Cholesky QR, which consist of matrix products, with Gram matrices in float64 (Yamamoto, Nakatsukasa,
+    Yanagisawa and Fukaya, Electron. Trans. Numer. Anal. 44, 2015; for the precision Yamazaki, Tomov and Dongarra,
+    SIAM J. Sci. Comput. 37, 2015). Rows too nearly dependent for that are factorized by Householder QR.
+
+    Args:
+        rows: (k, n) with k <= n.
+
+    Returns:
+        L (k, k) in float64 and Q (k, n) in the dtype of `rows`.
     """
     lower = torch.eye(len(rows), dtype=torch.float64, device=rows.device)
     basis = rows
     for _ in range(2):
         factor, failed = torch.linalg.cholesky_ex(inner_products(basis, basis))
-        sizes = torch.diagonal(factor)
-        if failed or not sizes.min() > CHOLESKY_LIMIT * sizes.max():
+        diagonal = torch.diagonal(factor)
+        if failed or not diagonal.min() > CHOLESKY_LIMIT * diagonal.max():
             basis, upper = torch.linalg.qr(rows.T)
             return upper.T.double(), basis.T.contiguous()
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(rows)).to(factor), upper=False)
         basis, lower = inverse.to(rows.dtype) @ basis, lower @ factor
     return lower, basis
-
-
-def gaussian(space: VectorSpace, *, seed: int, index: int, stream: str) -> torch.Tensor:
-    """n independent standard normal numbers for (seed, index, stream), the same to rounding on every device. (n,)
-
-    Box and Muller's transform of hashed counters, i -> (r cos a, r sin a), where r^2 / -2 is the logarithm of one half
-    of hash(key + i) and a the other half as an angle. The hash is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), and
-    NumPy's SeedSequence mixes the key, so seeds s and s + 1 have no vector in common. Resolution of float32.
-    """
-    words = [seed & 0xFFFFFFFFFFFFFFFF, index, zlib.crc32(stream.encode())]
-    key = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
-    n, half = space.shape[0], (space.shape[0] + 1) // 2
-    numbers = torch.empty(n, dtype=space.dtype, device=space.device)
-    stretch = _sized(STRETCHES, space.device)
-    for start in range(0, half, stretch):
-        stop = min(start + stretch, half)
-        numbers[start:stop], second = _normal_pairs(key, start, stop, space.device)
-        numbers[half + start : half + stop] = second[: n - half - start]
-    return numbers
-
-
-def _sized(table: dict[str, int], device: torch.device) -> int:
-    """The entry for this kind of device, or that of a CPU."""
-    return table.get(device.type, table["cpu"])
-
-
-def _normal_pairs(key: int, start: int, stop: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pairs of normal numbers of the counters from start to stop, in float32."""
-    z = torch.arange(start, stop, device=device).mul_(_signed(0x9E3779B97F4A7C15)).add_(_signed(key))
-    z ^= _shifted(z, 30)
-    z *= _signed(0xBF58476D1CE4E5B9)
-    z ^= _shifted(z, 27)
-    z *= _signed(0x94D049BB133111EB)
-    z ^= _shifted(z, 31)
-    first, second = z.view(torch.int32).view(-1, 2).unbind(dim=1)
-    radius = first.float().abs_().add_(0.5).mul_(2.0**-31).log_().mul_(-2).sqrt_()
-    angle = second.float().mul_(math.pi * 2.0**-31)
-    return radius * angle.cos(), radius * angle.sin()
-
-
-def _signed(word: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit word."""
-    word &= 0xFFFFFFFFFFFFFFFF
-    return word - (1 << 64) if word >> 63 else word
-
-
-def _shifted(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Shifted right, with zeros coming in: torch's shift repeats the sign."""
-    return (words >> bits).bitwise_and_((1 << (64 - bits)) - 1)
-
-
-def probe(space: VectorSpace, *, seed: int, index: int) -> torch.Tensor:
-    """Probe `index` of `seed`: a direction drawn uniformly from the unit sphere. (n,)
-
-    Such probes make the distribution of every estimate a function of the eigenvalues alone, whatever the
-    eigenvectors, so intervals that cover on a diagonal matrix cover on any. Signs (Rademacher) do not: on a diagonal
-    matrix all their spread disappears.
-    """
-    vector = gaussian(space, seed=seed, index=index, stream="probe")
-    return vector.div_(norm(vector))

@@ -1,4 +1,4 @@
-"""`python -m spectra.cli`."""
+"""`python -m spectra.cli`: the same as `spectra`."""
 
 from spectra.cli.main import main
 

@@ -8,17 +8,22 @@ import sys
 from collections.abc import Callable, Sequence
 
 from spectra.backend.errors import InputError
+from spectra.backend.extras import EXTRA_OF, missing
 
 Main = Callable[[Sequence[str] | None], int | None]
 
 
 def run_command(main: Main, *, name: str | None = None) -> Callable[..., int]:
-    """Wrap a command so that what a person can mend ends in one line on stderr and exit code 2, with no traceback.
+    """Decorate a command's main function, so that a user's error ends in one line on stderr instead of a traceback.
 
-    main: takes the argument list (None: those of the process) and returns the exit code or None. Use as a decorator.
-    name: what the line starts with; by default the package that `main` comes from. The wrapped command returns its
-    exit code: 0, 2 for InputError, OSError, an interrupt or arguments that argparse turns down. Other exceptions are
-    faults of the program and keep their traceback.
+    Args:
+        main: The function. It takes the arguments (None: those of the process) and returns an exit code or None.
+        name: The program's name, with which the line starts. None: the package that `main` is in.
+
+    Returns:
+        A function that returns the exit code: that of `main` (None counts as 0), or 2 for an InputError, an OSError,
+        an optional package that is not installed, an interrupt, or arguments that argparse refuses. Other exceptions
+        are errors of the program and keep their traceback.
     """
     program = name or main.__module__.partition(".")[0]
 
@@ -28,13 +33,17 @@ def run_command(main: Main, *, name: str | None = None) -> Callable[..., int]:
             return main(arguments) or 0
         except SystemExit as stop:  # argparse has printed its usage and its line already
             return _exit_code(stop)
-        except BrokenPipeError:  # the reader of our output went away, as in `spectra measure ... | head`
+        except BrokenPipeError:  # the reader of our output has ended, as in `spectra measure ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except InputError as error:
             message = str(error)
+        except ModuleNotFoundError as error:
+            if error.name not in EXTRA_OF:
+                raise
+            message = str(missing(error.name))
         except OSError as error:
-            message = _describe(error)
+            message = _message(error)
         except KeyboardInterrupt:
             message = "interrupted; what was recorded so far is kept"
         print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
@@ -44,17 +53,19 @@ def run_command(main: Main, *, name: str | None = None) -> Callable[..., int]:
 
 
 def on_terminal() -> bool:
-    """Whether a person watches: progress bars are drawn on a terminal only."""
+    """Whether stderr is a terminal; progress bars are drawn on a terminal only."""
     return sys.stderr.isatty()
 
 
-def _describe(error: OSError) -> str:
+def _message(error: OSError) -> str:
+    """What happened to which file, without the error number."""
     if error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
     return str(error) or type(error).__name__
 
 
 def _exit_code(stop: SystemExit) -> int:
+    """The exit code that Python itself would give; a text is printed and counts as 1."""
     if stop.code is None or isinstance(stop.code, int):
         return stop.code or 0
     print(stop.code, file=sys.stderr)

@@ -1,19 +1,19 @@
-"""What changed between two spectra, with intervals that profit from the probes they share.
+"""What changed between two spectra, with intervals that profit from shared probe vectors.
 
-A change of a mean over probes, x_i before and y_i after, has the variance of y_i - x_i, which eigenvectors that stay
-make small. Few probes tell little about a variance, and Student's interval falls short where a handful of outliers
-makes the y_i - x_i skewed, so the interval is the widest of three, each of which knows something that the others miss:
+A mean over k probe vectors, x_i before and y_i after, changes by the mean of y_i - x_i. Eigenvectors that stay the same
+make the variance of y_i - x_i small. A few pairs know that variance badly, and Student's interval is too short where a
+handful of outliers makes y_i - x_i skewed. So the interval is the widest of three:
 
-* Student's over the pairs, mean(y_i - x_i) +- t_{k-1} s / sqrt(k).
-* The least that two spectra allow, whatever their eigenvectors: by Hoffman and Wielandt (Duke Math. J. 20, 1953)
-  ||F - G||_F^2 >= sum_j (f_j - g_j)^2 with both in ascending order, so the difference varies at least as much as that
-  of two matrices with the same eigenvectors. Each probe's rules are coupled by quantiles for it. Variance and skewness
-  follow as in `spectra.moments`, without a degree of freedom spent.
-* Normal, with the known variances of both sides and the correlation seen in the pairs.
+* Student's interval over the pairs, mean(y_i - x_i) +- t_{k-1} s / sqrt(k).
+* The smallest that two spectra allow, whatever their eigenvectors. By Hoffman and Wielandt (Duke Math. J. 20, 1953)
+  ||F - G||_F^2 >= sum_j (f_j - g_j)^2 with both spectra in ascending order, so the difference varies at least as much
+  as it would with common eigenvectors. Each pair of quadrature rules is coupled by quantiles for it. Variance and
+  skewness follow as in `spectra.estimates.moments`.
+* A normal interval from the known variance of each side and the correlation seen in the pairs.
 
-It is never wider than the difference of the two intervals. In simulations with 4 and 10 probes, few and many outliers,
-shared, turned and unrelated eigenvectors, it covers 93 % or more in each setting and 98 % over all, where Student's
-alone falls to 80 %.
+It is never wider than the difference of the two intervals. In simulations with 4 and 10 probe vectors, few and many
+outliers, and shared, turned and unrelated eigenvectors, it covers 93 % or more in each setting and 98 % over all, where
+Student's interval alone falls to 80 %.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from functools import partial
 
 from spectra.backend.errors import InputError
 from spectra.estimates import moments
-from spectra.estimates.density import SpectralDensity
-from spectra.estimates.estimate import (
-    RESOLVED_HALF_WIDTH,
-    Estimate,
-)
+from spectra.estimates.density import SEED_BITS, SpectralDensity
+from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, negated
 from spectra.estimates.paired import (
-    POWERS,
     Limits,
     PairedMeans,
     difference_of_intervals,
     independent_difference,
     mean_over_probes,
 )
-from spectra.estimates.quantities import NEAR_ZERO, summarize
-
-SEED_BITS = 0xFFFFFFFFFFFFFFFF  # what probes depend on
-MEANS = ("trace", "rms", "frobenius", *POWERS)  # means over probes, to first order
-ENDS = ("lambda_max", "lambda_min")
+from spectra.estimates.quantities import NEAR_ZERO, Kind, describe, summarize
 
 
 @dataclass(frozen=True)
 class Change:
-    """A quantity before and after. difference: after - before; ratio: after / before, unresolved where the interval
-    before touches zero. paired: whether both were measured with the same probes. `str()` says it in a sentence."""
+    """A quantity before and after. `str()` says in a sentence what happened to it.
+
+    Attributes:
+        quantity: Key of the quantity.
+        before: The quantity in the first spectrum.
+        after: The quantity in the second.
+        difference: after - before.
+        ratio: after / before; unresolved where the interval before touches zero.
+        paired: Whether both were measured with the same probe vectors.
+    """
 
     quantity: str
     before: Estimate
@@ -58,87 +58,119 @@ class Change:
 
     @property
     def measurable(self) -> bool:
-        """Whether the interval of the difference leaves zero out."""
+        """Whether the interval of the difference excludes zero."""
         return not self.difference.low <= 0 <= self.difference.high
 
     @property
     def verdict(self) -> str:
-        """What happened to the quantity: "rose by 31 % [27, 35]"."""
-        difference, relative = self.difference, self._relative()
+        """What happened to the quantity, such as "rose by 31 % [27, 35]"."""
+        difference, percent = self.difference, self._percent()
         if difference.low == difference.high == 0:
             return "did not change"
         if not self.measurable:
-            change, unit = (difference, "") if relative is None else (relative, " %")
-            return f"did not change measurably: {_spelled(change, unit, sign='+')}"
+            change, unit = (difference, "") if percent is None else (percent, " %")
+            return f"did not change measurably: {_with_interval(change, unit, sign='+')}"
         down = difference.value < 0
-        if relative is None:
-            return f"{'fell' if down else 'rose'} by {_spelled(moments.negated(difference) if down else difference)}"
-        size = moments.negated(relative) if relative.value < 0 else relative
-        if self.before.value < 0:
-            return f"became {'more' if down else 'less'} negative by {_spelled(size, ' %')}"
-        return f"{'fell' if down else 'rose'} by {_spelled(size, ' %')}"
+        if percent is None:
+            size = _with_interval(negated(difference) if down else difference)
+        else:
+            size = _with_interval(negated(percent) if percent.value < 0 else percent, " %")
+            if self.before.value < 0:
+                return f"became {'more' if down else 'less'} negative by {size}"
+        return f"{'fell' if down else 'rose'} by {size}"
 
     def __str__(self) -> str:
-        share = self.quantity.endswith("_share")
+        share = describe(self.quantity).is_share
         return f"{self.quantity.replace('_', ' ') if share else self.quantity} {self.verdict}"
 
-    def _relative(self) -> Estimate | None:
-        """The change in percent; None for shares, and where the ratio says nothing."""
-        if self.quantity.endswith("_share") or not self.ratio.resolved or self.ratio.low <= 0:
+    def _percent(self) -> Estimate | None:
+        """The relative change in percent; None for shares, and where the ratio is unresolved or may be negative."""
+        if describe(self.quantity).is_share or not self.ratio.resolved or self.ratio.low <= 0:
             return None
         value, low, high = (100 * (end - 1) for end in (self.ratio.value, self.ratio.low, self.ratio.high))
         return Estimate(value, low, high)
 
 
 def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NEAR_ZERO) -> dict[str, Change]:
-    """What changed from spectrum `a` to spectrum `b`: a `Change` for each quantity that a record keeps.
+    """Tell what changed from one spectrum to another, for each quantity that a record keeps.
 
-        print(spectra.compare(before, after)["lambda_max"])  # lambda_max rose by 31 % [27, 35]
+    With the same seed, number of probe vectors and dimension, the trace, the norms and the energy and magnitude shares
+    get paired intervals (see `spectra.estimates.changes`). A ratio r is in its interval if 0 is in that of
+    after - r * before (Fieller, J. R. Stat. Soc. B 16, 1954).
 
-    With the same seed, number of probes and dimension, the trace, the norms and the energy and magnitude shares get
-    paired intervals (see `spectra.changes`), and a ratio r is in its interval if 0 is in that of after - r * before
-    (Fieller, J. R. Stat. Soc. B 16, 1954). The ends of the spectrum and the counted shares get the difference of the
-    two intervals, [low_b - high_a, high_b - low_a], as most of their width is no sampling error. Of two different seeds
-    the intervals' sides add in quadrature, as for any independent estimates; where only some probes may be shared (an
-    unknown seed, another number of probes), they add up. Exact spectra give exact changes.
+    The ends of the spectrum and the counted shares get the difference of the two intervals,
+    [low_b - high_a, high_b - low_a], because most of their width is no sampling error. With two different seeds the
+    intervals' sides add in quadrature, as for any independent estimates. Where only some probe vectors may be shared
+    (an unknown seed, another number of them) the sides add up. Exact spectra give exact changes.
 
-    near_zero_tol: |lambda| that counts as near zero. Raises InputError unless both are densities and it is positive.
+    Args:
+        a: The spectrum before.
+        b: The spectrum after.
+        near_zero_tol: |lambda| below which an eigenvalue counts as near zero, in the units of the eigenvalues.
+
+    Returns:
+        A `Change` for each quantity, by key.
+
+    Raises:
+        InputError: Unless both are densities and the tolerance is positive.
+
+    Example:
+        >>> import numpy as np
+        >>> before = SpectralDensity.from_eigenvalues(np.array([1.0, 2.0, 4.0]))
+        >>> after = SpectralDensity.from_eigenvalues(np.array([1.0, 2.0, 5.0]))
+        >>> print(compare(before, after)["lambda_max"])
+        lambda_max rose by 25 % [25, 25]
     """
     for density in (a, b):
         if not isinstance(density, SpectralDensity):
             raise InputError(
                 f"two densities are expected, got {type(density).__name__}: use slq, or Run.density(record)"
             )
-    paired, independent = _same_probes(a, b), _independent(a, b)
+    paired = _same_probes(a, b)
     before, after = summarize(a, near_zero_tol), summarize(b, near_zero_tol)
     changes = {}
-    for name in before:
-        limits = ratio_limits = partial(difference_of_intervals, before[name], after[name])
-        if name in MEANS and independent:
-            limits = ratio_limits = partial(independent_difference, before[name], after[name])
-        elif name in MEANS and paired and len(a.rules) > 1:
-            pairs = PairedMeans(mean_over_probes(a, name, before[name]), mean_over_probes(b, name, after[name]))
-            limits, ratio_limits = pairs.limits, pairs.ratio_limits
-        difference = _difference(name, before[name], after[name], limits)
-        ratio = _ratio(before[name], after[name], ratio_limits)
-        changes[name] = Change(name, before[name], after[name], *_agreed(difference, ratio, before[name]), paired)
+    for key in before:
+        limits, ratio_limits = _limits(key, (a, b), (before[key], after[key]), paired=paired)
+        difference = _difference(key, before[key], after[key], limits)
+        ratio = _ratio(before[key], after[key], ratio_limits)
+        difference, ratio = _made_consistent(difference, ratio, before[key])
+        changes[key] = Change(key, before[key], after[key], difference, ratio, paired)
     return changes
 
 
-def _difference(name: str, before: Estimate, after: Estimate, limits: Limits) -> Estimate:
+def _limits(
+    key: str, densities: tuple[SpectralDensity, SpectralDensity], estimates: tuple[Estimate, Estimate], *, paired: bool
+) -> tuple[Limits, Limits]:
+    """How to bound after - factor * before: for the difference, and for the interval of the ratio."""
+    (a, b), (before, after) = densities, estimates
+    if describe(key).is_mean_over_probes:
+        if _independent(a, b):
+            limits = partial(independent_difference, before, after)
+            return limits, limits
+        if paired and len(a.measure.rules) > 1:
+            pairs = PairedMeans(mean_over_probes(a, key, before), mean_over_probes(b, key, after))
+            return pairs.limits, pairs.ratio_limits
+    limits = partial(difference_of_intervals, before, after)
+    return limits, limits
+
+
+def _difference(key: str, before: Estimate, after: Estimate, limits: Limits) -> Estimate:
+    """after - before, unresolved where it is known too badly."""
     low, high = limits(1.0)
     value = after.value - before.value
     difference = Estimate(value, min(low, value), max(high, value))
-    causes = [estimate.reason for estimate in (before, after) if not estimate.resolved]
-    wide = name.endswith("_share") and difference.half_width > RESOLVED_HALF_WIDTH
-    if not (wide or (name in ENDS and causes) or not math.isfinite(difference.half_width)):
+    reasons = [estimate.reason for estimate in (before, after) if not estimate.resolved]
+    quantity = describe(key)
+    too_wide = quantity.is_share and difference.half_width > RESOLVED_HALF_WIDTH
+    end_unresolved = quantity.kind is Kind.END and bool(reasons)
+    if not (too_wide or end_unresolved or not math.isfinite(difference.half_width)):
         return difference
-    cause = causes[0] if causes else f"the change is known to +-{difference.half_width:.2g} only: use more probes"
-    return replace(difference, resolved=False, reason=cause)
+    reason = reasons[0] if reasons else f"the change is known to +-{difference.half_width:.2g} only: use more probes"
+    return replace(difference, resolved=False, reason=reason)
 
 
 def _ratio(before: Estimate, after: Estimate, limits: Limits) -> Estimate:
-    """after / before: the factors whose multiple of `before` cannot be told from `after`."""
+    """after / before: the factors for which after - factor * before may be zero."""
     value = after.value / before.value if before.value else math.nan
     ends = (before.low, before.high, after.low, after.high)
     if before.low <= 0 <= before.high or not all(map(math.isfinite, ends)):
@@ -148,45 +180,50 @@ def _ratio(before: Estimate, after: Estimate, limits: Limits) -> Estimate:
     if low > 0:
 
         def possible(factor: float) -> bool:
-            least, most = limits(factor)
-            return least <= 0 <= most
+            lower, upper = limits(factor)
+            return lower <= 0 <= upper
 
-        low, high = (moments.last_that_holds(possible, value, end) for end in (low, high))
+        low, high = (moments.bisect_to_edge(possible, value, end) for end in (low, high))
     return Estimate(value, low, high)
 
 
-def _agreed(difference: Estimate, ratio: Estimate, before: Estimate) -> tuple[Estimate, Estimate]:
-    """Where one of them tells a change from none and the other does not, the other takes its word:
-    difference = (ratio - 1) * before."""
+def _made_consistent(difference: Estimate, ratio: Estimate, before: Estimate) -> tuple[Estimate, Estimate]:
+    """Let difference and ratio agree on whether the quantity changed.
+
+    Where one interval excludes "no change" and the other does not, the other is narrowed by the first, through
+    difference = (ratio - 1) * before.
+    """
     if not ratio.resolved or ratio.low <= 0:
         return difference, ratio
-    steady, same = difference.low <= 0 <= difference.high, ratio.low <= 1 <= ratio.high
-    if steady and not same:
+    zero_in_difference, one_in_ratio = difference.low <= 0 <= difference.high, ratio.low <= 1 <= ratio.high
+    if zero_in_difference and not one_in_ratio:
         ends = [(end - 1) * by for end in (ratio.low, ratio.high) for by in (before.low, before.high)]
         difference = replace(difference, low=max(difference.low, min(ends)), high=min(difference.high, max(ends)))
-    elif same and not steady:
+    elif one_in_ratio and not zero_in_difference:
         ends = [1 + end / by for end in (difference.low, difference.high) for by in (before.low, before.high)]
         ratio = replace(ratio, low=max(ratio.low, min(ends)), high=min(ratio.high, max(ends)))
     return difference, ratio
 
 
 def _same_probes(a: SpectralDensity, b: SpectralDensity) -> bool:
+    """Whether the same probe vectors saw both spectra, or both are exact."""
     if a.exact and b.exact:
         return True
     if a.seed is None or b.seed is None or (a.seed - b.seed) & SEED_BITS:
         return False
-    return a.dimension == b.dimension and len(a.alphas) == len(b.alphas) and len(a.rules) == len(b.rules)
+    same_count = len(a.alphas) == len(b.alphas) and len(a.measure.rules) == len(b.measure.rules)
+    return a.dimension == b.dimension and same_count
 
 
 def _independent(a: SpectralDensity, b: SpectralDensity) -> bool:
-    """Whether the probes of one say nothing about those of the other: other seeds, or one drew none."""
-    if not a.rules or not b.rules:
+    """Whether sampling errors are independent: the seeds differ, or one spectrum was not sampled."""
+    if not a.measure.rules or not b.measure.rules:
         return True
     return a.seed is not None and b.seed is not None and bool((a.seed - b.seed) & SEED_BITS)
 
 
-def _spelled(estimate: Estimate, unit: str = "", sign: str = "") -> str:
-    """Value and interval, in as many digits as the interval warrants."""
+def _with_interval(estimate: Estimate, unit: str = "", sign: str = "") -> str:
+    """Write value and interval in as many digits as the interval warrants."""
     half = estimate.half_width
     style = "z.4g"
     if half > 0 and math.isfinite(half) and max(abs(estimate.low), abs(estimate.high)) < 1e6:

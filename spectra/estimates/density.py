@@ -1,297 +1,364 @@
-"""The spectral density that stochastic Lanczos quadrature leaves, and every number read from it."""
+"""The spectral density that stochastic Lanczos quadrature estimates, and every number read from it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from spectra.backend.errors import InputError
-from spectra.estimates import moments
-from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate
-from spectra.estimates.quadrature import GaussRule, gauss_rule
-from spectra.estimates.shares import Measure, cumulative, share_inside
+from spectra.estimates import curves, ends, moments
+from spectra.estimates.estimate import Estimate, scaled, square_root
+from spectra.estimates.measure import JacobiMatrices, KnownEigenvalues, SpectralMeasure, no_numbers
+from spectra.estimates.quadrature import GaussRule
+from spectra.estimates.shares import share_inside
 
-NOTHING = np.zeros(0)
+SEED_BITS = 0xFFFFFFFFFFFFFFFF  # probe vectors depend on the lowest 64 bits of a seed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, eq=False)
 class SpectralDensity:
-    """Jacobi matrices of several probes, together an estimate of the density of eigenvalues.
+    """The density of the eigenvalues of a symmetric operator A, as several probe vectors saw it.
 
-    dimension: n. alphas, betas: (probes, steps), one Jacobi matrix a row (see `spectra.Tridiagonal`), and lengths:
-    (probes,) how many of their entries are used. atoms: (a,) eigenvalues known exactly and outside what the probes
-    saw, such as deflated outliers and the zeros of directions that the operator never touches; counts: (a,) how many
-    of each; atom_residuals: (a,) bounds on their error. noise: how far rounding may have moved an eigenvalue.
+    Each probe vector gives a quadrature rule with nodes theta_i and weights w_i. With the known eigenvalues put back at
+    their exact weights, the mean over probe vectors of sum_i w_i theta_i^k estimates tr(A^k) / n. Every `Estimate` has
+    a 95 % interval.
 
-    nodes, weights: (probes, steps), or more columns where deflated atoms ask for them, the quadrature rule of each
-    probe with the atoms put back at their exact weights: ascending nodes, weights that sum to 1 in each row; unused
-    columns repeat a node with weight 0.
-    With A the operator, the mean over probes of sum_i w_i theta_i^k estimates tr(A^k) / n.
-    exact: nothing was sampled, every eigenvalue is an atom. seed: of the probes, None where it is not known; two
-    densities from the probes of one seed can be compared in pairs (`spectra.compare`). Estimates carry 95 % intervals.
+    Args:
+        dimension: The number n of eigenvalues.
+        alphas: (probes, steps) diagonals of the Jacobi matrices, a row for each probe vector (see
+            `spectra.Tridiagonal`).
+        betas: (probes, steps) their off-diagonals, with the last residual norm.
+        lengths: (probes,) how many entries of each row are used.
+        atoms: (a,) eigenvalues known one by one, in ascending order and outside what the probe vectors saw: deflated
+            outliers, and the zeros of directions that the operator never touches.
+        counts: (a,) multiplicity of each.
+        atom_residuals: (a,) bounds on their errors.
+        rounding_error: How far arithmetic may have moved an eigenvalue, in the units of the eigenvalues.
+        exact: Whether nothing was sampled, so that every eigenvalue is in `atoms`.
+        seed: Seed of the probe vectors, None where it is unknown. Two densities from one seed can be compared in pairs
+            (`spectra.compare`).
+
+    Attributes:
+        measure: The Jacobi matrices and the known eigenvalues as one value.
+        exact: As above.
+        seed: As above.
+
+    Example:
+        >>> density = SpectralDensity.from_eigenvalues(np.array([-1.0, 1.0, 3.0, 5.0]))
+        >>> density.trace().value, density.negative_share().value
+        (8.0, 0.25)
     """
 
-    dimension: int
-    alphas: np.ndarray
-    betas: np.ndarray
-    lengths: np.ndarray
-    atoms: np.ndarray = field(default_factory=lambda: NOTHING)
-    counts: np.ndarray = field(default_factory=lambda: NOTHING)
-    atom_residuals: np.ndarray = field(default_factory=lambda: NOTHING)
-    noise: float = 0.0
-    exact: bool = False
-    seed: int | None = None
+    measure: SpectralMeasure
+    exact: bool
+    seed: int | None
+
+    def __init__(
+        self,
+        dimension: int,
+        alphas: np.ndarray,
+        betas: np.ndarray,
+        lengths: np.ndarray,
+        atoms: np.ndarray | None = None,
+        counts: np.ndarray | None = None,
+        atom_residuals: np.ndarray | None = None,
+        rounding_error: float = 0.0,
+        exact: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        atoms, counts, errors = (no_numbers() if a is None else a for a in (atoms, counts, atom_residuals))
+        known = KnownEigenvalues(atoms, counts, errors)
+        jacobi = JacobiMatrices(alphas, betas, lengths)
+        measure = SpectralMeasure(jacobi, dimension - known.total, known, rounding_error)
+        for name, value in (("measure", measure), ("exact", exact), ("seed", seed)):
+            object.__setattr__(self, name, value)  # the class is frozen
 
     @classmethod
     def from_eigenvalues(
-        cls, eigenvalues: np.ndarray, *, probes: int = 1, steps: int | None = None, noise: float = 0.0
+        cls, eigenvalues: np.ndarray, *, probes: int = 1, steps: int | None = None, rounding_error: float = 0.0
     ) -> SpectralDensity:
-        """The density of known eigenvalues (n,): weight 1/n each, the same in every row, padded to `steps`.
+        """Build the density of eigenvalues that are all known, each with weight 1/n.
 
-        noise: how far rounding may have moved each of them; those that are exactly 0 are taken to be so.
+        Args:
+            eigenvalues: (n,) in any order.
+            probes: How many equal rows `nodes` and `weights` have.
+            steps: How many columns they have at least.
+            rounding_error: Bound on the error of each eigenvalue, except those that are exactly 0.
+
+        Returns:
+            The density, with `exact` set.
         """
         values = np.sort(np.asarray(eigenvalues, dtype=float))
-        n, errors = len(values), np.where(values == 0, 0.0, noise)
+        n, errors = len(values), np.where(values == 0, 0.0, rounding_error)
         empty, lengths = np.zeros((probes, steps or n)), np.zeros(probes, dtype=int)
-        return cls(n, empty, empty, lengths, values, np.ones(n), errors, noise=noise, exact=True)
+        return cls(n, empty, empty, lengths, values, np.ones(n), errors, rounding_error=rounding_error, exact=True)
+
+    # -- what was measured
+
+    @property
+    def dimension(self) -> int:
+        """The number n of eigenvalues."""
+        return self.measure.dimension
+
+    @property
+    def alphas(self) -> np.ndarray:
+        """(probes, steps) diagonals of the Jacobi matrices."""
+        return self.measure.jacobi.alphas
+
+    @property
+    def betas(self) -> np.ndarray:
+        """(probes, steps) off-diagonals of the Jacobi matrices, with the last residual norm."""
+        return self.measure.jacobi.betas
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(probes,) how many entries of each row of `alphas` and `betas` are used."""
+        return self.measure.jacobi.lengths
+
+    @property
+    def atoms(self) -> np.ndarray:
+        """(a,) eigenvalues known one by one."""
+        return self.measure.known.values
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(a,) multiplicity of each of `atoms`."""
+        return self.measure.known.counts
+
+    @property
+    def atom_residuals(self) -> np.ndarray:
+        """(a,) bounds on the errors of `atoms`."""
+        return self.measure.known.errors
+
+    @property
+    def rounding_error(self) -> float:
+        """How far arithmetic may have moved an eigenvalue."""
+        return self.measure.rounding_error
 
     # -- the density as a curve
 
-    @cached_property
-    def rules(self) -> list[GaussRule]:
-        """The Gauss rule of each probe, over what is not an atom."""
-        return [gauss_rule(self.alphas[row, :m], self.betas[row, :m]) for row, m in enumerate(self.lengths) if m]
-
     @property
     def nodes(self) -> np.ndarray:
-        """(probes, steps) or wider, see the class."""
-        return self._table[0]
+        """(probes, m) ascending nodes of each rule with `atoms` among them; unused columns repeat the last node.
+
+        m is `steps`, or larger where the atoms need more columns.
+        """
+        return self._nodes_and_weights[0]
 
     @property
     def weights(self) -> np.ndarray:
-        """(probes, steps) or wider, see the class."""
-        return self._table[1]
+        """(probes, m) weights of `nodes`, which sum to 1 in each row; unused columns have weight 0."""
+        return self._nodes_and_weights[1]
 
     @cached_property
-    def _table(self) -> tuple[np.ndarray, np.ndarray]:
+    def _nodes_and_weights(self) -> tuple[np.ndarray, np.ndarray]:
         probes, steps = self.alphas.shape
         columns = max(steps, int(self.lengths.max(initial=0)) + len(self.atoms))
         nodes, weights = np.zeros((probes, columns)), np.zeros((probes, columns))
-        share = self.sampled / self.dimension
+        sampled_share = self.measure.sampled_dimension / self.dimension
+        rules = iter(self.measure.rules)
         for row, m in enumerate(self.lengths):
-            rule = self.rules[row] if m else GaussRule(NOTHING, NOTHING, NOTHING)
+            rule = next(rules) if m else GaussRule(no_numbers(), no_numbers(), no_numbers())
             used = np.concatenate([rule.nodes, self.atoms])
+            used_weights = np.concatenate([sampled_share * rule.weights, self.counts / self.dimension])
             order = np.argsort(used, kind="stable")
             nodes[row, : len(used)], nodes[row, len(used) :] = used[order], used.max()
-            weights[row, : len(used)] = np.concatenate([share * rule.weights, self.counts / self.dimension])[order]
+            weights[row, : len(used)] = used_weights[order]
         return nodes, weights
 
     def cumulative(self, grid: np.ndarray) -> np.ndarray:
-        """The share of eigenvalues below each point of the grid, half of a node's weight counting at the node."""
+        """Return the share of eigenvalues below each point; half of a node's weight counts at the node.
+
+        Args:
+            grid: (g,) points.
+
+        Returns:
+            (g,) shares in [0, 1].
+        """
         grid = np.asarray(grid, dtype=float)
         if self.exact:
             left, right = (np.searchsorted(self.atoms, grid, side=side) for side in ("left", "right"))
             return (left + right) / 2 / self.dimension
-        curves = [cumulative(nodes, weights, grid) for nodes, weights in zip(self.nodes, self.weights, strict=True)]
-        return np.mean(curves, axis=0)
+        rows = zip(self.nodes, self.weights, strict=True)
+        return np.mean([curves.cumulative_share(nodes, weights, grid) for nodes, weights in rows], axis=0)
 
     def bandwidths(self) -> np.ndarray:
-        """The default kernel width of each node: half the distance between its neighbours. Shaped like `nodes`."""
-        radius = float(np.abs(self.nodes).max())
-        floor = 1e-6 * radius if radius > 0 else 1e-12
-        if self.nodes.shape[1] < 2:
-            return np.full_like(self.nodes, floor)
-        return np.maximum(np.gradient(self.nodes, axis=1), floor)
+        """Return the default kernel width of each node, half the distance between its neighbours: shaped as `nodes`."""
+        return curves.kernel_widths(self.nodes)
 
     def grid(self, points: int = 1024) -> np.ndarray:
-        """An even grid that holds the whole smoothed density. (points,)"""
+        """Return an even grid (points,) that holds the whole smoothed density."""
         margin = 4 * self.bandwidths()
         return np.linspace((self.nodes - margin).min(), (self.nodes + margin).max(), points)
 
     def density(self, grid: np.ndarray, bandwidth: float | None = None) -> np.ndarray:
-        """The smoothed density at each grid point, the mean over its cell: (len(grid),), units of 1 / eigenvalue.
+        """Return the density smoothed by a Gauss kernel, at each grid point the mean over its cell.
 
-        Each node is spread by a Gauss kernel of standard deviation `bandwidth`, by default its own local node
-        spacing, which is what the recurrence resolves. The trapezoid rule over a grid that holds the spectrum gives 1
-        whatever its spacing, because each cell holds the mass that falls into it.
+        The trapezoid rule over a grid that holds the spectrum gives 1.
+
+        Args:
+            grid: (g,) increasing points, at least two.
+            bandwidth: Standard deviation of the kernel. By default that of each node is the local node spacing, which
+                is what the recurrence resolves.
+
+        Returns:
+            (g,) the density, in units of 1 / eigenvalue.
+
+        Raises:
+            InputError: For a grid that does not increase, or a bandwidth that is not positive.
         """
-        from scipy.special import ndtr  # half a second to load, for a curve alone
-
         grid = np.asarray(grid, dtype=float)
         if grid.ndim != 1 or len(grid) < 2 or np.any(np.diff(grid) <= 0):
             raise InputError("the grid must be a vector of at least two increasing points")
         if bandwidth is not None and not bandwidth > 0:
             raise InputError(f"the bandwidth must be positive, got {bandwidth}; omit it for the local node spacing")
-        edges = np.concatenate([grid[:1], (grid[1:] + grid[:-1]) / 2, grid[-1:]])
         widths = self.bandwidths() if bandwidth is None else np.full_like(self.nodes, bandwidth)
-        mass = np.zeros(len(grid))
-        for nodes, weights, width in zip(self.nodes, self.weights, widths, strict=True):
-            used = weights > 0
-            steps = np.diff(ndtr((edges[:, None] - nodes[used]) / width[used]), axis=0)
-            mass += steps @ weights[used]
-        return mass / len(self.nodes) / np.diff(edges)
+        return curves.smoothed_density(self.nodes, self.weights, widths, grid)
 
     # -- shares of the eigenvalues
 
     def negative_share(self) -> Estimate:
-        """The share of eigenvalues below zero, #{lambda < 0} / n."""
-        return share_inside(self._measure, -math.inf, 0.0)
+        """Estimate the share of eigenvalues below zero, #{lambda < 0} / n."""
+        return share_inside(self.measure, -math.inf, 0.0)
 
     def near_zero_share(self, tol: float, *, relative: bool = False) -> Estimate:
-        """The share with |lambda| < tol, in the units of the eigenvalues, or of max |lambda| where `relative`."""
+        """Estimate the share of eigenvalues with |lambda| < tol.
+
+        Args:
+            tol: The tolerance, in the units of the eigenvalues.
+            relative: Whether the tolerance is in units of max |lambda| instead.
+
+        Returns:
+            The share.
+
+        Raises:
+            InputError: For a tolerance that is not positive.
+        """
         if not tol > 0:
             raise InputError(f"the tolerance must be positive, got {tol}")
-        bound = tol * float(np.abs(self.nodes).max()) if relative else tol
-        return share_inside(self._measure, -bound, bound)
+        bound = tol * self.measure.radius if relative else tol
+        return share_inside(self.measure, -bound, bound)
 
     def share_between(self, low: float, high: float) -> Estimate:
-        """The share with low < lambda < high; either may be infinite."""
+        """Estimate the share of eigenvalues with low < lambda < high.
+
+        Args:
+            low: Lower bound, exclusive; may be -inf.
+            high: Upper bound, exclusive; may be inf.
+
+        Returns:
+            The share.
+
+        Raises:
+            InputError: Unless low < high.
+        """
         if not low < high:
             raise InputError(f"an interval with low < high is expected, got [{low}, {high}]")
-        return share_inside(self._measure, low, high)
+        return share_inside(self.measure, low, high)
 
     def zero_share(self) -> float:
-        """The share of eigenvalues known to be exactly zero: directions that the operator never touches, such as the
-        weights that a quantizer clips. Part of every share that holds zero."""
+        """Return the share of eigenvalues known to be exactly zero.
+
+        They belong to directions that the operator never touches, such as weights that are not used. They are part of
+        every share whose interval holds zero.
+        """
         return float(self.counts[self.atoms == 0].sum()) / self.dimension
 
     def without_known_zeros(self) -> SpectralDensity:
-        """The density of the other eigenvalues alone, whose shares are then shares of these.
+        """Return the density of the eigenvalues that are not known to be zero.
 
-        Raises InputError where every eigenvalue is known to be zero.
+        Returns:
+            The density, whose dimension is smaller by the number of known zeros.
+
+        Raises:
+            InputError: Where every eigenvalue is known to be zero.
         """
-        zeros = self.atoms == 0
-        left = self.dimension - int(self.counts[zeros].sum())
-        if left == 0:
+        known = self.measure.known.without_zeros()
+        dimension = self.measure.sampled_dimension + known.total
+        if dimension == 0:
             raise InputError("every eigenvalue is known to be zero: nothing else is left to look at")
-        kept = {name: getattr(self, name)[~zeros] for name in ("atoms", "counts", "atom_residuals")}
-        return replace(self, dimension=left, **kept)
+        return SpectralDensity(
+            dimension,
+            self.alphas,
+            self.betas,
+            self.lengths,
+            known.values,
+            known.counts,
+            known.errors,
+            rounding_error=self.rounding_error,
+            exact=self.exact,
+            seed=self.seed,
+        )
 
-    # -- well-determined quantities
+    # -- sums over the eigenvalues, and the ends of the spectrum
 
     def trace(self) -> Estimate:
-        """tr A, the sum of the eigenvalues."""
-        return self._sum(lambda theta: theta)
+        """Estimate tr A, the sum of the eigenvalues."""
+        return self._sum(lambda eigenvalues: eigenvalues)
 
     def frobenius(self) -> Estimate:
-        """||A||_F, the root of the sum of squared eigenvalues."""
-        return moments.square_root(self._sum(np.square))
+        """Estimate ||A||_F, the square root of the sum of squared eigenvalues."""
+        return square_root(self._sum(np.square))
 
     def rms(self) -> Estimate:
-        """The root-mean-square eigenvalue, ||A||_F / sqrt(n)."""
-        return moments.scaled(self.frobenius(), 1 / math.sqrt(self.dimension))
+        """Estimate the root-mean-square eigenvalue, ||A||_F / sqrt(n)."""
+        return scaled(self.frobenius(), 1 / math.sqrt(self.dimension))
 
     def negative_energy_share(self) -> Estimate:
-        """sum over lambda < 0 of lambda^2, over sum of lambda^2."""
-        return self._negative_ratio(2)
+        """Estimate the sum of lambda^2 over lambda < 0, divided by the sum of lambda^2."""
+        return moments.negative_part_share(self.measure, power=2)
 
     def negative_magnitude_share(self) -> Estimate:
-        """sum over lambda < 0 of |lambda|, over sum of |lambda|."""
-        return self._negative_ratio(1)
+        """Estimate the sum of |lambda| over lambda < 0, divided by the sum of |lambda|."""
+        return moments.negative_part_share(self.measure, power=1)
 
     def lambda_max(self) -> Estimate:
-        """The largest eigenvalue: the largest node, a lower bound, with room above for what has not converged."""
-        return moments.largest(self.rules, self._residuals, self.atoms, self.atom_residuals, self.noise)
+        """Estimate the largest eigenvalue: the largest node, with room above for what has not converged."""
+        return ends.largest_eigenvalue(self.measure)
 
     def lambda_min(self) -> Estimate:
-        """The smallest eigenvalue: the smallest node, an upper bound, with room below for what has not converged."""
-        residuals = [r[::-1] for r in self._residuals]
-        mirror = moments.mirrored(self.rules)
-        return moments.negated(moments.largest(mirror, residuals, -self.atoms, self.atom_residuals, self.noise))
+        """Estimate the smallest eigenvalue: the smallest node, with room below for what has not converged."""
+        return ends.smallest_eigenvalue(self.measure)
+
+    def _sum(self, function: moments.Function) -> Estimate:
+        return moments.sum_over_eigenvalues(
+            function, self.measure, relative_rounding_error=self.measure.relative_rounding_error
+        )
 
     # -- storage
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """What is needed to build this density again: arrays for a safetensors file."""
+        """Return arrays for a safetensors file, from which `from_arrays` builds the density again."""
         real = {name: getattr(self, name) for name in ("alphas", "betas", "atoms", "counts", "atom_residuals")}
         arrays: dict[str, np.ndarray] = {
             name: np.array(value, dtype=np.float64, order="C") for name, value in real.items()
         }
         arrays["lengths"] = np.array(self.lengths, dtype=np.int64)
         arrays["dimension"], arrays["exact"] = np.array([self.dimension]), np.array([int(self.exact)])
-        arrays["noise"] = np.array([self.noise], dtype=np.float64)
-        if self.seed is not None:  # as 64 bits, which is what probes depend on
-            arrays["seed"] = np.array([self.seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64).view(np.int64)
+        arrays["noise"] = np.array([self.rounding_error], dtype=np.float64)  # the key that older files have
+        if self.seed is not None:
+            arrays["seed"] = np.array([self.seed & SEED_BITS], dtype=np.uint64).view(np.int64)
         return arrays
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> SpectralDensity:
-        """The inverse of `to_arrays`."""
+        """Build a density from what `to_arrays` returned.
+
+        Args:
+            arrays: The arrays by name; "seed" may be missing, as in older files.
+
+        Returns:
+            The density.
+        """
         real = {name: np.asarray(arrays[name]) for name in ("alphas", "betas", "atoms", "counts", "atom_residuals")}
         return cls(
             dimension=int(arrays["dimension"][0]),
             lengths=np.asarray(arrays["lengths"]),
-            noise=float(arrays["noise"][0]),
+            rounding_error=float(arrays["noise"][0]),
             exact=bool(arrays["exact"][0]),
-            seed=int(arrays["seed"][0]) if "seed" in arrays else None,  # older files have none
+            seed=int(arrays["seed"][0]) if "seed" in arrays else None,
             **real,
         )
-
-    # -- how the numbers are made
-
-    @property
-    def sampled(self) -> int:
-        """The dimension of the space that the probes were drawn from."""
-        return self.dimension - int(self.counts.sum())
-
-    @cached_property
-    def rounding(self) -> float:
-        """What the arithmetic may have lost of a sum over eigenvalues, relative to that over their sizes."""
-        radius = float(np.abs(self.nodes).max())
-        return max(moments.ROUNDING, self.noise / radius if radius > 0 else 0.0)
-
-    @cached_property
-    def _measure(self) -> Measure:
-        jacobi = [(self.alphas[row, :m], self.betas[row, :m]) for row, m in enumerate(self.lengths) if m]
-        noise = self.noise + (0.0 if self.exact else moments.leak(self.atoms, self.atom_residuals, 0.0))
-        return Measure(jacobi, self.sampled, self.atoms, self.counts, self.atom_residuals, noise)
-
-    @cached_property
-    def _residuals(self) -> list[np.ndarray]:
-        last = [self.betas[row, m - 1] for row, m in enumerate(self.lengths) if m]
-        return [beta * np.abs(rule.last_components) for beta, rule in zip(last, self.rules, strict=True)]
-
-    def _sum(self, function: moments.Function) -> Estimate:
-        known = (self.sampled, self.atoms, self.counts)
-        return moments.sum_over_eigenvalues(function, self.rules, *known, rounding=self.rounding)
-
-    def _negative_ratio(self, power: int) -> Estimate:
-        """Negative part over the whole of sum |lambda|^power, with room for what more steps would change:
-        |lambda|^power has a kink at zero that a short recurrence smooths."""
-
-        def whole(theta: np.ndarray) -> np.ndarray:
-            return np.abs(theta) ** power
-
-        def part(theta: np.ndarray) -> np.ndarray:
-            return np.where(theta < 0, whole(theta), 0.0)
-
-        known = (self.sampled, self.atoms, self.counts)
-        estimate = moments.ratio_of_sums(part, whole, self.rules, *known)
-        if not self.rules or not estimate.resolved:
-            return estimate
-        quarter, half = (
-            moments.ratio_value(
-                part, whole, [gauss_rule(a[: max(len(a) // cut, 1)], b) for a, b in self._measure.jacobi], *known
-            )
-            or 0.0
-            for cut in (4, 2)
-        )
-        estimate = moments.widened(estimate, _remainder(quarter, half, estimate.value), least=0.0, most=1.0)
-        # to each side: where chance made the ratio small, so is its spread, but the far side still shows it
-        if max(estimate.high - estimate.value, estimate.value - estimate.low) <= RESOLVED_HALF_WIDTH:
-            return estimate
-        return replace(estimate, resolved=False, reason=f"{len(self.rules)} probes are too few: use more, or deflate")
-
-
-def _remainder(quarter: float, half: float, whole: float) -> float:
-    """How far a sequence may be from its limit, from its values at a quarter, half and all of the steps.
-
-    Changes that shrink by a ratio r at each doubling leave r / (1 - r) of the last one. r is measured, and taken as at
-    least 1/8 (where |lambda|^2 is smoothed at a smooth density) and at most 1/2.
-    """
-    last, before = abs(whole - half), abs(half - quarter)
-    ratio = min(max(last / before if before > 0 else 0.5, 1 / 8), 1 / 2)
-    return last * ratio / (1 - ratio)

@@ -1,4 +1,4 @@
-"""A stochastic number and the interval that goes with it."""
+"""A number measured with random probe vectors, and the interval that goes with it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,24 @@ from typing import Any
 import numpy as np
 
 CONFIDENCE = 0.95
-RESOLVED_HALF_WIDTH = 0.05  # of a share: wider than this and it is called unresolved
+RESOLVED_HALF_WIDTH = 0.05  # a share with a wider interval is called unresolved
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A value with its 95 % interval [low, high].
 
-    `resolved` is False where the measurement cannot support the number; `reason` then says why, and the interval
-    still holds what is known. `products` counts the operator products spent on it, where one call knows.
+    Attributes:
+        value: The estimate.
+        low: Lower end of the interval; -inf where nothing bounds it.
+        high: Upper end of the interval; inf where nothing bounds it.
+        resolved: Whether the measurement supports the number. Where it does not, the interval still holds.
+        reason: Why the estimate is unresolved; empty where it is resolved.
+        products: Operator-vector products that the estimate cost, where a single call knows; else 0.
+
+    Example:
+        >>> print(Estimate(2.0, 1.5, 2.5))
+        2 [1.5, 2.5]
     """
 
     value: float
@@ -42,7 +51,7 @@ class Estimate:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]{mark}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON. A number that is not finite becomes None."""
+        """Return the fields in plain types for JSON; a number that is not finite becomes None."""
         return {
             "value": _finite(self.value),
             "low": _finite(self.low),
@@ -54,7 +63,14 @@ class Estimate:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Estimate:
-        """The inverse of `to_dict`: a missing value reads as NaN, a missing bound as unbounded."""
+        """Build an estimate from what `to_dict` returned.
+
+        Args:
+            fields: The dictionary; a missing or None value reads as NaN, a missing end of the interval as infinite.
+
+        Returns:
+            The estimate.
+        """
         value, low, high = fields.get("value"), fields.get("low"), fields.get("high")
         return cls(
             value=math.nan if value is None else float(value),
@@ -67,14 +83,27 @@ class Estimate:
 
 
 def certain(value: float, *, rounding: float = 0.0) -> Estimate:
-    """A number without sampling error: the interval is the value, give or take rounding."""
+    """Return a number without sampling error.
+
+    Args:
+        value: The number.
+        rounding: Bound on its rounding error, the half-width of the interval.
+
+    Returns:
+        The estimate value +- rounding.
+    """
     return Estimate(float(value), float(value - rounding), float(value + rounding))
 
 
 def student_interval(samples: Sequence[float] | np.ndarray, *, confidence: float = CONFIDENCE) -> Estimate:
-    """Mean of independent samples with Student's interval, mean +- t_{k-1} s / sqrt(k).
+    """Return the mean of independent samples with Student's interval, mean +- t_{k-1} s / sqrt(k).
 
-    samples: (k,) one value a probe. With one sample the interval is unbounded and the estimate unresolved.
+    Args:
+        samples: (k,) one value for each probe vector.
+        confidence: Probability that the interval covers the mean, for normal samples.
+
+    Returns:
+        The estimate. One sample leaves the interval unbounded and the estimate unresolved.
     """
     samples = np.asarray(samples, dtype=float)
     mean = float(samples.mean())
@@ -92,13 +121,22 @@ def sampling_interval(
     freedom: float = math.inf,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """Interval for a mean with this standard deviation and skewness.
+    """Return the interval of an estimator with a given standard deviation and skewness.
 
-    On each side the wider of the symmetric interval, mean +- z deviation, and Hall's interval for a skewed mean,
-    mean - deviation * g(+-z) with g(z) = (3 / s) ((1 + s (z - s / 6))^(1/3) - 1) for skewness s (Hall, J. R. Stat.
-    Soc. B 54, 1992). z is Student's quantile for the degrees of freedom with which the deviation is known. In
-    simulations over spectra with few and many outliers the union covers 94 to 99 % from four probes on, where
-    Student's interval falls to 86 %.
+    On each side the wider of two intervals is taken: the symmetric one, mean +- z deviation, and Hall's interval for a
+    skewed mean, mean - deviation g(+-z) with g(z) = (3 / s) ((1 + s (z - s / 6))^(1/3) - 1) for skewness s (Hall, J. R.
+    Stat. Soc. B 54, 1992). In simulations over spectra with few and many outliers the wider one covers 94 to 99 % from
+    four probe vectors on, where Student's interval falls to 86 %.
+
+    Args:
+        mean: The estimated mean.
+        deviation: Standard deviation of the estimator.
+        skewness: Skewness of the estimator.
+        freedom: Degrees of freedom with which the deviation is known; z is Student's quantile for them.
+        confidence: Nominal coverage.
+
+    Returns:
+        The mean with its interval.
     """
     z = student_quantile(freedom, confidence)
     low, high = mean - z * deviation, mean + z * deviation
@@ -109,17 +147,49 @@ def sampling_interval(
 
 
 def normal_quantile(confidence: float = CONFIDENCE) -> float:
-    """z with P(|Z| <= z) = confidence for a standard normal Z."""
+    """Return z with P(|Z| <= z) = confidence for a standard normal Z."""
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
 def student_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
-    """t with P(|T| <= t) = confidence for Student's T with so many degrees of freedom; at least one is assumed."""
+    """Return t with P(|T| <= t) = confidence for Student's T.
+
+    Args:
+        freedom: Degrees of freedom; fewer than one count as one, infinitely many give the normal quantile.
+        confidence: The probability.
+
+    Returns:
+        The two-sided quantile.
+    """
     if math.isinf(freedom):
         return normal_quantile(confidence)
-    from scipy.special import stdtrit  # half a second to load, for few degrees of freedom alone
+    from scipy.special import stdtrit  # half a second to load, needed for few degrees of freedom only
 
     return float(stdtrit(max(freedom, 1.0), 0.5 + confidence / 2))
+
+
+def with_margin(estimate: Estimate, margin: float, *, lower: float = -math.inf, upper: float = math.inf) -> Estimate:
+    """Widen an interval by `margin` on each side, clipped to [lower, upper]."""
+    low, high = max(estimate.low - margin, lower), min(estimate.high + margin, upper)
+    return Estimate(estimate.value, low, high, estimate.resolved, estimate.reason, estimate.products)
+
+
+def square_root(square: Estimate) -> Estimate:
+    """Return the square root of a non-negative quantity: of the value and of both ends of the interval."""
+    low, high = math.sqrt(max(square.low, 0.0)), math.sqrt(max(square.high, 0.0))
+    return Estimate(math.sqrt(max(square.value, 0.0)), low, high, square.resolved, square.reason)
+
+
+def scaled(estimate: Estimate, factor: float) -> Estimate:
+    """Multiply the value and the interval by a positive factor."""
+    return Estimate(
+        factor * estimate.value, factor * estimate.low, factor * estimate.high, estimate.resolved, estimate.reason
+    )
+
+
+def negated(estimate: Estimate) -> Estimate:
+    """Return the estimate of minus the quantity."""
+    return Estimate(-estimate.value, -estimate.high, -estimate.low, estimate.resolved, estimate.reason)
 
 
 def _finite(number: float) -> float | None:

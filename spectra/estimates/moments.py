@@ -1,94 +1,152 @@
-"""Sums over eigenvalues, their ratios, and the ends of a spectrum, each with its interval.
+"""Sums over eigenvalues and ratios of sums, with intervals.
 
-For a probe uniform on the unit sphere of n dimensions, v . f(A) v has mean m = mean f(lambda), variance
-2 Var f(lambda) / (n + 2) and third central moment 8 mean (f - m)^3 / ((n + 2)(n + 4)): the squared coordinates are
-Dirichlet(1/2, ..., 1/2). The moments of f on the right are estimated from the same quadrature rules, so one probe is
-enough to have an interval. How well p probes know the variance follows in the same way: with
-p n (mean (f - m)^2)^2 / mean (f - m)^4 degrees of freedom (Satterthwaite, Biometrics Bulletin 2, 1946), which are many
-unless a few eigenvalues make up the sum. Sums of one sign are then skewed, and the interval allows for it already;
-differences need not be.
+For a probe vector v uniform on the unit sphere of n dimensions, v . f(A) v has mean m = mean f(lambda), variance
+2 Var f(lambda) / (n + 2) and third central moment 8 mean (f - m)^3 / ((n + 2)(n + 4)), because the squared coordinates
+of v are Dirichlet(1/2, ..., 1/2). The moments of f on the right are estimated from the same quadrature rules, so one
+probe vector is enough for an interval.
+
+p probe vectors know the variance with p n (mean (f - m)^2)^2 / mean (f - m)^4 degrees of freedom (Satterthwaite,
+Biometrics Bulletin 2, 1946). These are many unless a few eigenvalues make up the sum. Then a sum of terms of one sign
+is skewed, and the skewness widens the interval. A sum of terms of both signs may not be skewed, so its interval uses
+Student's quantile for the degrees of freedom.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
-from spectra.estimates.estimate import Estimate, certain, sampling_interval
-from spectra.estimates.quadrature import GaussRule
+from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, certain, sampling_interval, with_margin
+from spectra.estimates.measure import FLOAT64_ERROR, SpectralMeasure
 
-Function = Callable[[np.ndarray], np.ndarray]
-ROUNDING = 1e-12  # relative error of sums in float64
-ENDS_ROUNDING = 16  # times the noise of one product: a recurrence and an eigensolver lie between
+Function = Callable[[np.ndarray], np.ndarray]  # eigenvalues (m,) -> values (m,)
 BISECTIONS = 50
-LEAST_FREEDOM = 3.0  # below, the quantile would say more about its own approximation
-RESOLVED_END = 0.05  # relative half-width under which an extreme eigenvalue counts as resolved
+FEWEST_DEGREES_OF_FREEDOM = 3.0  # below, Satterthwaite's approximation is worse than what it corrects
 
 
 def sum_over_eigenvalues(
     function: Function,
-    rules: Sequence[GaussRule],
-    dimension: int,
-    atoms: np.ndarray,
-    counts: np.ndarray,
+    measure: SpectralMeasure,
     *,
-    rounding: float = ROUNDING,
-    difference: bool = False,
+    relative_rounding_error: float = FLOAT64_ERROR,
+    both_signs: bool = False,
 ) -> Estimate:
-    """sum_k f(lambda_k) over all eigenvalues: exactly over the atoms, by quadrature over the rest. rounding: what the
-    arithmetic may have lost, relative to sum |f|. difference: f changes its sign, so that the sum need not be skewed
-    where few eigenvalues make it up."""
-    known = float(counts @ function(atoms))
-    slack = rounding * float(counts @ np.abs(function(atoms)))
-    if not rules:
-        return certain(known, rounding=slack)
-    mean, deviation, skewness, freedom = _mean_of(function, rules, dimension)
-    freedom = freedom if difference else math.inf
-    part = sampling_interval(dimension * mean, dimension * deviation, skewness, freedom=freedom)
-    size = np.mean([rule.weights @ np.abs(function(rule.nodes)) for rule in rules])
-    slack += rounding * dimension * float(size)
-    return Estimate(known + part.value, known + part.low - slack, known + part.high + slack)
+    """Estimate sum_k f(lambda_k): exact over the known eigenvalues, by quadrature over the others.
 
+    Args:
+        function: f, from eigenvalues (m,) to values (m,).
+        measure: What the probe vectors saw.
+        relative_rounding_error: Rounding error of the sum, relative to sum_k |f(lambda_k)|.
+        both_signs: Whether f takes both signs. The sum then need not be skewed where few eigenvalues make it up, and
+            the interval uses the degrees of freedom of the variance instead.
 
-def ratio_of_sums(
-    part: Function, whole: Function, rules: Sequence[GaussRule], dimension: int, atoms: np.ndarray, counts: np.ndarray
-) -> Estimate:
-    """sum part(lambda) / sum whole(lambda), for 0 <= part <= whole.
-
-    A ratio r is in the interval if 0 is in that of sum (part - r whole) (Fieller, J. R. Stat. Soc. B 16, 1954). Where
-    probes saw too much of a few large eigenvalues, both the ratio and its spread come out small; asking each r for the
-    spread that it would have leaves room on the far side.
+    Returns:
+        The sum with its interval.
     """
-    ratio = ratio_value(part, whole, rules, dimension, atoms, counts)
+    known = measure.known
+    known_sum = float(known.counts @ function(known.values))
+    rounding_error = relative_rounding_error * float(known.counts @ np.abs(function(known.values)))
+    if not measure.rules:
+        return certain(known_sum, rounding=rounding_error)
+    n = measure.sampled_dimension
+    mean, deviation, skewness, freedom = _mean_over_probes(function, measure)
+    freedom = freedom if both_signs else math.inf
+    sampled = sampling_interval(n * mean, n * deviation, skewness, freedom=freedom)
+    size = np.mean([rule.weights @ np.abs(function(rule.nodes)) for rule in measure.rules])
+    rounding_error += relative_rounding_error * n * float(size)
+    return Estimate(
+        known_sum + sampled.value, known_sum + sampled.low - rounding_error, known_sum + sampled.high + rounding_error
+    )
+
+
+def ratio_of_sums(part: Function, whole: Function, measure: SpectralMeasure) -> Estimate:
+    """Estimate sum_k part(lambda_k) / sum_k whole(lambda_k), for 0 <= part <= whole.
+
+    A ratio r is in the interval if 0 is in the interval of sum_k (part - r whole)(lambda_k) (Fieller, J. R. Stat. Soc.
+    B 16, 1954). Probe vectors that saw too much of a few large eigenvalues make both the ratio and its standard error
+    too small. Fieller's interval computes the standard error for each r, which leaves room on the far side.
+
+    Args:
+        part: The numerator's function of an eigenvalue.
+        whole: The denominator's.
+        measure: What the probe vectors saw.
+
+    Returns:
+        The ratio in [0, 1] with its interval; unresolved where every eigenvalue is zero.
+    """
+    ratio = ratio_value(part, whole, measure)
     if ratio is None:
         return Estimate(0.0, 0.0, 0.0, False, "every eigenvalue is zero")
-    if not rules:
-        return widened(certain(ratio), ROUNDING, least=0.0, most=1.0)
+    if not measure.rules:
+        return with_margin(certain(ratio), FLOAT64_ERROR, lower=0.0, upper=1.0)
 
-    def remainder(r: float) -> Estimate:
-        def function(nodes: np.ndarray) -> np.ndarray:
-            return part(nodes) - r * whole(nodes)
+    def difference(r: float) -> Estimate:
+        def function(eigenvalues: np.ndarray) -> np.ndarray:
+            return part(eigenvalues) - r * whole(eigenvalues)
 
-        return sum_over_eigenvalues(function, rules, dimension, atoms, counts, difference=True)
+        return sum_over_eigenvalues(function, measure, both_signs=True)
 
-    low = last_that_holds(lambda r: remainder(r).low <= 0, ratio, 0.0)
-    high = last_that_holds(lambda r: remainder(r).high >= 0, ratio, 1.0)
+    low = bisect_to_edge(lambda r: difference(r).low <= 0, ratio, 0.0)
+    high = bisect_to_edge(lambda r: difference(r).high >= 0, ratio, 1.0)
     return Estimate(ratio, low, high)
 
 
-def ratio_value(
-    part: Function, whole: Function, rules: Sequence[GaussRule], dimension: int, atoms: np.ndarray, counts: np.ndarray
-) -> float | None:
-    """The ratio of `ratio_of_sums` without its interval, None where `whole` sums to nothing."""
-    numerator = sum_over_eigenvalues(part, rules, dimension, atoms, counts).value
-    denominator = sum_over_eigenvalues(whole, rules, dimension, atoms, counts).value
+def ratio_value(part: Function, whole: Function, measure: SpectralMeasure) -> float | None:
+    """Return the value of `ratio_of_sums` without its interval; None where the denominator is zero."""
+    numerator = sum_over_eigenvalues(part, measure).value
+    denominator = sum_over_eigenvalues(whole, measure).value
     return None if denominator == 0 else min(max(numerator / denominator, 0.0), 1.0)
 
 
-def last_that_holds(holds: Callable[[float], bool], inside: float, outside: float) -> float:
-    """How far from `inside`, where a condition holds, toward `outside` it does, by bisection; rounded outward."""
+def negative_part_share(measure: SpectralMeasure, power: int) -> Estimate:
+    """Estimate sum over lambda < 0 of |lambda|^power, divided by the sum over all eigenvalues.
+
+    The negative part of |lambda|^power has a kink at zero, which a short recurrence smooths. The interval therefore has
+    a margin for what more Lanczos steps would change, estimated from a quarter, half and all of them.
+
+    Args:
+        measure: What the probe vectors saw.
+        power: 1 for the magnitude, 2 for the energy.
+
+    Returns:
+        The share, unresolved where its interval reaches further than .05 to one side: where chance made the share
+        small, its standard error is small too, and only the far side shows it.
+    """
+    part, whole = negative_power(power), absolute_power(power)
+    estimate = ratio_of_sums(part, whole, measure)
+    if not measure.rules or not estimate.resolved:
+        return estimate
+    quarter, half = (ratio_value(part, whole, measure.shortened(divisor)) or 0.0 for divisor in (4, 2))
+    estimate = with_margin(estimate, _distance_to_limit(quarter, half, estimate.value), lower=0.0, upper=1.0)
+    if max(estimate.high - estimate.value, estimate.value - estimate.low) <= RESOLVED_HALF_WIDTH:
+        return estimate
+    return replace(estimate, resolved=False, reason=f"{len(measure.rules)} probes are too few: use more, or deflate")
+
+
+def absolute_power(power: int) -> Function:
+    """Return the function lambda -> |lambda|^power."""
+    return lambda eigenvalues: np.abs(eigenvalues) ** power
+
+
+def negative_power(power: int) -> Function:
+    """Return the function lambda -> |lambda|^power for lambda < 0, and 0 elsewhere."""
+    return lambda eigenvalues: np.where(eigenvalues < 0, np.abs(eigenvalues) ** power, 0.0)
+
+
+def bisect_to_edge(holds: Callable[[float], bool], inside: float, outside: float) -> float:
+    """Find by bisection where a condition stops to hold.
+
+    Args:
+        holds: The condition on a number.
+        inside: A number for which it holds.
+        outside: The end of the search.
+
+    Returns:
+        `outside` where the condition holds there; else the edge between, rounded toward `outside`.
+    """
     if holds(outside):
         return outside
     for _ in range(BISECTIONS):
@@ -100,84 +158,29 @@ def last_that_holds(holds: Callable[[float], bool], inside: float, outside: floa
     return outside
 
 
-def widened(estimate: Estimate, room: float, *, least: float = -math.inf, most: float = math.inf) -> Estimate:
-    """The estimate with `room` more on each side, within [least, most]."""
-    low, high = max(estimate.low - room, least), min(estimate.high + room, most)
-    return Estimate(estimate.value, low, high, estimate.resolved, estimate.reason, estimate.products)
-
-
-def square_root(square: Estimate) -> Estimate:
-    """The square root of a non-negative estimate, end by end."""
-    low, high = math.sqrt(max(square.low, 0.0)), math.sqrt(max(square.high, 0.0))
-    return Estimate(math.sqrt(max(square.value, 0.0)), low, high, square.resolved, square.reason)
-
-
-def scaled(estimate: Estimate, factor: float) -> Estimate:
-    """The estimate in other units; factor > 0."""
-    return Estimate(
-        factor * estimate.value, factor * estimate.low, factor * estimate.high, estimate.resolved, estimate.reason
-    )
-
-
-def largest(
-    rules: Sequence[GaussRule],
-    residuals: Sequence[np.ndarray],
-    atoms: np.ndarray,
-    atom_residuals: np.ndarray,
-    noise: float,
-) -> Estimate:
-    """The largest eigenvalue. A Ritz value never passes the true end, so the lower bound is the largest one seen, less
-    rounding. Above there is room for what has not converged: the node's own residual, and its distance to the typical
-    probe's end. A deflated eigenvalue is within its residual, and inexact vectors shift what is left (`leak`)."""
-    rounding = ENDS_ROUNDING * noise
-    candidates = [(float(a), float(r), float(r)) for a, r in zip(atoms, atom_residuals, strict=True)]
-    if rules:
-        ends = np.array([rule.nodes[-1] for rule in rules])
-        best = int(ends.argmax())
-        room = max(float(residuals[best][-1]), float(ends[best] - np.median(ends)))
-        rounding += leak(atoms, atom_residuals, float(ends[best]))
-        candidates.append((float(ends[best]), rounding, room + rounding))
-    value, below, _ = max(candidates)
-    low, high = value - below, max(value + room for value, _, room in candidates)
-    scale = max([abs(value)] + [abs(float(rule.nodes[0])) for rule in rules] + [abs(float(a)) for a in atoms])
-    if (high - low) / 2 <= max(RESOLVED_END * abs(value), 1e-6 * scale):
-        return Estimate(value, low, high)
-    return Estimate(value, low, high, False, "the end of the spectrum has not converged: use more steps, or topk")
-
-
-def leak(atoms: np.ndarray, residuals: np.ndarray, point: float) -> float:
-    """How far deflating with inexact eigenvectors may shift the eigenvalues near a point.
-
-    sum_i r_i^2 / |theta_i - point| for Ritz pairs with residuals r_i: the second-order effect of the coupling that is
-    left between them and the rest (Parlett, The Symmetric Eigenvalue Problem, 1998, chapter 11).
-    """
-    inexact = residuals > 0
-    residuals, distances = residuals[inexact], np.abs(atoms[inexact] - point)
-    return float((residuals**2 / np.maximum(distances, residuals)).sum())
-
-
-def mirrored(rules: Sequence[GaussRule]) -> list[GaussRule]:
-    """The rules of -A, so that the smallest eigenvalue is the largest of the mirror."""
-    return [GaussRule(-rule.nodes[::-1], rule.weights[::-1], rule.last_components[::-1]) for rule in rules]
-
-
-def negated(estimate: Estimate) -> Estimate:
-    """The estimate of minus the quantity."""
-    return Estimate(-estimate.value, -estimate.high, -estimate.low, estimate.resolved, estimate.reason)
-
-
-def _mean_of(function: Function, rules: Sequence[GaussRule], dimension: int) -> tuple[float, float, float, float]:
-    """Mean over probes of f under the rule, its standard deviation, its skewness, and the degrees of freedom with which
-    the deviation is known."""
+def _mean_over_probes(function: Function, measure: SpectralMeasure) -> tuple[float, float, float, float]:
+    """Mean over probe vectors of f under their rules: its value, standard error, skewness, and degrees of freedom."""
+    rules, n = measure.rules, measure.sampled_dimension
     values = [function(rule.nodes) for rule in rules]
     mean = float(np.mean([rule.weights @ v for rule, v in zip(rules, values, strict=True)]))
     second, third, fourth = (
         float(np.mean([rule.weights @ (v - mean) ** power for rule, v in zip(rules, values, strict=True)]))
         for power in (2, 3, 4)
     )
-    variance = 2 * second / (dimension + 2)
+    variance = 2 * second / (n + 2)
     if variance <= 0:
         return mean, 0.0, 0.0, math.inf
-    skewness = 8 * third / ((dimension + 2) * (dimension + 4)) / variance**1.5
-    freedom = max(len(rules) * dimension * second**2 / fourth, LEAST_FREEDOM)
+    skewness = 8 * third / ((n + 2) * (n + 4)) / variance**1.5
+    freedom = max(len(rules) * n * second**2 / fourth, FEWEST_DEGREES_OF_FREEDOM)
     return mean, math.sqrt(variance / len(rules)), skewness / math.sqrt(len(rules)), freedom
+
+
+def _distance_to_limit(quarter: float, half: float, whole: float) -> float:
+    """Estimate how far a sequence is from its limit, from its values after a quarter, half and all Lanczos steps.
+
+    If changes shrink by a ratio r at each doubling, r / (1 - r) of the last change is left. r is measured, and clipped
+    to [1/8, 1/2]: 1/8 is the ratio for |lambda|^2 at a smooth density.
+    """
+    last, before = abs(whole - half), abs(half - quarter)
+    ratio = min(max(last / before if before > 0 else 0.5, 1 / 8), 1 / 2)
+    return last * ratio / (1 - ratio)

@@ -1,4 +1,4 @@
-"""Shares of eigenvalues with intervals: what a quadrature rule can and cannot say about a count."""
+"""The share of eigenvalues in an interval: what quadrature rules can and cannot say about a count."""
 
 from __future__ import annotations
 
@@ -9,150 +9,143 @@ import numpy as np
 
 from spectra.estimates.brackets import Bracket, bracket
 from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, normal_quantile
+from spectra.estimates.measure import KnownEigenvalues, SpectralMeasure
 
-SETTLED = 1.5  # a smooth measure halves its unplaced mass at every doubling of the steps, a ratio of 2
+SETTLED_RATIO = 1.5  # a smooth measure halves a Radau node's weight at every doubling of the steps, a ratio of 2
+
+
+def share_inside(measure: SpectralMeasure, low: float, high: float) -> Estimate:
+    """Estimate the share of eigenvalues with low < lambda < high.
+
+    The interval adds up what may be wrong:
+
+    * The bracket of Chebyshev, Markov and Stieltjes at each bound, averaged over probe vectors. It holds whatever the
+      finite recurrence has not seen.
+    * The rounding error: each bound is moved by it outward and inward.
+    * The sampling error, whose variance is known: 2 p (1 - p) / ((n + 2) k) for a share p of n eigenvalues and k probe
+      vectors that are uniform on the sphere.
+    * Each known eigenvalue whose error reaches across a bound.
+
+    The value is the difference of the brackets' middles, without the mass that seems to sit exactly at a bound.
+
+    Args:
+        measure: What the probe vectors saw.
+        low: Lower bound, exclusive; may be -inf.
+        high: Upper bound, exclusive; may be inf.
+
+    Returns:
+        The share, unresolved where its half-width is above .05.
+    """
+    n, total = measure.sampled_dimension, measure.dimension
+    known = _count_known(measure.known, low, high)
+    if n == 0 or not measure.jacobi.used:
+        estimate = Estimate(known.by_value / total, known.certainly / total, known.possibly / total)
+        return _unresolved_if_wide(estimate, "rounding hides the signs of the rest")
+    sampled = _sampled_share(measure, low, high)
+    value = (known.by_value + n * sampled.value) / total
+    lower = min((known.certainly + n * sampled.low) / total, value)
+    upper = max((known.possibly + n * sampled.high) / total, value)
+    return _unresolved_if_wide(Estimate(value, lower, upper), sampled.reason)
+
+
+def _unresolved_if_wide(estimate: Estimate, reason: str) -> Estimate:
+    """Mark the estimate unresolved for the given reason if its interval is too wide."""
+    if estimate.half_width <= RESOLVED_HALF_WIDTH:
+        return estimate
+    return replace(estimate, resolved=False, reason=reason)
 
 
 @dataclass(frozen=True)
-class Measure:
-    """What several probes saw of an operator's spectrum, apart from what is known exactly.
+class _KnownCounts:
+    """How many known eigenvalues lie inside an interval: by their values, for certain, and possibly."""
 
-    jacobi: a pair (alphas, betas) a probe. dimension: of the space the probes were drawn from. atoms, counts and
-    errors: eigenvalues known one by one, how many of each, and how far each may be off. noise: how far rounding may
-    have moved the others.
-    """
+    by_value: float
+    certainly: float
+    possibly: float
 
-    jacobi: list[tuple[np.ndarray, np.ndarray]]
-    dimension: int
-    atoms: np.ndarray
-    counts: np.ndarray
-    errors: np.ndarray
-    noise: float
 
-    @property
-    def total(self) -> int:
-        """All eigenvalues, those of the probed space and the atoms."""
-        return self.dimension + int(self.counts.sum())
+def _count_known(known: KnownEigenvalues, low: float, high: float) -> _KnownCounts:
+    values, errors = known.values, known.errors
+    inside = (values > low) & (values < high)
+    certainly = (values - errors > low) & (values + errors < high) & inside
+    possibly = inside | ((errors > 0) & (values + errors > low) & (values - errors < high))
+    return _KnownCounts(*(float(known.counts[chosen].sum()) for chosen in (inside, certainly, possibly)))
+
+
+def _sampled_share(measure: SpectralMeasure, low: float, high: float) -> Estimate:
+    """The share of the sampled space inside (low, high); `reason` names the larger part of the interval."""
+    n, probes = measure.sampled_dimension, len(measure.jacobi.used)
+    at_low, at_high = (_mass_below(measure, bound) for bound in (low, high))
+    value = max(at_high.below - at_low.up_to, 0.0)
+    lower, upper = max(at_high.low - at_low.high, 0.0), min(at_high.high - at_low.low, 1.0)
+    widest = min(max(0.5, lower), upper)  # of the shares in [lower, upper], the one with the largest sampling error
+    sampling_error = normal_quantile() * math.sqrt(2 * widest * (1 - widest) / ((n + 2) * probes))
+    if math.isinf(low) and math.isinf(high):
+        sampling_error = 0.0
+    unplaced = (at_high.high - at_high.low + at_low.high - at_low.low) / 2
+    if unplaced > sampling_error:
+        steps = max(len(alphas) for alphas, _ in measure.jacobi.used)
+        reason = (
+            f"{steps} steps leave {min(2 * unplaced, 1):.2f} of the mass near the bounds unplaced: "
+            "use more steps, or deflate"
+        )
+    else:
+        reason = f"{probes} probes of {n} eigenvalues leave +-{sampling_error:.2f}: use more probes"
+    return Estimate(value, max(lower - sampling_error, 0.0), min(upper + sampling_error, 1.0), reason=reason)
 
 
 @dataclass(frozen=True)
-class _Crossing:
-    """The probed space's mass below a threshold: a point estimate, and bounds that hold in exact arithmetic.
+class _MassBelow:
+    """The mass of the sampled space below a bound, averaged over probe vectors.
 
-    strictly and including: estimates of the mass below, and of the mass up to and including, the threshold; they
-    differ by an atom there. low, high: bounds of the first and the second.
+    Attributes:
+        below: Estimate of the mass below the bound.
+        up_to: Estimate of the mass below and at the bound; larger than `below` by an atom of the measure there.
+        low: Lower bound of the mass below, which holds in exact arithmetic.
+        high: Upper bound of the mass below and at the bound.
     """
 
-    strictly: float
-    including: float
+    below: float
+    up_to: float
     low: float
     high: float
 
 
-def share_inside(measure: Measure, low: float, high: float) -> Estimate:
-    """The share of eigenvalues with low < lambda < high; either bound may be infinite.
-
-    The interval adds up: the Chebyshev-Markov-Stieltjes bracket at each bound, averaged over probes, which holds
-    whatever the finite recurrence has not seen; the noise of the products, by moving each bound outward and inward;
-    and the spread of the probes, whose variance for probes uniform on the sphere is known,
-    2 p (1 - p) / ((n + 2) k) for a share p of n eigenvalues and k probes. Resolved where its half-width is at most
-    .05. The value is the difference of the brackets' middles, less what looks like an atom at a bound itself.
-    An eigenvalue known to an error that reaches across a bound widens the interval by its share.
-    """
-    n, total = measure.dimension, measure.total
-    known, surely, possibly = _known_inside(measure, low, high)
-    if n == 0 or not measure.jacobi:
-        return _judged(
-            Estimate(known / total, surely / total, possibly / total), "rounding hides the signs of the rest"
-        )
-    at_low, at_high = (_crossing(measure, bound) for bound in (low, high))
-    value = max(at_high.strictly - at_low.including, 0.0)
-    least, most = max(at_high.low - at_low.high, 0.0), min(at_high.high - at_low.low, 1.0)
-    widest = min(max(0.5, least), most)  # the share inside the bracket whose sampling error is largest
-    spread = normal_quantile() * math.sqrt(2 * widest * (1 - widest) / ((n + 2) * len(measure.jacobi)))
-    if math.isinf(low) and math.isinf(high):
-        spread = 0.0
-    least, most = max(least - spread, 0.0), min(most + spread, 1.0)
-    value = (known + n * value) / total
-    least, most = min((surely + n * least) / total, value), max((possibly + n * most) / total, value)
-    steps = max(len(alphas) for alphas, _ in measure.jacobi)
-    bracket_part = (at_high.high - at_high.low + at_low.high - at_low.low) / 2
-    cause = (
-        f"{steps} steps leave {min(2 * bracket_part, 1):.2f} of the mass near the bounds unplaced: "
-        "use more steps, or deflate"
-        if bracket_part > spread
-        else f"{len(measure.jacobi)} probes of {n} eigenvalues leave +-{spread:.2f}: use more probes"
-    )
-    return _judged(Estimate(value, least, most), cause)
-
-
-def _judged(estimate: Estimate, cause: str) -> Estimate:
-    """The estimate, marked unresolved for the cause given where its interval is too wide."""
-    if estimate.half_width <= RESOLVED_HALF_WIDTH:
-        return estimate
-    return replace(estimate, resolved=False, reason=cause)
-
-
-def _known_inside(measure: Measure, low: float, high: float) -> tuple[float, float, float]:
-    """How many of the atoms lie inside by their values, for certain, and possibly."""
-    atoms, errors = measure.atoms, measure.errors
-    inside = (atoms > low) & (atoms < high)
-    surely = (atoms - errors > low) & (atoms + errors < high) & inside
-    possibly = inside | ((errors > 0) & (atoms + errors > low) & (atoms - errors < high))
-    return tuple(float(measure.counts[chosen].sum()) for chosen in (inside, surely, possibly))  # type: ignore[return-value]
-
-
-def _crossing(measure: Measure, bound: float) -> _Crossing:
+def _mass_below(measure: SpectralMeasure, bound: float) -> _MassBelow:
     if math.isinf(bound):
-        side = 0.0 if bound < 0 else 1.0
-        return _Crossing(side, side, side, side)
-    each = [_probe_crossing(alphas, betas, bound, measure.noise) for alphas, betas in measure.jacobi]
-    return _Crossing(*(float(np.mean(part)) for part in zip(*each, strict=True)))
+        mass = 0.0 if bound < 0 else 1.0
+        return _MassBelow(mass, mass, mass, mass)
+    shift = measure.rounding_error + measure.known.deflation_shift(0.0)
+    each = [_mass_below_of_probe(alphas, betas, bound, shift) for alphas, betas in measure.jacobi.used]
+    return _MassBelow(*(float(np.mean(part)) for part in zip(*each, strict=True)))
 
 
-def _probe_crossing(
-    alphas: np.ndarray, betas: np.ndarray, bound: float, noise: float
+def _mass_below_of_probe(
+    alphas: np.ndarray, betas: np.ndarray, bound: float, shift: float
 ) -> tuple[float, float, float, float]:
+    """The fields of `_MassBelow` for one probe vector; shift: how far eigenvalues may have been moved."""
     here = bracket(alphas, betas, bound)
-    below = bracket(alphas, betas, bound - noise) if noise > 0 else here
-    above = bracket(alphas, betas, bound + noise) if noise > 0 else here
-    atom = _atom(alphas, betas, bound, here)
+    left = bracket(alphas, betas, bound - shift) if shift > 0 else here
+    right = bracket(alphas, betas, bound + shift) if shift > 0 else here
+    atom = _atom_at(alphas, betas, bound, here)
     middle = here.below + here.at / 2
-    low, high = min(here.below, below.below), max(here.below + here.at, above.below + above.at)
+    low, high = min(here.below, left.below), max(here.below + here.at, right.below + right.at)
     return middle - atom / 2, middle + atom / 2, low, high
 
 
-def _atom(alphas: np.ndarray, betas: np.ndarray, bound: float, here: Bracket) -> float:
-    """The mass that seems to sit exactly at the bound. Where the measure is smooth the node's weight falls like 1/m,
-    at an atom it stays: extrapolating from m/4, m/2 and m to infinity (Aitken) leaves the atom. Where the weight does
-    not settle, as for masses spread over decades, nothing is claimed."""
+def _atom_at(alphas: np.ndarray, betas: np.ndarray, bound: float, here: Bracket) -> float:
+    """Estimate the mass that sits exactly at the bound.
+
+    The weight of the Radau node at the bound falls like 1/m where the measure is smooth, and stays where it has an
+    atom. Aitken extrapolation from m/4, m/2 and m steps leaves the atom. Where the weight does not settle, as for a
+    mass spread over decades around the bound, the estimate is 0.
+    """
     if betas[-1] <= 0:
         return here.at
     quarter, half = (
         bracket(alphas[:m], betas[:m], bound).at if m else 1.0 for m in (len(alphas) // 4, len(alphas) // 2)
     )
     ratio = (quarter - half) / (half - here.at) if half > here.at else 0.0
-    if ratio < SETTLED:
+    if ratio < SETTLED_RATIO:
         return 0.0
     return float(np.clip(here.at - (half - here.at) / (ratio - 1), 0.0, here.at))
-
-
-def cumulative(nodes: np.ndarray, weights: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """A rule's cumulative weight at each grid point, half of a node's weight counting at the node, interpolated
-    monotonically (PCHIP) between nodes: a curve to draw. Shares come from `share_inside`."""
-    from scipy.interpolate import PchipInterpolator  # half a second to load, for a curve alone
-
-    nodes, weights = merged(nodes, weights)
-    middle = np.cumsum(weights) - weights / 2
-    if len(nodes) == 1:
-        return np.where(grid < nodes[0], 0.0, np.where(grid > nodes[0], 1.0, 0.5))
-    curve = PchipInterpolator(nodes, middle, extrapolate=False)(grid)
-    curve = np.where(grid < nodes[0], 0.0, np.where(grid > nodes[-1], 1.0, curve))
-    return np.clip(curve, 0.0, 1.0)
-
-
-def merged(nodes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes closer than rounding, such as copies of a converged outlier, as one."""
-    closeness = 1e-12 * max(float(np.abs(nodes).max()), 1e-300)
-    starts = np.concatenate([[True], np.diff(nodes) > closeness])
-    return nodes[starts], np.bincount(np.cumsum(starts) - 1, weights=weights)

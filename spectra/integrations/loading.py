@@ -1,4 +1,4 @@
-"""A language model from a folder or the hub, and text cut into batches for it."""
+"""A language model and its tokenizer from a folder or the hub, and text cut into batches for them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from spectra.backend.errors import InputError
+from spectra.backend.errors import InputError, first_line
+from spectra.integrations.hub import in_cache, offline_unless_reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-HUB_PATIENCE = 5  # seconds to wait for the hub's first answer
+MODEL_FILES = ("config.json",)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "tekken.json",
+)
 
 
 def load_causal_lm(
@@ -27,31 +39,99 @@ def load_causal_lm(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, from a folder or by its name on the Hugging Face hub.
+    """A causal language model and its tokenizer, from a folder or by name from the Hugging Face hub.
 
-    The model is in evaluation mode, in `dtype`, on `device` (None: the first GPU if there is one, else the CPU).
-    A hub name that was used before is found without a network. Raises InputError where there is no such model, where
-    it is not a causal language model, needs code of its own, or its checkpoint lacks some of its weights.
+    Args:
+        name: A folder written by `save_pretrained`, or a name on the hub. A hub name that was used before is found
+            in the cache without a network.
+        dtype: The dtype of the weights.
+        device: Where the model goes; None is the first GPU if there is one, else the CPU.
+        trust_remote_code: Run the code that a model brings along.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
+
+    Raises:
+        InputError: There is no such model, it is no causal language model, it needs code of its own, its checkpoint
+            lacks weights, or the device cannot be used.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     target = _device(device)
-    where = {"local_files_only": _find(str(name)), "trust_remote_code": trust_remote_code}
-    with quiet_transformers():
-        model, found = _load(
-            "a causal language model", name, AutoModelForCausalLM, dtype=dtype, output_loading_info=True, **where
+    model: Any = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.to(target), load_tokenizer(name, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    name: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model on the CPU, in evaluation mode. Arguments and errors as in `load_causal_lm`."""
+    from transformers import AutoModelForCausalLM
+
+    model, found = _load(
+        AutoModelForCausalLM.from_pretrained,
+        "a causal language model",
+        str(name),
+        files=MODEL_FILES,
+        remedy="give a folder written by save_pretrained",
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(
+            f"the checkpoint {name} lacks {len(missing)} of the model's weights, {missing[0]} among them: "
+            "give the checkpoint of a whole causal language model"
         )
-        if missing := sorted(found["missing_keys"]):
-            raise InputError(
-                f"the checkpoint {name} lacks {len(missing)} of the model's weights, {missing[0]} among them: "
-                "give the checkpoint of a whole causal language model"
-            )
-        tokenizer = _load("a tokenizer", name, AutoTokenizer, **where)
-    return model.to(target).eval(), tokenizer
+    return model.eval()
+
+
+def load_tokenizer(
+    name: str | Path, *, trust_remote_code: bool = False, remedy: str = "give a model together with its tokenizer"
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or of a model on the hub.
+
+    transformers makes an empty tokenizer for some architectures where a folder holds none, without a word. Such a
+    folder is refused, and so is a tokenizer that makes no tokens of a text.
+
+    Args:
+        name: A folder or a hub name, as in `load_causal_lm`.
+        trust_remote_code: Run the code that a tokenizer brings along.
+        remedy: What an error message advises where there is no usable tokenizer.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: There is no such tokenizer, or it makes no tokens.
+    """
+    from transformers import AutoTokenizer
+
+    # Code of its own may keep its vocabulary under any name.
+    files = (*TOKENIZER_FILES, "tokenizer_config.json") if trust_remote_code else TOKENIZER_FILES
+    tokenizer = _load(
+        AutoTokenizer.from_pretrained,
+        "a tokenizer",
+        str(name),
+        files=files,
+        remedy=remedy,
+        trust_remote_code=trust_remote_code,
+    )
+    if not tokenizer("a text to try", add_special_tokens=False)["input_ids"]:
+        raise InputError(f"the tokenizer of {name} makes no tokens of a text: {remedy}")
+    return tokenizer
 
 
 def read_texts(files: Sequence[str | Path]) -> list[str]:
-    """The text of each file (UTF-8). Raises InputError for one that is missing, empty or not text."""
+    """The text of each file.
+
+    Args:
+        files: Paths of UTF-8 files, with or without a byte-order mark.
+
+    Returns:
+        One string a file, in the order given.
+
+    Raises:
+        InputError: A file is missing, empty or not UTF-8.
+    """
     texts = []
     for file in map(Path, files):
         if not file.is_file():
@@ -73,6 +153,25 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
+    """The tokens of all texts end to end, each text closed by the end-of-text token if the tokenizer has one.
+
+    Args:
+        tokenizer: What makes the tokens; it adds no other special tokens.
+        texts: The texts, each of any length.
+
+    Returns:
+        Token ids, int64, of shape (number of tokens,).
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = []
+    with quiet_transformers():  # it would warn of a text that is longer than the model takes, which is meant here
+        for text in texts:
+            ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            rows.append(np.array([*ids, *end], dtype=np.int64))
+    return torch.from_numpy(np.concatenate(rows)) if rows else torch.empty(0, dtype=torch.int64)
+
+
 def sequence_batches(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -82,11 +181,26 @@ def sequence_batches(
     length: int | None = None,
     batch_size: int = 8,
 ) -> list[dict[str, torch.Tensor]]:
-    """Sequences of `length` tokens, spread evenly over the texts and cut end to end, as batches with labels.
+    """Sequences spread evenly over the texts, as batches with labels. No padding is needed.
 
-    length: None is 256, or the model's longest sequence if that is shorter. A batch holds input_ids and labels, both
-    (at most batch_size, length), on the model's device; padding is not needed. Raises InputError where the texts are
-    too short, the length is not one for the model, or the tokenizer is another model's.
+    The tokens of all texts stand end to end and are cut into pieces of `length`; of all pieces, `sequences` at equal
+    distances are taken.
+
+    Args:
+        model: Decides the longest sequence, the known tokens and the device.
+        tokenizer: The model's own.
+        texts: The texts to cut.
+        sequences: How many sequences to take.
+        length: Tokens a sequence; None is 256, or the model's longest sequence if that is shorter.
+        batch_size: Sequences a batch.
+
+    Returns:
+        Batches with `input_ids` and `labels`, both (batch_size, length), the last one possibly smaller, on the
+        model's device.
+
+    Raises:
+        InputError: The texts are too short, the length is not one for the model, or the tokenizer is another
+            model's.
     """
     limit = longest_sequence(model)
     length = min(256, limit or 256) if length is None else length
@@ -94,7 +208,7 @@ def sequence_batches(
         raise InputError(f"expected a length of 2 to {limit or 'any number of'} tokens for this model, got {length}")
     if sequences < 1 or batch_size < 1:
         raise InputError(f"expected one sequence or more, got {sequences} in batches of {batch_size}")
-    tokens = _tokenize(tokenizer, texts)
+    tokens = tokenize(tokenizer, texts)
     whole = len(tokens) // length
     if whole < sequences:
         raise InputError(
@@ -138,63 +252,70 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"expected a device that PyTorch can use here, got {device!r}: {_first_line(error)}") from None
+        raise InputError(f"expected a device that PyTorch can use here, got {device!r}: {first_line(error)}") from None
 
 
-def _find(name: str) -> bool:
-    """Whether `name` is to be read from this machine alone: a folder, or a hub name while the hub does not answer."""
-    if name and Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise InputError(
-                f"expected a model folder, but {name} holds no config.json: give one saved by transformers"
-            )
-        return True
+def _load(
+    load: Callable[..., Any],
+    what: str,
+    name: str,
+    *,
+    files: Sequence[str],
+    remedy: str,
+    trust_remote_code: bool,
+    **options: Any,
+) -> Any:
+    """What `load` makes of a folder that holds one of `files`, or of a hub name; errors in one line."""
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        if not any((folder / file).is_file() for file in files):
+            absent = f"no {files[0]}" if len(files) == 1 else "none of its files"
+            raise InputError(f"expected {what} in {name}, but the folder holds {absent}: {remedy}")
+        with quiet_transformers():
+            try:
+                return load(str(folder), local_files_only=True, trust_remote_code=trust_remote_code, **options)
+            except Exception as error:  # transformers raises a dozen classes for a checkpoint that it cannot read
+                raise _explained(error, what, name, trust_remote_code=trust_remote_code) from error
+    if name and folder.exists():
+        raise InputError(f"expected a model folder or a hub name, but {name} is a file: give the folder it is in")
     if not HUB_NAME.fullmatch(name):
         raise InputError(f"expected a model folder or a hub name, but there is no folder {name!r}: check the path")
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    with quiet_transformers(), offline_unless_reachable() as reachable:
+        if not reachable and not in_cache(name, (*MODEL_FILES, *files)):
+            raise InputError(
+                f"expected a folder or a cached model, got {name}: there is no such folder, it is not in the cache, "
+                "and there is no network to fetch it (the hub cannot be reached): give a folder"
+            )
+        try:
+            return load(name, local_files_only=not reachable, trust_remote_code=trust_remote_code, **options)
+        except Exception as error:
+            raise _explained(error, what, name, trust_remote_code=trust_remote_code) from error
+
+
+def _explained(error: Exception, what: str, name: str, *, trust_remote_code: bool) -> InputError:
+    """An error of transformers as one line that says what to do next."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    try:
-        HfApi().model_info(name, timeout=HUB_PATIENCE)  # one try: loading itself would go on trying for half a minute
-        return False
-    except GatedRepoError:
-        raise InputError(f"the hub lets only some users have {name}: ask for access there and log in") from None
-    except RepositoryNotFoundError:
-        raise InputError(
-            f"expected a model folder or a hub name, but there is no folder {name} and no such model on the hub"
-        ) from None
-    except Exception as error:  # no network, a proxy that refuses, offline mode: each client has its own classes
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return True
-        raise InputError(
-            f"expected a folder or a cached model, got {name}: there is no such folder, it is not in the cache, and "
-            f"the hub cannot be reached ({_first_line(error)}); give a model folder, or connect to the network"
-        ) from None
+    causes = _causes(error)
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return InputError(f"the hub lets only some users have {name}: ask for access there and log in")
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return InputError(
+            f"expected a model folder or a hub name, but there is no folder {name} and no such model on the hub: "
+            "check the name"
+        )
+    if "trust_remote_code" in str(error) and not trust_remote_code:
+        return InputError(
+            f"{name} comes with code of its own, which is not run unless asked: "
+            "read it, then add --trust-remote-code (trust_remote_code=True)"
+        )
+    return InputError(f"expected {what} in {name}, but it cannot be loaded: {first_line(error)}")
 
 
-def _load(what: str, name: str | Path, source: Any, **options: Any) -> Any:
-    load: Callable[..., Any] = source.from_pretrained
-    try:
-        return load(str(name), **options)
-    except Exception as error:  # transformers raises a dozen classes for a checkpoint that it cannot read
-        if "trust_remote_code" in str(error) and not options["trust_remote_code"]:
-            raise InputError(
-                f"{name} comes with code of its own, which is not run unless asked: "
-                "read it, then add --trust-remote-code (trust_remote_code=True)"
-            ) from None
-        raise InputError(f"expected {what} in {name}, but it cannot be loaded: {_first_line(error)}") from error
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
-    """The tokens of all texts end to end, each text closed by the end-of-text token if there is one."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens: list[int] = []
-    with quiet_transformers():  # a text longer than the model's limit is what we want here
-        for text in texts:
-            tokens += tokenizer(text, add_special_tokens=False)["input_ids"] + end
-    return torch.tensor(tokens, dtype=torch.long)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(" .:") if lines else type(error).__name__
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """The error, what it was raised from, and so on."""
+    causes: list[BaseException] = []
+    while error is not None and error not in causes:
+        causes.append(error)
+        error = error.__cause__
+    return causes

@@ -1,7 +1,8 @@
-"""A spectrum along a Hugging Face Trainer's run, with one line."""
+"""Spectra along a training with the Hugging Face Trainer."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -12,16 +13,34 @@ from spectra.runs.probe import SpectrumProbe
 
 
 class SpectrumCallback(TrainerCallback):
-    """`trainer.add_callback(SpectrumCallback(every=200))` measures the spectrum at the start, every 200 steps and at
-    the end of training.
+    """Measure the spectrum at the start of a training, every so many training steps, and at the end.
 
-    every: optimizer steps between measurements. batches: what the loss is taken over; by default the first
-    `batch_count` batches of the training data, in the data set's own order, collated as the Trainer does.
-    out: the run folder, by default "spectra" in the Trainer's output folder. Other options are
-    `spectra.SpectrumProbe`'s. After training `callback.probe.records` holds the records.
+        trainer.add_callback(SpectrumCallback(every=200))
+
+    Args:
+        every: Optimizer steps between two measurements.
+        batches: What the loss is taken over, see `SpectrumProbe`. None: the first batches of the training data.
+        batch_count: How many batches are taken from the training data, in the data set's own order, collated as the
+            Trainer does.
+        out: The run folder. None: "spectra" in the Trainer's output folder.
+        **options: Other options of `SpectrumProbe`, such as probes, steps, params and modes.
+
+    Attributes:
+        probe: The `SpectrumProbe`, with its `records`; None before the training starts.
+
+    Raises:
+        InputError: If `every` is below 1. When the training starts, whatever `SpectrumProbe` raises.
     """
 
-    def __init__(self, every: int = 200, *, batches: Any = None, batch_count: int = 1, out: Any = None, **options: Any):
+    def __init__(
+        self,
+        every: int = 200,
+        *,
+        batches: Any = None,
+        batch_count: int = 1,
+        out: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ):
         if every < 1:
             raise InputError(f"every must be at least 1 step, got {every}")
         self.every, self.batches, self.batch_count, self.out, self.options = every, batches, batch_count, out, options
@@ -30,6 +49,7 @@ class SpectrumCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Make the probe and measure the model as it is."""
         if not state.is_world_process_zero:
             return
         batches = self.batches
@@ -40,19 +60,34 @@ class SpectrumCallback(TrainerCallback):
         self.probe.measure(state.global_step, "start")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure if it is time; the last training step is left to `on_train_end`."""
         if self.probe is not None and state.global_step < state.max_steps:
             self.probe.step(state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Measure the trained model."""
         if self.probe is not None:
             self.probe.measure(state.global_step, "end")
 
 
 def first_batches(loader: DataLoader, count: int, *, rows: int) -> list[Any]:
-    """The first `count` batches of a loader's data set, in its order. The loader itself is not iterated: that would
-    move its sampler and with it the training data."""
+    """Take the first batches of a loader's data set, in the data set's order.
+
+    The loader itself is not iterated: that would advance its sampler and change the training data.
+
+    Args:
+        loader: The loader.
+        count: How many batches.
+        rows: How many rows each batch has; the last may have fewer.
+
+    Returns:
+        The batches, collated as the loader does.
+
+    Raises:
+        InputError: If the data set cannot be indexed.
+    """
     dataset, collate = loader.dataset, loader.collate_fn
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise InputError("the data set cannot be indexed, so batches cannot be taken from it: pass batches=[...]")

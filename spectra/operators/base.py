@@ -1,30 +1,39 @@
-"""Symmetric linear operators known through their products with vectors."""
+"""Symmetric linear operators that are known through their products with vectors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from spectra.backend.errors import InputError, NonFiniteError
-from spectra.backend.vectors import dot, gaussian, norm
+from spectra.backend.float32 import float32_products
+from spectra.backend.random_vectors import gaussian
+from spectra.backend.vectors import dot, norm
+from spectra.estimates.vector import VectorEstimate, vector_interval
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
-
 ROUNDING_STEPS = 4  # roundings that a product may have gone through, each of the dtype's floating-point spacing
 GAP_TO_ROUNDING = 2  # three products round in a linearity gap; an eigenvalue moves by at most the norm of the error
+DENSE_BLOCK_BYTES = 1 << 26  # of the unit vectors that `to_dense` multiplies at once
+DENSE_BLOCK = 64  # unit vectors at once, the most: an operator's batched product holds memory for each
+EXACT_DIAGONAL_LIMIT = 4096  # dimension up to which `diagonal` takes n products by default
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a few products tell about an operator before it is trusted.
+    """What a few products and gradients tell about an operator before its numbers are used.
 
-    symmetry_gap, linearity_gap: see `LinearOperator`. repeatability: relative difference of the gradient computed
-    twice from scratch; zero for a deterministic loss. precision_error: what products in a lower precision are off.
+    Attributes:
+        symmetry_gap: see `LinearOperator.symmetry_gap`.
+        linearity_gap: see `LinearOperator.linearity_gap`.
+        repeatability: relative difference of the gradient computed twice from scratch; 0 for a deterministic loss.
+        precision_error: see `LinearOperator.precision_error`.
     """
 
     symmetry_gap: float
@@ -34,12 +43,20 @@ class Preflight:
 
 
 class LinearOperator:
-    """A symmetric n x n matrix A, seen only as v -> A v.
+    """A symmetric n x n matrix A, known only as the map v -> A v.
 
-    A subclass sets `shape`, `dtype` and `device` and defines `_matvec(v)` for v: (n,) on that device and in that
-    dtype; where several vectors at once are cheaper it defines `_matrows(V)` too, for vectors in the rows of V: (k, n).
-    `products` counts the vectors multiplied so far. spread: "batches" where a product is a sum over the ranks of
-    torch.distributed, which then have to ask for the same products.
+    A subclass sets `shape`, `dtype` and `device` and defines `_matvec(v)` for v: (n,) on that device and in that dtype.
+    Where several vectors at once are cheaper it also defines `_multiply_rows(V)` for vectors in the rows of V: (k, n).
+
+    Attributes:
+        shape: (n, n).
+        dtype: of the vectors, float32 or float64.
+        device: where the vectors lie.
+        products: how many vectors have been multiplied so far.
+        spread: "batches" where a product is a sum over the ranks of torch.distributed. All ranks must then ask for the
+            same products.
+        unverified: why the numbers of this operator cannot be relied on, "" where nothing speaks against them.
+            Every estimate made from the operator is then marked unresolved with this reason.
     """
 
     shape: tuple[int, int]
@@ -47,16 +64,25 @@ class LinearOperator:
     device: torch.device
     products: int = 0
     spread: str = "none"
+    unverified: str = ""
 
     @property
     def vector_bytes(self) -> int:
-        """What a vector of n numbers in the operator's dtype takes."""
+        """Bytes of a vector of n numbers in the operator's dtype."""
         return self.shape[0] * torch.finfo(self.dtype).bits // 8
 
     def __matmul__(self, other: Any) -> Any:
-        """A v for (n,), A V for (n, k). A NumPy array comes back as one; a tensor keeps the operator's dtype.
+        """The product A v, or A V for several vectors.
 
-        Raises InputError for another shape, NonFiniteError where the product holds NaN or infinity.
+        Args:
+            other: a vector (n,) or a matrix (n, k), as a tensor or a NumPy array.
+
+        Returns:
+            A v or A V in the operator's dtype; a NumPy array where one was given.
+
+        Raises:
+            InputError: for another shape.
+            NonFiniteError: if the product holds NaN or infinity.
         """
         if isinstance(other, np.ndarray):
             return (self @ torch.from_numpy(np.ascontiguousarray(other))).cpu().numpy()
@@ -70,32 +96,39 @@ class LinearOperator:
             return other.new_empty(self.shape[0], 0, dtype=self.dtype, device=self.device)
         other = other.detach().to(device=self.device, dtype=self.dtype)
         vectors = other[None] if other.ndim == 1 else other.T.contiguous()
-        images = self.finite_rows(vectors)
+        with float32_products(self.device):
+            images = self.multiply_rows_checked(vectors)
         return images[0] if other.ndim == 1 else images.T
 
-    def finite_rows(self, vectors: torch.Tensor) -> torch.Tensor:
-        """`rows`, whose images are looked at: a NaN or an infinity is blamed."""
-        images = self.rows(vectors)
-        # one sum meets every NaN and infinity; only if it overflows itself is every entry looked at
+    def multiply_rows_checked(self, vectors: torch.Tensor) -> torch.Tensor:
+        """`multiply_rows`, and a NonFiniteError if a product holds NaN or infinity."""
+        images = self.multiply_rows(vectors)
+        # the sum of all entries is NaN or infinite if one entry is; if only the sum overflowed, every entry is checked
         if not torch.isfinite(images.sum()) and not torch.isfinite(images).all():
-            self.blame(vectors)
+            self.raise_non_finite(vectors)
         return images
 
-    def rows(self, vectors: torch.Tensor) -> torch.Tensor:
-        """A applied to each row of `vectors`: (k, n), on the operator's device and in its dtype. What recurrences
-        call: no copies, and no checks, since those wait for the device; `blame` says what went wrong."""
-        self.products += len(vectors)
-        return self._matrows(vectors)
+    def multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
+        """A applied to each row of `vectors`, without copies and without a check for NaN, which would wait for the GPU.
 
-    def blame(self, vectors: torch.Tensor) -> NoReturn:
-        """Raise the NonFiniteError that names what made the products of these rows NaN or infinite."""
-        broken = "the vector is not finite itself" if not torch.isfinite(vectors).all() else "the vector is finite"
-        raise NonFiniteError(f"the operator's product is not finite ({broken}); check what it multiplies")
+        Args:
+            vectors: (k, n), on the operator's device and in its dtype.
+
+        Returns:
+            The products, (k, n).
+        """
+        self.products += len(vectors)
+        return self._multiply_rows(vectors)
+
+    def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
+        """Raise the NonFiniteError that says why the products of these rows hold NaN or infinity."""
+        finite = "is finite" if torch.isfinite(vectors).all() else "is not finite itself"
+        raise NonFiniteError(f"the operator's product is not finite (the vector {finite}); check what it multiplies")
 
     def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
+    def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
         if len(vectors) == 1:
             return self._matvec(vectors[0])[None]
         images = torch.empty_like(vectors)
@@ -103,12 +136,66 @@ class LinearOperator:
             image.copy_(self._matvec(vector))
         return images
 
+    # -- other forms of the matrix
+
+    def to_dense(self, *, on_products: Callable[[int], None] | None = None) -> torch.Tensor:
+        """The matrix itself, from n products.
+
+        Args:
+            on_products: called with the number of products done, after every block.
+
+        Returns:
+            (n, n) in the operator's dtype, symmetrised as (A + A^T) / 2.
+        """
+        n = self.shape[0]
+        matrix = torch.empty(n, n, dtype=self.dtype, device=self.device)
+        block = max(min(DENSE_BLOCK, n, DENSE_BLOCK_BYTES // self.vector_bytes), 1)
+        for start in range(0, n, block):
+            stop = min(start + block, n)
+            units = torch.zeros(stop - start, n, dtype=self.dtype, device=self.device)
+            units[:, start:stop].fill_diagonal_(1)
+            matrix[start:stop] = self.multiply_rows_checked(units)
+            if on_products is not None:
+                on_products(stop)
+        return (matrix + matrix.T) / 2
+
+    def diagonal(self, *, products: int | None = None, seed: int = 0) -> VectorEstimate:
+        """The diagonal of A: exact from n products, or estimated from fewer with a 95 % interval for each entry.
+
+        The estimate of entry i is the mean over k vectors z of random signs of z_i (A z)_i, whose expectation is A_ii
+        and whose variance is sum_{j != i} A_ij^2 (Bekas, Kokiopoulou and Saad, Appl. Numer. Math. 57, 2007).
+
+        Args:
+            products: k. By default n up to n = 4096, else 100. With n or more the diagonal is exact.
+            seed: of the vectors.
+
+        Returns:
+            A `VectorEstimate` of n entries.
+
+        Raises:
+            InputError: for fewer than two products of a larger matrix.
+        """
+        n = self.shape[0]
+        wanted = products if products is not None else (n if n <= EXACT_DIAGONAL_LIMIT else 100)
+        if wanted >= n:
+            exact = torch.diagonal(self.to_dense()).double().cpu().numpy()
+            return VectorEstimate(exact, exact, exact)
+        if wanted < 2:
+            raise InputError(f"two products or more are expected to estimate a diagonal, got products={wanted}")
+        total = torch.zeros(n, dtype=torch.float64, device=self.device)
+        squares = torch.zeros_like(total)
+        for index in range(wanted):
+            signs = torch.where(gaussian(self, seed=seed, index=index, stream="diagonal") < 0, -1, 1).to(self.dtype)
+            sample = (signs * self.multiply_rows_checked(signs[None])[0]).double()
+            total += sample
+            squares += sample.square()
+        return vector_interval(total.cpu().numpy(), squares.cpu().numpy(), wanted)
+
     def to_scipy(self) -> ScipyOperator:
         """The same operator for scipy.sparse.linalg (eigsh, lobpcg, ...), in NumPy's dtype of the same width."""
         from scipy.sparse import linalg  # half a second to load
 
-        make: Any = linalg.LinearOperator  # whose declared arguments are those of subclasses
-
+        make: Any = linalg.LinearOperator  # typed as its subclasses are made, not as it is called with functions
         dtype = np.dtype(np.float64 if self.dtype == torch.float64 else np.float32)
 
         def multiply(columns: np.ndarray) -> np.ndarray:
@@ -121,10 +208,19 @@ class LinearOperator:
             self.shape, matvec=multiply_vector, rmatvec=multiply_vector, matmat=multiply, rmatmat=multiply, dtype=dtype
         )
 
-    def symmetry_gap(self, *, probes: int = 1, seed: int = 0) -> float:
-        """Relative difference |u.Av - v.Au| / (||Av|| ||u||) for random u, v; the largest over `probes` pairs.
+    # -- how exact the products are
 
-        Zero for an exactly symmetric operator; rounding level for a sound Hessian. Costs two products a pair.
+    def symmetry_gap(self, *, probes: int = 1, seed: int = 0) -> float:
+        """The largest relative difference |u.Av - v.Au| / max(||Av|| ||u||, ||Au|| ||v||) over pairs of random vectors.
+
+        Zero for an exactly symmetric operator, at rounding level for a sound Hessian.
+
+        Args:
+            probes: pairs of vectors; each costs two products.
+            seed: of the vectors.
+
+        Returns:
+            The largest of the differences.
         """
         gaps = []
         for index in range(probes):
@@ -136,10 +232,10 @@ class LinearOperator:
         return max(gaps)
 
     def linearity_gap(self, *, seed: int = 0) -> float:
-        """||A(u + v) - A u - A v|| / ||A(u + v)|| for random u, v: what the arithmetic of a product loses.
+        """The rounding error of a product, ||A(u + v) - A u - A v|| / ||A(u + v)|| for random u, v.
 
-        Rounding level of the precision that products are computed in, whatever dtype they come in; larger where they
-        are not repeatable. Costs three products.
+        At rounding level of the precision that products are computed in, whatever the dtype of the vectors; larger
+        where products are not repeatable. Costs three products.
         """
         u = gaussian(self, seed=seed, index=0, stream="linearity")
         both = gaussian(self, seed=seed, index=1, stream="linearity").add_(u)
@@ -152,9 +248,45 @@ class LinearOperator:
         return norm(gap) / scale if scale > 0 else 0.0
 
     def precision_error(self) -> float:
-        """What products in a lower precision than the vectors' are off, relative to them; 0 where there is none."""
+        """The relative error of products in a lower precision than the vectors'; 0 where there is none."""
         return 0.0
 
     def rounding(self) -> float:
-        """How far rounding may move an eigenvalue, relative to the norm of what a recurrence sees."""
+        """How far rounding may move an eigenvalue, relative to the norm of the matrix that a recurrence sees."""
         return max(ROUNDING_STEPS * torch.finfo(self.dtype).eps, GAP_TO_ROUNDING * self.linearity_gap())
+
+
+@runtime_checkable
+class HasLoss(Protocol):
+    """An operator that belongs to a loss, such as its Hessian: what a `SpectrumProbe` measures."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    products: int
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the numbers should know of how they were computed."""
+        ...
+
+    @property
+    def engine_used(self) -> str:
+        """The engine that multiplied last."""
+        ...
+
+    def loss(self) -> float:
+        """The loss at the current weights."""
+        ...
+
+    def gradient(self) -> torch.Tensor:
+        """The gradient of the loss in the chosen parameters, (n,)."""
+        ...
+
+    def preflight(self) -> Preflight:
+        """What a few products tell about the operator."""
+        ...
+
+    def close(self) -> None:
+        """Give back the memory of kept graphs."""
+        ...

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 from spectra.backend.errors import InputError
-from spectra.backend.vectors import orthonormal_rows, take_out_
-from spectra.operators.base import LinearOperator, Preflight
+from spectra.backend.vectors import orthonormal_rows, project_out_
+from spectra.operators.base import HasLoss, LinearOperator, Preflight
 
 
 class MeanOperator(LinearOperator):
-    """The mean of operators of one shape, (A_1 + ... + A_k) / k, such as a Hessian averaged over noise draws.
+    """The mean of operators of one shape, (A_1 + ... + A_k) / k, such as a Hessian averaged over draws of noise.
 
-    Where the members are Hessians, `loss`, `gradient`, `preflight`, `engine_used`, `notes` and `close` answer for all.
+    Where the members have a loss, the mean has one too: `loss`, `gradient`, `preflight`, `engine_used`, `notes` and
+    `close` answer for all members.
+
+    Args:
+        operators: the members, one or more.
+
+    Raises:
+        InputError: for no members, for members of different shapes, and where a loss is asked of members without one.
     """
 
     def __init__(self, operators: Sequence[LinearOperator]):
@@ -29,10 +36,10 @@ class MeanOperator(LinearOperator):
         first = self.operators[0]
         self.shape, self.dtype, self.device, self.spread = first.shape, first.dtype, first.device, first.spread
 
-    def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
-        total = self.operators[0].rows(vectors)
+    def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
+        total = self.operators[0].multiply_rows(vectors)
         for operator in self.operators[1:]:
-            total += operator.rows(vectors)
+            total += operator.multiply_rows(vectors)
         return total / len(self.operators)
 
     def precision_error(self) -> float:
@@ -43,56 +50,66 @@ class MeanOperator(LinearOperator):
         """The largest of the members'."""
         return max(op.rounding() for op in self.operators)
 
-    def blame(self, vectors: torch.Tensor) -> NoReturn:
-        """The blame of the member whose product is not finite."""
+    def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
+        """Raise the error of the member whose product is not finite."""
         for operator in self.operators:
-            if not torch.isfinite(operator.rows(vectors)).all():
-                operator.blame(vectors)
-        super().blame(vectors)
+            if not torch.isfinite(operator.multiply_rows(vectors)).all():
+                operator.raise_non_finite(vectors)
+        super().raise_non_finite(vectors)
 
     def loss(self) -> float:
         """The mean of the members' losses."""
-        return sum(op.loss() for op in self._hessians()) / len(self.operators)
+        return sum(op.loss() for op in self._with_loss()) / len(self.operators)
 
     def gradient(self) -> torch.Tensor:
-        """The mean of the members' gradients: (n,)."""
-        return torch.stack([op.gradient() for op in self._hessians()]).mean(dim=0)
+        """The mean of the members' gradients, (n,)."""
+        return torch.stack([op.gradient() for op in self._with_loss()]).mean(dim=0)
 
     def preflight(self) -> Preflight:
-        """The worst of the members' checks."""
-        checks = [op.preflight() for op in self._hessians()]
+        """The worst figure of any member."""
+        checks = [op.preflight() for op in self._with_loss()]
         return Preflight(*(max(gaps) for gaps in zip(*map(astuple, checks), strict=True)))
 
     @property
     def engine_used(self) -> str:
         """The first member's."""
-        return self._hessians()[0].engine_used
+        return self._with_loss()[0].engine_used
 
     @property
     def notes(self) -> list[str]:
         """Every note of a member, once."""
-        return list(dict.fromkeys(note for op in self._hessians() for note in op.notes))
+        return list(dict.fromkeys(note for op in self._with_loss() for note in op.notes))
 
     def close(self) -> None:
         """Give back the members' memory."""
-        for op in self._hessians():
+        for op in self._with_loss():
             op.close()
 
-    def _hessians(self) -> tuple[Any, ...]:
+    def _with_loss(self) -> list[HasLoss]:
+        members: list[HasLoss] = []
         for op in self.operators:
-            if not hasattr(op, "gradient"):
+            if not isinstance(op, HasLoss):
                 raise InputError(f"a loss is known for Hessian operators only, this one averages a {type(op).__name__}")
-        return self.operators
+            members.append(op)
+        return members
 
 
 class DeflatedOperator(LinearOperator):
-    """P A P with P = I - U U^T: A without the eigenpairs whose vectors are the columns of U.
+    """P A P with P = I - U U^T: the operator A without the eigenpairs whose vectors are the columns of U.
 
-    vectors: (n, k), orthonormalised here unless they are `orthonormal` already. On the complement of U the result acts
-    as A does; on U it is zero. Vectors that are eigenvectors only to a residual r leave an eigenvalue of order
-    r^2 / |lambda| behind. A product costs one of A and 8 n k further operations, or 4 n k with `inputs="orthogonal"`,
-    which is for callers whose vectors have no part in U, as in a recurrence that started so. Products are counted by
-    `inner`, the operator deflated, too.
+    On the orthogonal complement of U the result acts as A does, and on U it is zero. Vectors that are eigenvectors only
+    up to a residual r leave an eigenvalue of order r^2 / |lambda| behind. A product costs one of A and 8 n k further
+    operations, or 4 n k with `inputs="orthogonal"`. The deflated operator `inner` counts the products too.
+
+    Args:
+        inner: A.
+        vectors: U, (n, k). Orthonormalised here unless `orthonormal`.
+        inputs: "any", or "orthogonal" if every vector that is multiplied is orthogonal to U already, as in a recurrence
+            that started so.
+        orthonormal: whether the columns are orthonormal already.
+
+    Raises:
+        InputError: for vectors of another shape or an unknown `inputs`.
     """
 
     def __init__(self, inner: LinearOperator, vectors: torch.Tensor, *, inputs: str = "any", orthonormal: bool = False):
@@ -107,29 +124,36 @@ class DeflatedOperator(LinearOperator):
 
     @property
     def vectors(self) -> torch.Tensor:
-        """U, orthonormal columns: (n, k)."""
+        """U, orthonormal columns, (n, k)."""
         return self._rows.T
 
     def project(self, vector: torch.Tensor) -> torch.Tensor:
-        """The part orthogonal to U, twice for rounding. (n,), or a vector in each row (k, n)."""
+        """The part orthogonal to U. Projected twice, so that rounding leaves nothing of U.
+
+        Args:
+            vector: (n,), or several in the rows of (k, n).
+
+        Returns:
+            The projected vectors, in the shape that they came in.
+        """
         projected = torch.atleast_2d(vector).clone()
         for _ in range(2):
-            take_out_(projected, self._rows)
+            project_out_(projected, self._rows)
         return projected.view_as(vector)
 
-    def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
+    def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
         if not self._orthogonal_inputs:
-            vectors = take_out_(vectors.clone(), self._rows)
-        return take_out_(self.inner.rows(vectors), self._rows)
+            vectors = project_out_(vectors.clone(), self._rows)
+        return project_out_(self.inner.multiply_rows(vectors), self._rows)
 
-    def blame(self, vectors: torch.Tensor) -> NoReturn:
-        """The blame of the operator deflated."""
-        self.inner.blame(vectors)
+    def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
+        """Raise the error of the deflated operator."""
+        self.inner.raise_non_finite(vectors)
 
     def precision_error(self) -> float:
-        """That of the operator deflated."""
+        """That of the deflated operator."""
         return self.inner.precision_error()
 
     def rounding(self) -> float:
-        """That of the operator deflated."""
+        """That of the deflated operator."""
         return self.inner.rounding()

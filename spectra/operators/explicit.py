@@ -1,4 +1,4 @@
-"""Operators whose entries or eigenvalues are held in memory: what the others are tested against."""
+"""Operators whose entries or eigenvalues are held in memory: the oracles that other code is tested against."""
 
 from __future__ import annotations
 
@@ -9,8 +9,29 @@ from spectra.backend.errors import InputError
 from spectra.operators.base import ROUNDING_STEPS, LinearOperator
 
 
-class DenseOperator(LinearOperator):
-    """A symmetric matrix held in memory. matrix: (n, n) tensor or array, symmetric to rounding."""
+class _ExplicitOperator(LinearOperator):
+    """A product is a single rounding of exact entries, so its rounding error needs no measurement."""
+
+    def rounding(self) -> float:
+        """A few units of the dtype's floating-point spacing."""
+        return ROUNDING_STEPS * torch.finfo(self.dtype).eps
+
+
+class DenseOperator(_ExplicitOperator):
+    """A symmetric matrix held in memory.
+
+    Args:
+        matrix: (n, n) tensor or array, symmetric to rounding.
+
+    Raises:
+        InputError: for a matrix that is not square, not symmetric, complex, or not finite.
+
+    Example:
+        >>> import numpy as np, spectra
+        >>> operator = spectra.DenseOperator(np.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> operator @ np.array([1.0, -1.0])
+        array([ 1., -1.])
+    """
 
     def __init__(self, matrix: torch.Tensor | np.ndarray):
         matrix = _real(matrix)
@@ -25,19 +46,27 @@ class DenseOperator(LinearOperator):
         self.shape = (matrix.shape[0], matrix.shape[0])
         self.dtype, self.device = matrix.dtype, matrix.device
 
-    def rounding(self) -> float:
-        """One product is one round of roundings: nothing to measure."""
-        return ROUNDING_STEPS * torch.finfo(self.dtype).eps
-
     def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
         return self.matrix @ vector
 
-    def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
+    def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
         return vectors @ self.matrix.T
 
 
-class DiagonalOperator(LinearOperator):
-    """diag(values). values: (n,); the eigenvalues, which makes it the oracle of choice at large n."""
+class DiagonalOperator(_ExplicitOperator):
+    """The diagonal matrix of given eigenvalues: the oracle of choice at large n.
+
+    Args:
+        values: the eigenvalues, (n,).
+
+    Raises:
+        InputError: for values that are not a vector of finite real numbers.
+
+    Example:
+        >>> import numpy as np, spectra
+        >>> print(spectra.trace(spectra.DiagonalOperator(np.arange(5.0)), probes=5))
+        10 [10, 10]
+    """
 
     def __init__(self, values: torch.Tensor | np.ndarray):
         values = _real(values)
@@ -49,14 +78,10 @@ class DiagonalOperator(LinearOperator):
         self.shape = (len(values), len(values))
         self.dtype, self.device = values.dtype, values.device
 
-    def rounding(self) -> float:
-        """One product is one round of roundings: nothing to measure."""
-        return ROUNDING_STEPS * torch.finfo(self.dtype).eps
-
     def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
         return self.values * vector
 
-    def _matrows(self, vectors: torch.Tensor) -> torch.Tensor:
+    def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
         return self.values * vectors
 
 

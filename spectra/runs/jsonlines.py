@@ -10,7 +10,18 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """The value in types that strict JSON has. Numbers that are not finite become None; paths and the like, text."""
+    """Turn a value into types that strict JSON has.
+
+    Args:
+        value: Anything. Arrays, tensors and objects with `to_dict` are written as lists and objects.
+
+    Returns:
+        None, bool, str, int, float, list or dict. A number that is not finite becomes None, any other object its text.
+
+    Example:
+        >>> plain({"loss": float("nan"), "shape": (2, 3)})
+        {'loss': None, 'shape': [2, 3]}
+    """
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, dict):
@@ -29,10 +40,13 @@ def plain(value: Any) -> Any:
 
 
 class JsonLines:
-    """One JSON object a line.
+    """A file with one JSON object on each line.
 
-    What a crash left of a last line is skipped on reading, and closed with a newline before the next one is written,
-    so that the next line is not glued to it. Nothing written is ever removed.
+    A crash may leave part of a last line. Reading skips it, and the next write ends it with a newline first, so that
+    the two do not run together. Nothing written is ever removed.
+
+    Args:
+        path: The file; it need not be there yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,7 +55,11 @@ class JsonLines:
         self._offset = 0
 
     def append(self, fields: dict[str, Any]) -> None:
-        """Write one line and have it on the disk on return."""
+        """Write one line; it is on the disk when the call returns.
+
+        Args:
+            fields: The object, see `plain`.
+        """
         line = json.dumps(plain(fields), allow_nan=False, ensure_ascii=False).encode() + b"\n"
         with open(self.path, "ab+") as file:
             if file.tell() > 0:
@@ -53,23 +71,27 @@ class JsonLines:
             os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
-        """Every whole line so far, in order. Only what was added since the last call is read and parsed."""
+        """Read the file; only what was added since the last call is read and parsed.
+
+        Returns:
+            The object of every whole line so far, in order.
+        """
         if not self.path.exists():
             return []
         with open(self.path, "rb") as file:
-            if file.seek(0, os.SEEK_END) < self._offset:  # another file took the place of the one read before
+            if file.seek(0, os.SEEK_END) < self._offset:  # the file was replaced since the last call
                 self._lines, self._offset = [], 0
             file.seek(self._offset)
             new = file.read()
         complete = new[: new.rfind(b"\n") + 1]
         self._offset += len(complete)
         self._lines += [fields for line in complete.split(b"\n") if (fields := _parse(line)) is not None]
-        last = _parse(new[len(complete) :])  # whole but for its newline, or the remains of a line
+        last = _parse(new[len(complete) :])  # a line without its newline, or part of one
         return self._lines + ([last] if last is not None else [])
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The object on a line, or None for an empty line or the remains of one: no start of a JSON object is one."""
+    """The object on a line; None for an empty line or part of one, since no part of a JSON object is valid JSON."""
     try:
         fields = json.loads(line)
     except ValueError:

@@ -13,20 +13,24 @@ import numpy as np
 from spectra.backend.errors import InputError
 from spectra.estimates.quantities import EIGENVALUE_UNIT
 from spectra.runs.folder import Run
-from spectra.runs.series import AFTER_RESET, Steps, as_runs, modes, select
+from spectra.runs.record import SpectrumRecord
+from spectra.runs.series import Steps, as_runs, measured_again, modes, select
 from spectra.views.style import (
-    AFTER_RESET_LINE,
-    INK,
-    MOST_IN_LEGEND,
+    AXIS_COLOUR,
+    MAX_LEGEND_ENTRIES,
+    MAX_STEPS_IN_LEGEND,
     PALETTE,
+    REPEATED_LINE,
+    TEXT_COLOUR,
     legend_outside,
-    run_name,
+    literal,
     run_style,
     step_bar,
     step_colour,
     symlog_axis,
     tidy,
 )
+from spectra.views.wording import record_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,29 +39,50 @@ if TYPE_CHECKING:
     from spectra.estimates.density import SpectralDensity
 
 SCALES = ("auto", "linear", "symlog")
+SHOWN_ZEROS = 0.02  # from this share on, a legend names the eigenvalues that are exactly zero
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A density, how it is called and drawn, and the training step it belongs to, where its colour stands for that."""
+    """A density and how it is drawn.
+
+    Attributes:
+        density: The spectrum.
+        label: What a legend calls it.
+        style: Keywords of matplotlib.
+        step: The training step, where the colour stands for it; else None.
+        repeated: For a second spectrum at the same training step, how it is called, such as "after the restart".
+    """
 
     density: SpectralDensity
     label: str
     style: dict[str, Any]
     step: int | None = None
-    after_reset: bool = False
+    repeated: str = ""
 
 
 def curves_of(spectra: Any, *, mode: str | None = None, steps: Steps = None) -> list[Curve]:
-    """A curve for each record of each run and for each SpectralDensity; see `spectra.plots.density`."""
+    """The curves that a density figure shows, one for each record of each run and for each SpectralDensity.
+
+    Args:
+        spectra: What `spectra.plots.density` takes.
+        mode: The Hessian mode; None for each run's first.
+        steps: Training steps, None for all, "last" for the last record.
+
+    Returns:
+        At least one curve.
+
+    Raises:
+        InputError: There is nothing to draw.
+    """
     items: list[Any] = []
     for item in spectra if isinstance(spectra, list | tuple) else [spectra]:
-        items += _with_spectra(as_runs(item), mode) if isinstance(item, Run | str | Path) else [item]
+        items += _measured_runs(as_runs(item), mode) if isinstance(item, Run | str | Path) else [item]
     several = sum(isinstance(item, Run) for item in items) > 1
     curves: list[Curve] = []
     for position, item in enumerate(items):
         if isinstance(item, Run):
-            curves += _of_run(item, mode, steps, position if several else None)
+            curves += _curves_of_several(item, mode, steps, position) if several else _curves_of_one(item, mode, steps)
         else:
             style = {"color": PALETTE[position % len(PALETTE)]}
             curves.append(Curve(item, "spectrum" if len(items) == 1 else f"spectrum {position + 1}", style))
@@ -66,23 +91,27 @@ def curves_of(spectra: Any, *, mode: str | None = None, steps: Steps = None) -> 
     return curves
 
 
-def _with_spectra(runs: list[Run], mode: str | None) -> list[Run]:
-    """Those that have what is asked for; all of them where none has, so that one can say what is missing."""
-    return [run for run in runs if run.records and (mode is None or mode in modes(run))] or runs
-
-
 def draw_densities(
     panels: Sequence[tuple[Axes, Sequence[Curve]]], *, bandwidth: float | None = None, scale: str = "auto"
 ) -> None:
-    """Draw each panel's curves on its axes, all panels over the same range and on the same scale."""
+    """Draw densities in panels that share their range and scale.
+
+    Args:
+        panels: Axes, each with the curves to draw on it.
+        bandwidth: Standard deviation of the kernel, in units of the eigenvalues; see `SpectralDensity.density`.
+        scale: Of the x axis; see `spectra.plots.density`.
+
+    Raises:
+        InputError: The scale is not known.
+    """
     if scale not in SCALES:
         raise InputError(f"expected a scale of {', '.join(SCALES)}, got {scale!r}")
     curves = [curve for _, members in panels for curve in members]
-    threshold = None if scale == "linear" else _threshold(curves, always=scale == "symlog")
+    threshold = None if scale == "linear" else _linear_threshold(curves, always=scale == "symlog")
     grid = _grid(curves, threshold)
     heights = [curve.density.density(grid, bandwidth) for curve in curves]
     top = max(float(height.max()) for height in heights)
-    bottom = _floor(curves, grid, heights, top)
+    bottom = _lowest_height(curves, grid, heights, top)
     remaining = iter(heights)
     for ax, members in panels:
         lines = []
@@ -96,49 +125,80 @@ def draw_densities(
         ax.set_xlabel(f"eigenvalue λ ({EIGENVALUE_UNIT})")
         ax.set_ylabel("density of eigenvalues")
         tidy(ax)
-        ax.axvline(0, color="#999999", linewidth=0.8, zorder=0.5)
-        _name_curves(ax, members, lines)
+        ax.axvline(0, color=AXIS_COLOUR, linewidth=0.8, zorder=0.5)
+        _add_legend(ax, members, lines)
 
 
-def _name_curves(ax: Axes, curves: Sequence[Curve], lines: list[Line2D]) -> None:
-    """A legend, in which the curves after a reset share one entry, or a colour bar of steps where they are many."""
-    from matplotlib.lines import Line2D
-
-    before = {curve.step for curve in curves if not curve.after_reset}
-    paired = [curve.after_reset and curve.step in before for curve in curves]
-    handles = [line for line, hidden in zip(lines, paired, strict=True) if not hidden]
-    if len(handles) > MOST_IN_LEGEND and all(curve.step is not None for curve in curves):
-        step_bar(ax, max(curve.step or 0 for curve in curves))
-        handles = []
-    if any(paired):
-        handles.append(Line2D([], [], color=INK, linewidth=1.5, linestyle=AFTER_RESET_LINE, label="after the reset"))
-    if 0 < len(handles) <= MOST_IN_LEGEND + 1:
-        legend_outside(ax, handles, [str(handle.get_label()) for handle in handles])
+def _measured_runs(runs: list[Run], mode: str | None) -> list[Run]:
+    """The runs with a spectrum of the mode; all of them where none has, so that an error can say what is missing."""
+    return [run for run in runs if run.records and (mode is None or mode in modes(run))] or runs
 
 
-def _of_run(run: Run, mode: str | None, steps: Steps, position: int | None) -> list[Curve]:
-    """The curves of a run; position: its place among several runs, None for a single one."""
-    records = [record for record in select(run, mode=mode, steps=steps) if record.lanczos is not None]
-    if not records:
-        raise InputError(f"{run.folder} kept no Lanczos matrices to draw a density from: measure it again")
-    last = max(record.step for record in records)
+def _curves_of_one(run: Run, mode: str | None, steps: Steps) -> list[Curve]:
+    """The curves of a run that is drawn alone: the colour stands for the training step."""
+    records = _selected(run, mode, steps)
+    last = max(record.step for record, _ in records)
     curves = []
-    for record in records:
-        spectrum, label, after = run.density(record), f"step {record.step}", record.label == AFTER_RESET
-        if (zeros := spectrum.zero_share()) >= 0.02:  # a kernel hides them in the hill around zero
-            label += f", {zeros:.0%} at 0"
-        if position is None:
-            style = {"color": step_colour(record.step, last), "linestyle": AFTER_RESET_LINE if after else "-"}
-            curves.append(Curve(spectrum, label, style, record.step, after))
-        else:
-            faded = 0.35 + 0.65 * record.step / last if last else 1.0
-            style = run_style(run, position) | {"alpha": faded}
-            label = f"{run_name(run)}, {label}{' after the reset' if after else ''}"
-            curves.append(Curve(spectrum, label, style))
+    for record, repeated in records:
+        density = run.density(record)
+        style = {"color": step_colour(record.step, last), "linestyle": REPEATED_LINE if repeated else "solid"}
+        curves.append(Curve(density, f"step {record.step}{_zeros(density)}", style, record.step, repeated))
     return curves
 
 
-def _threshold(curves: Sequence[Curve], *, always: bool) -> float | None:
+def _curves_of_several(run: Run, mode: str | None, steps: Steps, position: int) -> list[Curve]:
+    """The curves of a run that is drawn with others: colour and line are the run's, earlier training steps paler."""
+    records = _selected(run, mode, steps)
+    last = max(record.step for record, _ in records)
+    name = literal(run.presentation.label)
+    curves = []
+    for record, repeated in records:
+        density = run.density(record)
+        style = run_style(run, position) | {"alpha": 0.35 + 0.65 * record.step / last if last else 1.0}
+        words = f"{name}, step {record.step}" + (f", {repeated}" if repeated else "")
+        curves.append(Curve(density, words + _zeros(density), style))
+    return curves
+
+
+def _selected(run: Run, mode: str | None, steps: Steps) -> list[tuple[SpectrumRecord, str]]:
+    """The selected records whose Lanczos matrices were kept, in the order of measuring.
+
+    Beside each stands what it is called if it follows another one at the same training step, else "".
+    """
+    chosen, every = select(run, mode=mode, steps=steps), select(run, mode=mode)
+    records = [
+        (record, (literal(record_words(run, record)) or "measured again") if again else "")
+        for record, again in zip(every, measured_again(every), strict=True)
+        if record.lanczos is not None and record in chosen
+    ]
+    if not records:
+        raise InputError(f"{run.folder} kept no Lanczos matrices to draw a density from: measure it again")
+    return records
+
+
+def _zeros(density: SpectralDensity) -> str:
+    """The share of eigenvalues that are exactly zero, for a legend: the kernel shows them as a hill around zero."""
+    zeros = density.zero_share()
+    return f", {zeros:.0%} at 0" if zeros >= SHOWN_ZEROS else ""
+
+
+def _add_legend(ax: Axes, curves: Sequence[Curve], lines: list[Line2D]) -> None:
+    """A legend, in which repeated spectra of one kind share an entry, or a colour bar where training steps are many."""
+    from matplotlib.lines import Line2D
+
+    first = {curve.step for curve in curves if not curve.repeated}
+    shared = [curve.repeated if curve.step in first else "" for curve in curves]
+    handles = [line for line, words in zip(lines, shared, strict=True) if not words]
+    if len(handles) > MAX_STEPS_IN_LEGEND and all(curve.step is not None for curve in curves):
+        step_bar(ax, max(curve.step or 0 for curve in curves))
+        handles = []
+    for words in dict.fromkeys(filter(None, shared)):
+        handles.append(Line2D([], [], color=TEXT_COLOUR, linewidth=1.5, linestyle=REPEATED_LINE, label=words))
+    if 0 < len(handles) <= MAX_LEGEND_ENTRIES:
+        legend_outside(ax, handles, [str(handle.get_label()) for handle in handles])
+
+
+def _linear_threshold(curves: Sequence[Curve], *, always: bool) -> float | None:
     """Where a symmetric-log axis turns linear: the power of ten that holds half of the eigenvalues, typically.
 
     None where the largest eigenvalue is within a hundred times the median size, which a linear axis shows well.
@@ -156,7 +216,7 @@ def _threshold(curves: Sequence[Curve], *, always: bool) -> float | None:
 
 
 def _grid(curves: Sequence[Curve], threshold: float | None, points: int = 1200) -> np.ndarray:
-    """Points spread evenly as the axis shows them, over all that carries weight in any curve."""
+    """Points evenly spaced as the axis shows them, over every node that carries weight in any curve, (points,)."""
     lows, highs = [], []
     for curve in curves:
         used = curve.density.weights > 0
@@ -169,8 +229,8 @@ def _grid(curves: Sequence[Curve], threshold: float | None, points: int = 1200) 
     return threshold * np.sinh(np.linspace(np.arcsinh(low / threshold), np.arcsinh(high / threshold), points))
 
 
-def _floor(curves: Sequence[Curve], grid: np.ndarray, heights: Sequence[np.ndarray], top: float) -> float:
-    """The decade below the height that a single eigenvalue, the least there can be, reaches in most places."""
+def _lowest_height(curves: Sequence[Curve], grid: np.ndarray, heights: Sequence[np.ndarray], top: float) -> float:
+    """Where the y axis starts: the power of ten below the height that nearly every single eigenvalue reaches."""
     reached = []
     for curve, height in zip(curves, heights, strict=True):
         nodes = curve.density.nodes[curve.density.weights > 0.01 / curve.density.dimension]

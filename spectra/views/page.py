@@ -6,31 +6,27 @@ import base64
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra.backend.errors import InputError
-from spectra.estimates.quantities import ESTIMATES, describe
+from spectra.estimates.quantities import ESTIMATES
 from spectra.runs.folder import Run, open_run
+from spectra.runs.record import SpectrumRecord
 from spectra.views.pictures import Picture, density_pictures, figures, trajectory_pictures
-from spectra.views.tables import Table, estimates_of_rows, estimates_of_run, number, outcomes
+from spectra.views.tables import Table, estimates_of_rows, estimates_of_run, results
+from spectra.views.wording import describe, mode_meaning, tolerance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["figures", "write"]
 
-MODES = {
-    "full": "the Hessian of the loss in the model's own weights",
-    "ste": "the Jacobian of the straight-through gradient in the latent weights, M H(Q(W)) M, with M the mask of the "
-    "weights that are not clipped; clipped weights give exact zeros",
-    "quantized": "H(Q(W)), the Hessian of the full-precision network at the quantized weights",
-    "latent": "H(W), the Hessian of the full-precision network at the latent weights",
-    "noisy": "the straight-through Hessian averaged over draws of weight noise",
-}
+IMAGE_RESOLUTION = 130  # dots per inch
 
 
 def write(
@@ -40,44 +36,60 @@ def write(
     table: Sequence[Mapping[str, Any]] | None = None,
     images: bool = False,
 ) -> Path:
-    """Write report.html into the folder of a run or a study, and return its path.
+    """Write report.html into the folder of a run or a study.
 
-    table: rows of a study's results, plain values and estimates ("rms_start", "rms_end", ... as Estimate or its
-    dict); by default those of the folder's table.json. A single run is shown by its records.
-    images: also save each figure as figures/<name>.png, which takes less time than drawing them again.
-    Raises InputError where the folder holds no spectrum.
+    Args:
+        run: The run or study, or its folder.
+        title: The heading of the page; by default the name of the folder.
+        table: The rows of a study's results: plain values, and estimates ("rms_start", "rms_end", ...) as Estimate or
+            its dict. The value under "label" is how a row is called. By default the rows of the folder's table.json;
+            a run without rows is shown by its records.
+        images: Whether each figure is also saved as figures/<name>.png.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        InputError: The folder holds no spectrum, or its table.json cannot be read.
     """
-    from jinja2 import Environment, StrictUndefined
-
     run = open_run(run)
     runs = run.runs or [run]
-    records = [record for single in runs for record in single.records]
-    if not records:
+    if not any(single.records for single in runs):
         raise InputError(f"{run.folder} holds no spectrum to report on: measure one first")
     rows = _stored_table(run) if table is None else list(table)
-    estimates = estimates_of_rows(rows) if rows else None
     folder = run.folder / "figures" if images else None
-    template = resources.files("spectra.views").joinpath("templates/report.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    page = environment.from_string(template).render(
+    page = _render(
         title=title or f"Hessian spectra: {run.folder.resolve().name}",
         facts=_facts(runs),
-        outcomes=outcomes(rows) if rows else None,
-        tables=_tables(runs, estimates),
-        densities=[_embed(picture, folder) for picture in density_pictures(run)],
-        trajectories=[_embed(picture, folder) for picture in trajectory_pictures(run)],
-        quantities=[(describe(key).name, describe(key).meaning) for key in ESTIMATES],
-        modes=[(mode, MODES.get(mode, "")) for mode in dict.fromkeys(record.mode for record in records)],
-        tolerance=number(records[0].near_zero_tol),
-        settings=[(_heading(single, run), _flat(single.config)) for single in dict.fromkeys([run, *runs])],
-        notes=list(dict.fromkeys(note for record in records for note in record.notes)),
+        results=results(rows, describe=partial(describe, runs)) if rows else None,
+        tables=_estimate_tables(runs, rows),
+        densities=[_embedded(picture, folder) for picture in density_pictures(run)],
+        trajectories=[_embedded(picture, folder) for picture in trajectory_pictures(run)],
+        quantities=_meanings(runs),
+        modes=[(mode, mode_meaning(runs, mode)) for mode in dict.fromkeys(r.mode for r in _all_records(runs))],
+        settings=_settings(run, runs),
+        notes=list(dict.fromkeys(note for record in _all_records(runs) for note in record.notes)),
     )
     path = run.folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
+def _render(**content: Any) -> str:
+    """The template filled in. Every text is escaped: what a run holds is never markup."""
+    from jinja2 import Environment, StrictUndefined
+
+    template = resources.files("spectra.views").joinpath("templates/report.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return environment.from_string(template).render(**content)
+
+
+def _all_records(runs: Iterable[Run]) -> list[SpectrumRecord]:
+    return [record for single in runs for record in single.records]
+
+
 def _stored_table(run: Run) -> list[dict[str, Any]]:
+    """The rows of table.json; none where there is no such file."""
     path = run.folder / "table.json"
     if not path.is_file():
         return []
@@ -90,34 +102,36 @@ def _stored_table(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _tables(runs: Sequence[Run], estimates: Table | None) -> list[tuple[str, Table]]:
-    """The tables of estimates, each with its heading: the study's own, else one a run."""
-    if estimates is not None and estimates.rows:
-        return [("At the start and the end of training", estimates)]
-    return [(single.folder.resolve().name, estimates_of_run(single)) for single in runs if single.records]
+def _estimate_tables(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Table]]:
+    """The tables of estimates, each with its heading: that of the study's rows, else one for each run."""
+    table = estimates_of_rows(rows, describe=partial(describe, runs))
+    if table.rows:
+        return [("At the start and the end of training", table)]
+    return [(single.presentation.label, estimates_of_run(single)) for single in runs if single.records]
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """What was measured, when and with what, in short."""
-    records = [record for single in runs for record in single.records]
+    records = _all_records(runs)
     times = [record.wall_time for record in records if record.wall_time == record.wall_time]
+    products, seconds = sum(record.products for record in records), sum(record.seconds for record in records)
     facts = [
         ("measured spectra", f"{len(records)} in {len(runs)} run{'s' if len(runs) > 1 else ''}"),
         ("parameters", _distinct(f"{record.dimension:,}" for record in records)),
         ("Hessian mode", _distinct(record.mode for record in records)),
-        ("probes × steps", _distinct(f"{record.probes} × {record.lanczos_steps}" for record in records)),
-        ("cost", f"{sum(r.products for r in records):,} products, {_duration(sum(r.seconds for r in records))}"),
+        ("probe vectors × Lanczos steps", _distinct(f"{r.probes} × {r.lanczos_steps}" for r in records)),
+        ("cost", f"{products:,} Hessian-vector products, {_duration(seconds)}"),
         ("precision, device", _distinct(f"{r.dtype or 'unknown'}, {r.device or 'unknown'}" for r in records)),
     ]
     if times:
-        moment = datetime.fromtimestamp(max(times), UTC)
-        facts.append(("measured", f"{moment:%Y-%m-%d %H:%M} UTC"))
+        facts.append(("measured", f"{datetime.fromtimestamp(max(times), UTC):%Y-%m-%d %H:%M} UTC"))
     names = dict.fromkeys(name for record in records for name in record.versions)
     software = [f"{name} {_distinct(r.versions[name] for r in records if name in r.versions)}" for name in names]
     return facts + ([("software", ", ".join(software))] if software else [])
 
 
-def _distinct(values) -> str:
+def _distinct(values: Iterable[str]) -> str:
+    """The different values, in the order of their first."""
     return " · ".join(dict.fromkeys(values))
 
 
@@ -127,8 +141,24 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _heading(single: Run, run: Run) -> str:
-    return "study" if single is run and run.runs else single.folder.resolve().name
+def _meanings(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Name and meaning of every estimate."""
+    meanings = []
+    for key in ESTIMATES:
+        about = describe(runs, key)
+        limit = f" (here |λ| < {tolerance(runs)})" if key == "near_zero_share" else ""
+        meanings.append((about.name, about.meaning + limit))
+    return meanings
+
+
+def _settings(run: Run, runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The settings of the study and of each run, each with its heading; how a run is shown is no setting."""
+    settings = []
+    for single in dict.fromkeys([run, *runs]):
+        heading = "study" if single is run and run.runs else single.presentation.label
+        config = {key: value for key, value in single.config.items() if key != "presentation"}
+        settings.append((heading, _flat(config)))
+    return settings
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -142,9 +172,10 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return lines
 
 
-def _embed(picture: Picture, folder: Path | None) -> dict[str, Any]:
+def _embedded(picture: Picture, folder: Path | None) -> dict[str, Any]:
+    """A picture for the template; also saved as PNG where a folder is given."""
     embedded = {
-        "source": _as_data(picture.figure),
+        "source": _data_url(picture.figure),
         "caption": picture.caption,
         "alternative": picture.alternative,
         "wide": picture.wide,
@@ -152,11 +183,11 @@ def _embed(picture: Picture, folder: Path | None) -> dict[str, Any]:
     if folder is not None:
         folder.mkdir(exist_ok=True)
         picture.figure.set_layout_engine("none")  # it is laid out already, and that is half of the work
-        picture.figure.savefig(folder / f"{picture.name}.png", dpi=130)
+        picture.figure.savefig(folder / f"{picture.name}.png", dpi=IMAGE_RESOLUTION)
     return embedded
 
 
-def _as_data(figure: Figure) -> str:
+def _data_url(figure: Figure) -> str:
     """The figure as a data URL of an SVG."""
     import matplotlib
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectra.backend.errors import InputError
-from spectra.estimates.quantities import describe
 from spectra.runs.folder import Run
-from spectra.runs.series import AFTER_RESET, Point, Series, Steps, as_runs, series
+from spectra.runs.series import Point, Series, Steps, as_runs, series
 from spectra.views.densities import curves_of, draw_densities
-from spectra.views.style import INK, is_reference, legend_outside, new_axes, run_name, run_style, tidy
+from spectra.views.style import TEXT_COLOUR, legend_outside, literal, new_axes, run_style, tidy
+from spectra.views.wording import axis_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,62 +30,80 @@ def density(
     labels: Sequence[str] | None = None,
     scale: str = "auto",
 ) -> Axes:
-    """The density of eigenvalues over the eigenvalue, with a logarithmic y axis; one curve a record.
+    """Draw the density of eigenvalues over the eigenvalue, with a logarithmic y axis and a curve for each record.
 
-    spectra: a run, a study (all of its runs), the folder of either, a SpectralDensity, or a list of these.
-    mode, steps: which records of the runs (None: the run's first mode, and every step; "last": the last one).
-    Curves of one run are coloured by step, those of several by run. labels: one a curve.
-    bandwidth: see `SpectralDensity.density`. scale: of the x axis, "linear", "symlog" (linear near zero, logarithmic
-    beyond) or "auto": symlog where outliers would press the bulk into a line.
-    Raises InputError where there is nothing to draw.
+    The curves of one run are coloured by training step. Those of several runs have the colour and line that the runs'
+    presentation names, else a colour for each run.
+
+    Args:
+        spectra: A run, a study (all of its runs), the folder of either, a SpectralDensity, or a list of these.
+        ax: Where to draw; by default on a new figure.
+        mode: The Hessian mode; by default each run's first.
+        steps: The training steps whose spectra are drawn: one or several, None for all, "last" for the last record.
+        bandwidth: Standard deviation of the kernel, in units of the eigenvalues; see `SpectralDensity.density`.
+        labels: A label for each curve, in place of training steps and names of runs.
+        scale: Of the x axis: "linear", "symlog" (linear near zero, logarithmic beyond) or "auto", which is "symlog"
+            where outliers would press the other eigenvalues into a line.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: There is nothing to draw, the scale is not known, or labels and curves differ in number.
     """
     curves = curves_of(spectra, mode=mode, steps=steps)
     if labels is not None:
         if len(labels) != len(curves):
             raise InputError(f"expected one label for each of the {len(curves)} curves, got {len(labels)}")
-        curves = [
-            replace(curve, label=label, step=None, after_reset=False)
-            for curve, label in zip(curves, labels, strict=True)
-        ]
+        named = zip(curves, labels, strict=True)
+        curves = [replace(curve, label=label, step=None, repeated="") for curve, label in named]
     ax = new_axes() if ax is None else ax
     draw_densities([(ax, curves)], bandwidth=bandwidth, scale=scale)
     return ax
 
 
 def trajectory(runs: Any, quantity: str, *, ax: Axes | None = None, mode: str | None = None) -> Axes:
-    """A quantity over training steps, a line a run, with its 95 % interval as a band.
+    """Draw a quantity over training steps: a line for each run, with its 95 % interval as a band.
 
-    runs: a run, a study (all of its runs), the folder of either, or a list. quantity: an estimate such as "rms",
-    "loss", or a key of the records' extras or of the telemetry. Colour stands for the bit-width and line style for
-    the method. A hollow marker is an unresolved estimate; a reset is a vertical dotted step from before to after it;
-    the one spectrum of a full-precision model is a level line across.
-    A run without the quantity is left out of several. Raises InputError naming what there is where no run has it.
+    A hollow marker is an unresolved estimate. A dotted vertical line joins two measurements at the same training step.
+    A reference with a single measurement is a level line across. A run without the quantity is left out where another
+    has it.
+
+    Args:
+        runs: A run, a study (all of its runs), the folder of either, or a list of these.
+        quantity: An estimate such as "rms", "loss", or a key of the records' extras or of the telemetry.
+        ax: Where to draw; by default on a new figure.
+        mode: The Hessian mode; by default each run's first.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: No run has the quantity; the message lists what there is.
     """
+    from matplotlib.ticker import MaxNLocator
+
     found = as_runs(runs)
     drawn = _all_series(found, quantity, mode)
     ax = new_axes() if ax is None else ax
+    ax.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
     for position, (run, line) in enumerate(drawn):
-        style = run_style(run, position)
-        if is_reference(run) and len(line.points) == 1 and len(drawn) > 1:
-            _draw_level(ax, line.points[0], style, label=run_name(run))
+        style, label = run_style(run, position), literal(run.presentation.label)
+        if run.presentation.reference and len(line.points) == 1 and len(drawn) > 1:
+            _draw_level(ax, line.points[0], style, label=label)
         else:
-            opacity = (0.16 if len(drawn) < 3 else 0.1) if line.measured else None
-            _draw(ax, line.points, style, label=run_name(run), opacity=opacity)
+            _draw_line(ax, line, style, label=label, opacity=0.16 if len(drawn) < 3 else 0.1)
     points = [point for _, line in drawn for point in line.points]
     _limit_y(ax, quantity, points)
     ax.set_xlabel("training step")
-    ax.set_ylabel(_axis_name(quantity, found))
+    ax.set_ylabel(literal(axis_name(found, quantity)))
     tidy(ax)
-    handles, labels = ax.get_legend_handles_labels()
-    if any(not point.estimate.resolved for point in points):
-        handles.append(ax.plot([], [], "o", markerfacecolor="white", markeredgecolor=INK, markersize=5)[0])
-        labels.append("unresolved")
-    if len(handles) > 1:
-        legend_outside(ax, handles, labels)
+    _add_legend(ax, unresolved=any(not point.estimate.resolved for point in points))
     return ax
 
 
 def _all_series(runs: Sequence[Run], quantity: str, mode: str | None) -> list[tuple[Run, Series]]:
+    """The series of every run that has the quantity. Raises the last run's InputError where none has it."""
     drawn, refusal = [], InputError("there is no run to draw: give one run or more")
     for run in runs:
         try:
@@ -97,40 +115,34 @@ def _all_series(runs: Sequence[Run], quantity: str, mode: str | None) -> list[tu
     return drawn
 
 
-def _axis_name(quantity: str, runs: Sequence[Run]) -> str:
-    if quantity != "near_zero_share":
-        return describe(quantity).axis
-    tolerances = {f"{record.near_zero_tol:g}" for run in runs for record in run.records}
-    return f"{describe(quantity).name} (|λ| < {' or '.join(sorted(tolerances))})"
-
-
 def _draw_level(ax: Axes, point: Point, style: dict[str, Any], *, label: str) -> None:
+    """A level line across the axes, with its interval as a band."""
     estimate = point.estimate
     ax.axhline(estimate.value, linewidth=1.2, label=label, **style)
     if math.isfinite(estimate.low) and math.isfinite(estimate.high):
         ax.axhspan(estimate.low, estimate.high, color=style["color"], alpha=0.06, linewidth=0)
 
 
-def _draw(ax: Axes, points: Sequence[Point], style: dict[str, Any], *, label: str, opacity: float | None) -> None:
-    """The line, and unless opacity is None its markers and bands of that opacity."""
+def _draw_line(ax: Axes, line: Series, style: dict[str, Any], *, label: str, opacity: float) -> None:
+    """A line through a run's points, cut where two share a training step; measured ones with markers and intervals."""
     pieces: list[list[Point]] = [[]]
-    for point in points:
-        if point.label == AFTER_RESET and pieces[-1] and pieces[-1][-1].step == point.step:
-            before = pieces[-1][-1]
-            values = [before.estimate.value, point.estimate.value]
+    for point in line.points:
+        if point.again and pieces[-1]:
+            values = [pieces[-1][-1].estimate.value, point.estimate.value]
             ax.plot([point.step] * 2, values, color=style["color"], linestyle=":", linewidth=1.6)
             pieces.append([])
         pieces[-1].append(point)
     for piece in pieces:
         steps = [point.step for point in piece]
         values = [point.estimate.value for point in piece]
-        ax.plot(steps, values, linewidth=1.6 if len(points) < 100 else 1.0, label=label, **style)
-        label = "_"  # one entry in the legend
-        if opacity is not None:
-            _intervals(ax, piece, style["color"], opacity)
+        ax.plot(steps, values, linewidth=1.6 if len(line.points) < 100 else 1.0, label=label, **style)
+        label = "_"  # matplotlib leaves it out of the legend, which names a run once
+        if line.measured:
+            _draw_intervals(ax, piece, style["color"], opacity)
 
 
-def _intervals(ax: Axes, piece: list[Point], colour: str, opacity: float) -> None:
+def _draw_intervals(ax: Axes, piece: list[Point], colour: str, opacity: float) -> None:
+    """A band from the low to the high ends, a bar for a single point, and a marker at each value."""
     steps = [point.step for point in piece]
     lows, highs = (np.array([getattr(point.estimate, side) for point in piece]) for side in ("low", "high"))
     known = np.isfinite(lows) & np.isfinite(highs)
@@ -152,3 +164,13 @@ def _limit_y(ax: Axes, quantity: str, points: Sequence[Point]) -> None:
     elif quantity.endswith("share"):
         low, high = ax.get_ylim()
         ax.set_ylim(max(low, -0.02), min(high, 1.02))
+
+
+def _add_legend(ax: Axes, *, unresolved: bool) -> None:
+    """Names of the runs, and what a hollow marker means; nothing where there is only one entry."""
+    handles, labels = ax.get_legend_handles_labels()
+    if unresolved:
+        handles.append(ax.plot([], [], "o", markerfacecolor="white", markeredgecolor=TEXT_COLOUR, markersize=5)[0])
+        labels.append("unresolved")
+    if len(handles) > 1:
+        legend_outside(ax, handles, labels)

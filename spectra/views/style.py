@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,52 +14,54 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: a colour for each bit-width, the same in every figure.
+# The palette of Okabe and Ito (Color Universal Design, 2008), for runs that name no colour of their own.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-BITS_COLOURS = {1: "#D55E00", 1.58: "#E69F00", 2: "#0072B2", 3: "#56B4E9", 4: "#009E73", 8: "#CC79A7", 16: "#000000"}
-METHOD_LINES = {"baseline": (0, (4, 2)), "winq": "-"}
-AFTER_RESET_LINE = (0, (2, 1))
-METHOD_NAMES = {"winq": "WinQ"}
-MOST_IN_LEGEND = 9
+REFERENCE_STYLE = {"color": "#000000", "linestyle": "dashdot"}
+REPEATED_LINE = (0, (2, 1))  # of a second spectrum at the same training step
+MAX_STEPS_IN_LEGEND = 9  # more training steps get a colour bar
+MAX_LEGEND_ENTRIES = 22  # as many as fit beside a panel
+LEGEND_WIDTH, TITLE_WIDTH = 32, 40  # characters a line
 PANEL = (7.2, 4.2)  # inches
-INK, FAINT, REFERENCE = "#333333", "#dddddd", "#000000"
-
-
-def run_name(run: Run) -> str:
-    """Bit-width and method as far as the run's config has them, else the folder's name."""
-    bits, method = run.config.get("bits"), run.config.get("method")
-    if not isinstance(method, str):
-        return run.folder.resolve().name
-    width = f"{bits:g}-bit " if isinstance(bits, int | float) else ""
-    return width + METHOD_NAMES.get(method, method)
-
-
-def is_reference(run: Run) -> bool:
-    """Whether the run is what others are compared with: one with a method but no bit-width, such as full precision."""
-    return isinstance(run.config.get("method"), str) and not isinstance(run.config.get("bits"), int | float)
+TEXT_COLOUR, AXIS_COLOUR, GRID_COLOUR = "#333333", "#999999", "#dddddd"
 
 
 def run_style(run: Run, position: int = 0) -> dict[str, Any]:
-    """Colour by bit-width and line style by method where the run's config has them, else colour by position.
+    """Colour and line style of a run, as keywords of matplotlib.
 
-    What the others are compared with is black.
+    What the run's presentation says comes first. Without it a reference is black and dash-dotted, and any other run
+    has a solid line in the palette's colour of its position.
+
+    Args:
+        run: The run that is drawn.
+        position: Its place among the runs of the figure, from 0.
+
+    Returns:
+        The keywords "color" and "linestyle".
     """
-    bits, method = run.config.get("bits"), run.config.get("method")
-    colour = PALETTE[position % len(PALETTE)]
-    if is_reference(run):
-        return {"color": REFERENCE, "linestyle": "-."}
-    if not isinstance(bits, int | float) or not isinstance(method, str):
-        return {"color": colour, "linestyle": "-"}
-    return {"color": BITS_COLOURS.get(bits, colour), "linestyle": METHOD_LINES.get(method, "-.")}
+    shown = run.presentation
+    style = {"color": PALETTE[position % len(PALETTE)], "linestyle": "solid"}
+    if shown.reference:
+        style = dict(REFERENCE_STYLE)
+    return {"color": shown.color or style["color"], "linestyle": shown.line or style["linestyle"]}
+
+
+def literal(text: str) -> str:
+    """Text that matplotlib shows as it is: dollar signs start no formula, an underscore in front hides no entry."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def wrapped(text: str, width: int) -> str:
+    """Text in up to three lines of `width` characters: a long one would leave the axes no room."""
+    return text if len(text) <= width else "\n".join(wrap(text, width, max_lines=3, placeholder=" …"))
 
 
 def step_colour(step: int, last: int) -> Any:
-    """A colour for a training step: light at the start, dark at the last."""
+    """The colour of a training step: light at the start, dark at the last."""
     return step_colours()(step / last if last else 1.0)
 
 
 def step_colours() -> Any:
-    """The colour map of training steps, less its lightest end, which white paper swallows."""
+    """The colour map of training steps, without its lightest end, which can hardly be seen on white."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
@@ -73,7 +76,14 @@ def new_axes() -> Axes:
 
 
 def new_figure(panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure for saving, which pyplot does not know and so need not be closed; panels in a row share their axes."""
+    """A figure for saving, which pyplot does not know, so that nobody has to close it.
+
+    Args:
+        panels: How many axes it has, in a row; they share their ranges.
+
+    Returns:
+        The figure and its axes, from left to right.
+    """
     from matplotlib.figure import Figure
 
     width = PANEL[0] if panels == 1 else 6.0 * panels
@@ -84,15 +94,22 @@ def new_figure(panels: int = 1) -> tuple[Figure, list[Axes]]:
 def tidy(ax: Axes) -> None:
     """A light grid behind the data and no box around it."""
     ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color("#999999")
-    ax.grid(True, which="major", color=FAINT, linewidth=0.6, alpha=0.7)
+    ax.spines[["left", "bottom"]].set_color(AXIS_COLOUR)
+    ax.grid(True, which="major", color=GRID_COLOUR, linewidth=0.6, alpha=0.7)
     ax.set_axisbelow(True)
-    ax.tick_params(colors=INK, labelsize=9, which="both")
+    ax.tick_params(colors=TEXT_COLOUR, labelsize=9, which="both")
     ax.tick_params(which="minor", length=2, color="#bbbbbb")
 
 
 def symlog_axis(ax: Axes, low: float, high: float, threshold: float) -> None:
-    """Make the x axis linear within +-threshold and logarithmic beyond, with a tick at some decades of each side."""
+    """Make the x axis linear within +-threshold and logarithmic beyond, with a tick at some decades of each side.
+
+    Args:
+        ax: The axes.
+        low: The smallest eigenvalue shown.
+        high: The largest eigenvalue shown.
+        threshold: Where the axis turns from linear to logarithmic, a power of ten.
+    """
     from matplotlib.ticker import FixedLocator, LogFormatterMathtext, NullLocator
 
     ax.set_xscale("symlog", linthresh=threshold, linscale=0.8)
@@ -106,12 +123,13 @@ def symlog_axis(ax: Axes, low: float, high: float, threshold: float) -> None:
 
 
 def legend_outside(ax: Axes, handles: list[Any], labels: list[str]) -> None:
-    """A small legend to the right of the axes, where it hides nothing."""
+    """A small legend to the right of the axes, where it covers no data."""
+    labels = [wrapped(label, LEGEND_WIDTH) for label in labels]
     ax.legend(handles, labels, frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
 
 
 def step_bar(ax: Axes, last: int) -> None:
-    """A colour bar of training steps, for more curves than a legend can name."""
+    """A colour bar of training steps from 0 to `last`, for more curves than a legend can name."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 

@@ -1,26 +1,37 @@
-"""The tables of a report, as text in cells: outcomes as they come, estimates with quantities down and runs across."""
+"""The tables of a report, as text in cells: results as they come, estimates with quantities down and runs across."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spectra.estimates import quantities
 from spectra.estimates.estimate import Estimate
-from spectra.estimates.quantities import ESTIMATES, describe
+from spectra.estimates.quantities import ESTIMATES, Quantity
 from spectra.runs.folder import Run
-from spectra.views.style import METHOD_NAMES
+from spectra.views.wording import record_words, sentence_case
 
-MOMENTS = ("start", "end")
-MOST_RECORDS = 12
+STAGES = ("start", "end")  # of the training, as a study's table has them at the end of its keys
+MAX_RECORDS = 12
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+Describe = Callable[[str], Quantity]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A value as text, its interval, and why it is unresolved if it is. words: not a number."""
+    """A value as text.
+
+    Attributes:
+        text: The value.
+        interval: Its 95 % interval, "" where there is none.
+        unresolved: Whether the measurement does not resolve it.
+        reason: Why it does not.
+        words: Whether it is something else than a number.
+    """
 
     text: str
     interval: str = ""
@@ -31,11 +42,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A heading, which of its moments this is ("start", "end" or ""), and a cell a column."""
+    """A row of a table.
+
+    Attributes:
+        heading: What the row is about.
+        detail: Unit or meaning of it.
+        stage: "start" or "end" of the training, or "".
+        cells: A cell for each column.
+    """
 
     heading: str
     detail: str
-    moment: str
+    stage: str
     cells: list[Cell]
 
 
@@ -48,47 +66,75 @@ class Table:
 
     @property
     def reasons(self) -> list[tuple[int, str]]:
-        """Why cells are unresolved: for each kind of reason, whatever its figures, how many cells and one example."""
+        """Why cells are unresolved: how many cells for each reason, and one example; figures make no other reason."""
         kinds: dict[str, list[str]] = {}
         for cell in (cell for row in self.rows for cell in row.cells if cell.unresolved):
             kinds.setdefault(re.sub(r"[\d.]+", "#", cell.reason), []).append(cell.reason)
         return [(len(reasons), reasons[0]) for reasons in kinds.values()]
 
 
-def outcomes(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The plain columns of a study's table, a row each; estimates are left to `estimates_of_rows`."""
-    keys = [key for key in _keys(rows) if not any(_is_estimate(row.get(key)) for row in rows)]
-    columns = [_sentence(describe(key).name) for key in keys]
-    return Table(columns, [Row("", "", "", [_cell(row.get(key), key) for key in keys]) for row in rows])
+def results(rows: Sequence[Mapping[str, Any]], *, describe: Describe = quantities.describe) -> Table:
+    """The plain columns of a study's table, a row each; estimates are left to `estimates_of_rows`.
+
+    Args:
+        rows: The rows of the study. The value under "label" is how a row is called, and stands first.
+        describe: Gives the name of a column from its key.
+
+    Returns:
+        The table; its rows have no heading.
+    """
+    keys = [key for key in _keys(rows) if key != "label" and not any(_is_estimate(row.get(key)) for row in rows)]
+    columns = [sentence_case(describe(key).name) for key in keys]
+    table = [[_cell(row.get(key)) for key in keys] for row in rows]
+    if any(_label(row) for row in rows):
+        columns.insert(0, "Run")
+        for position, (row, cells) in enumerate(zip(rows, table, strict=True)):
+            cells.insert(0, Cell(_row_name(row, position), words=True))
+    return Table(columns, [Row("", "", "", cells) for cells in table])
 
 
-def estimates_of_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The estimates of a study's table, at the start and the end of each run: quantities down, rows across."""
+def estimates_of_rows(rows: Sequence[Mapping[str, Any]], *, describe: Describe = quantities.describe) -> Table:
+    """The estimates of a study's table, at the start and the end of each run: quantities down, rows across.
+
+    Args:
+        rows: The rows of the study. The value under "label" is how a row is called.
+        describe: Gives name and unit of a quantity from its key.
+
+    Returns:
+        The table, with a column for each of the rows.
+    """
     keys = [key for key in _keys(rows) if any(_is_estimate(row.get(key)) for row in rows)]
-    modes = {row.get("mode") for row in rows}
+    several_modes = len({row.get("mode") for row in rows}) > 1
     table = []
     for key in sorted(keys, key=_rank):
-        mode, quantity, moment = _split(key)
-        table.append(_row(quantity, moment, [_cell(row.get(key)) for row in rows], mode=mode))
-    names = [_row_name(row, position, with_mode=len(modes) > 1) for position, row in enumerate(rows)]
+        mode, quantity, stage = _split(key)
+        table.append(_row(describe(quantity), [_cell(row.get(key)) for row in rows], stage=stage, mode=mode))
+    names = [_row_name(row, position, with_mode=several_modes) for position, row in enumerate(rows)]
     return Table(names, table)
 
 
 def estimates_of_run(run: Run) -> Table:
-    """The estimates of a run's records: quantities down, records across, evenly thinned where they are many."""
-    records = run.records
-    if len(records) > MOST_RECORDS:
+    """The estimates of a run's records: quantities down, records across, evenly thinned where they are many.
+
+    Args:
+        run: A run with one record at least.
+
+    Returns:
+        The table, with a column for each record.
+    """
+    records, describe = run.records, run.presentation.describe
+    several_modes = len({record.mode for record in records}) > 1
+    if len(records) > MAX_RECORDS:
         last = len(records) - 1
-        records = [records[round(index * last / (MOST_RECORDS - 1))] for index in range(MOST_RECORDS)]
-    several_modes = len({record.mode for record in run.records}) > 1
+        records = [records[round(index * last / (MAX_RECORDS - 1))] for index in range(MAX_RECORDS)]
     columns = []
     for record in records:
-        notes = [record.label.replace("-", " "), record.mode if several_modes else ""]
+        notes = [record_words(run, record), record.mode if several_modes else ""]
         columns.append(f"step {record.step}" + "".join(f", {note}" for note in notes if note))
     keys = sorted(dict.fromkeys(key for record in records for key in record.estimates), key=_rank)
-    rows = [_row("loss", "", [_cell(record.loss) for record in records])]
-    rows.append(_row("gradient_norm", "", [_cell(record.gradient_norm) for record in records]))
-    rows += [_row(key, "", [_cell(record.estimates.get(key)) for record in records]) for key in keys]
+    rows = [_row(describe("loss"), [_cell(record.loss) for record in records])]
+    rows.append(_row(describe("gradient_norm"), [_cell(record.gradient_norm) for record in records]))
+    rows += [_row(describe(key), [_cell(record.estimates.get(key)) for record in records]) for key in keys]
     return Table(columns, rows)
 
 
@@ -105,13 +151,13 @@ def number(value: float) -> str:
     return mantissa.replace("-", "−")
 
 
-def _row(quantity: str, moment: str, cells: list[Cell], *, mode: str = "") -> Row:
-    about = describe(quantity)
-    heading = _sentence(about.name) + (f", mode {mode}" if mode else "")
-    return Row(heading, about.unit or about.meaning, moment, cells)
+def _row(about: Quantity, cells: list[Cell], *, stage: str = "", mode: str = "") -> Row:
+    heading = sentence_case(about.name) + (f", mode {mode}" if mode else "")
+    return Row(heading, about.unit or about.meaning, stage, cells)
 
 
-def _cell(value: Any, key: str = "") -> Cell:
+def _cell(value: Any) -> Cell:
+    """A plain value or an estimate, as an object or as its dict, in text."""
     if value is None:
         return Cell("–")
     if isinstance(value, Estimate) or _is_estimate(value):
@@ -122,8 +168,7 @@ def _cell(value: Any, key: str = "") -> Cell:
         return Cell("yes" if value else "no", words=True)
     if isinstance(value, int | float):
         return Cell(number(value))
-    words = str(value)
-    return Cell(METHOD_NAMES.get(words, words) if key == "method" else words, words=True)
+    return Cell(str(value), words=True)
 
 
 def _is_estimate(value: Any) -> bool:
@@ -131,33 +176,35 @@ def _is_estimate(value: Any) -> bool:
 
 
 def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys of all rows, in the order of their first row."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def _split(key: str) -> tuple[str, str, str]:
-    """Mode, quantity and moment: ("", "rms", "start") of "rms_start", ("latent", "rms", "end") of "latent_rms_end"."""
-    name, _, moment = key.rpartition("_")
-    if moment not in MOMENTS:
-        name, moment = key, ""
+    """Mode, quantity and stage: ("", "rms", "start") of "rms_start", ("latent", "rms", "end") of "latent_rms_end"."""
+    name, _, stage = key.rpartition("_")
+    if stage not in STAGES:
+        name, stage = key, ""
     for quantity in sorted(ESTIMATES, key=len, reverse=True):
         if name.endswith(f"_{quantity}"):
-            return name.removesuffix(f"_{quantity}"), quantity, moment
+            return name.removesuffix(f"_{quantity}"), quantity, stage
         if name == quantity:
             break
-    return "", name, moment
+    return "", name, stage
 
 
 def _rank(key: str) -> tuple[str, int]:
+    """Where a key stands: by mode, then in the order of the quantities that `spectra` knows."""
     mode, quantity, _ = _split(key)
     return mode, ESTIMATES.index(quantity) if quantity in ESTIMATES else len(ESTIMATES)
 
 
-def _row_name(row: Mapping[str, Any], position: int, *, with_mode: bool) -> str:
-    bits, method = row.get("bits"), row.get("method")
-    name = f"{bits:g}-bit {METHOD_NAMES.get(method, method)}" if isinstance(bits, int | float) and method else ""
-    parts = [name, str(row.get("mode", "")) if with_mode else ""]
-    return ", ".join(part for part in parts if part) or f"row {position + 1}"
+def _label(row: Mapping[str, Any]) -> str:
+    value = row.get("label")
+    return "" if value is None else str(value)
 
 
-def _sentence(words: str) -> str:
-    return words[:1].upper() + words[1:]
+def _row_name(row: Mapping[str, Any], position: int, *, with_mode: bool = False) -> str:
+    """How a row is called: its label, else its number."""
+    name = _label(row) or f"row {position + 1}"
+    return f"{name}, {row['mode']}" if with_mode and row.get("mode") else name

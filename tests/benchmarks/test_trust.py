@@ -159,7 +159,7 @@ def test_a_rotated_operator_has_the_same_eigenvalues_and_shows_no_zeros():
     op = ways.RotatedOperator(values, seed=1)
     matrix = op @ torch.eye(200, dtype=torch.float64)
     assert torch.linalg.eigvalsh((matrix + matrix.T) / 2).numpy() == pytest.approx(np.sort(values), abs=1e-12)
-    assert torch.allclose(op.rows(matrix[:3].contiguous())[1], op @ matrix[1], rtol=1e-12)
+    assert torch.allclose(op.multiply_rows(matrix[:3].contiguous())[1], op @ matrix[1], rtol=1e-12)
     assert (matrix != 0).all()
 
 

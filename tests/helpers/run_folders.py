@@ -28,6 +28,9 @@ def density(*, seed=0, scale=1.0, probes=3, steps=20):
     return slq(DiagonalOperator(torch.tensor(eigenvalues(seed=seed, scale=scale))), probes=probes, steps=steps, seed=0)
 
 
+CHECKS = {"symmetry_gap": 1e-16, "linearity_gap": 2e-16, "repeatability": 0.0, "precision_error": 0.0}
+
+
 def record(spectrum, *, step=0, mode="full", label="", extras=None, **estimates):
     """The record of a density; estimates given by name take the place of the measured ones."""
     return SpectrumRecord(
@@ -46,6 +49,7 @@ def record(spectrum, *, step=0, mode="full", label="", extras=None, **estimates)
         seconds=0.25,
         label=label,
         extras=extras or {},
+        checks=dict(CHECKS),
         versions={"spectra": "0.1.0"},
         dtype="float64",
         device="cpu",
@@ -61,7 +65,11 @@ def add(run, *, step=0, mode="full", label="", scale=1.0, extras=None, **estimat
 UNRESOLVED = Estimate(0.4, 0.1, 0.8, False, "the <share> still moved by 0.08 over the last 10 steps: use more steps")
 
 
-def run_folder(folder, *, marks=((0, "start"), (10, ""), (20, "end")), modes=("full",), **config):
+MARKS = ((0, "start"), (10, ""), (20, "end"))
+RESETS = ((0, "start"), (10, "before-reset"), (10, "after-reset"), (20, "end"))
+
+
+def run_folder(folder, *, marks=MARKS, modes=("full",), **config):
     """A run with a record for each mark (step, label) and mode, and a line of telemetry for every second step."""
     run = Run.create(folder, config)
     for step, label in marks:
@@ -76,16 +84,42 @@ def run_folder(folder, *, marks=((0, "start"), (10, ""), (20, "end")), modes=("f
     return run
 
 
-RESETS = ((0, "start"), (10, "before-reset"), (10, "after-reset"), (20, "end"))
+COLORS = {1: "#D55E00", 1.58: "#E69F00", 2: "#0072B2", 4: "#009E73"}
+REFERENCE = {
+    "label": "full precision",
+    "group": "full precision",
+    "color": "#000000",
+    "line": "dashdot",
+    "reference": True,
+}
+
+
+def presentation(*, bits, method):
+    """What config.json says under "presentation" of how a quantized training run is shown."""
+    winq = method == "winq"
+    return {
+        "label": f"{bits:g}-bit {'WinQ' if winq else method}",
+        "group": f"{bits:g}-bit",
+        "color": COLORS[bits],
+        "line": "solid" if winq else [0, [4, 2]],
+        "reference": False,
+        "modes": {"ste": "the Hessian seen through the straight-through gradient"},
+        "quantities": {
+            "flip_rate": {"name": "flip rate", "unit": "", "meaning": "share of the codes that changed"},
+            "distance_to_grid": {"name": "distance to the grid", "unit": "", "meaning": "‖W − Q(W)‖ / ‖W‖"},
+        },
+        "labels": {"before-reset": "before the reset", "after-reset": "after the reset"},
+    }
 
 
 def study_folder(folder, *, bits=(1, 2), reference=False):
     """A study: a baseline and a WinQ run for each bit-width, and the spectrum they are compared with if asked for."""
     study = Run.create(folder, {"steps": 20, "seed": 0, "nested": {"alpha": 0.4}})
     for width in bits:
-        run_folder(study.folder / f"{width:g}bit-baseline", modes=("ste",), bits=width, method="baseline")
-        run_folder(study.folder / f"{width:g}bit-winq", marks=RESETS, modes=("ste",), bits=width, method="winq")
+        for method, marks in (("baseline", MARKS), ("winq", RESETS)):
+            config = {"bits": width, "method": method, "presentation": presentation(bits=width, method=method)}
+            run_folder(study.folder / f"{width:g}bit-{method}", marks=marks, modes=("ste",), **config)
     if reference:
-        run = Run.create(study.folder / "full-precision", {"method": "full precision"})
-        add(run, mode="full", label="start")
+        config = {"method": "full precision", "presentation": REFERENCE}
+        add(Run.create(study.folder / "full-precision", config), mode="full", label="start")
     return study

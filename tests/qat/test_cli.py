@@ -209,7 +209,7 @@ def test_the_console_prints_help_without_loading_what_trains():
         ("--base-steps 0", "steps is 1 or more, got 0"),
         ("--vocabulary-size 9", "a byte-level vocabulary has 257 tokens or more, got 9"),
         ("--magic", "unrecognized arguments: --magic"),
-        ("--model ./no/such/folder", "there is no model folder ./no/such/folder"),
+        ("--model ./no/such/folder", "there is no folder './no/such/folder'"),
         ("--text no-such-file.txt", "there is no file no-such-file.txt"),
     ],
 )
@@ -304,4 +304,4 @@ def test_a_refusal_in_a_process_of_its_own_is_one_line(tmp_path):
 def test_evaluating_what_is_not_there_is_refused(capfd, llama, tmp_path):
     (path,) = texts.write(tmp_path, "a")
     assert "two tokens or more" in refused(capfd, "evaluate", llama[1], "--text", path)
-    assert "no model folder" in refused(capfd, "evaluate", tmp_path / "nothing", "--text", path)
+    assert "there is no folder" in refused(capfd, "evaluate", tmp_path / "nothing", "--text", path)

@@ -14,13 +14,18 @@ from qat.layers.quantizers.rounding import floor_scale
 
 
 class Quantizer(ABC):
-    """Maps weights (rows, columns), one row an output feature, to q = scale * level, one scale a row.
+    """A scheme: weights w become q = s * level, with one scale s a row and few levels.
 
-    weight: (rows, columns) float; scale: (rows, 1) of the same dtype; codes: (rows, columns) int8. In exact terms
-    `quantizer(w, s)` has the value of `dequantize(codes(w, s), s)`, bit for bit, and the derivatives of the scheme's
-    straight-through estimator. Every code is monotone in w, and codes(q) = codes(w): a weight moved toward q by any
-    share keeps its code while the scale stays.
-    Raises InputError for a bit-width that the scheme is not defined at.
+    Shapes: weight (rows, columns), one row an output feature; scale (rows, 1) of the same dtype; codes (rows, columns)
+    int8. `quantizer(w, s)` has the value of `dequantize(codes(w, s), s)`, bit for bit, and the derivatives of the
+    scheme's straight-through estimator. Every code is monotone in w, and codes(q) = codes(w): a weight that moves part
+    of the way toward q keeps its code as long as the scale stays.
+
+    Args:
+        bits: The bit-width.
+
+    Raises:
+        InputError: The scheme is not defined at this bit-width.
     """
 
     name: ClassVar[str]
@@ -65,18 +70,33 @@ class Quantizer(ABC):
 
 
 def gradient_scale(weight: Tensor, top: float) -> float:
-    """1 / sqrt(numel * top), which brings a scale's gradient to the size of a weight's (LSQ, arXiv 1902.08153, 2.2).
+    """The factor on a scale's gradient, 1 / sqrt(number of weights * top).
 
-    numel counts the whole weight tensor, as ParetoQ (arXiv 2502.02631) does, not the row that a scale serves.
+    It brings the gradient of a scale to the size of that of a weight (LSQ, arXiv 1902.08153, section 2.2). All weights
+    of the tensor are counted, as in ParetoQ (arXiv 2502.02631), not those of the row that a scale belongs to.
+
+    Args:
+        weight: (rows, columns).
+        top: The largest level.
+
+    Returns:
+        The factor.
     """
     return 1.0 / math.sqrt(weight.numel() * top)
 
 
 def largest_magnitude_scale(weight: Tensor, top: float) -> Tensor:
-    """max|w| / top for each row, (rows, 1): the largest weight of a row lies on the bound, and inside it.
+    """The scale max|w| / top of each row: the largest weight of a row lies on the clip bound, and inside it.
 
-    Where the division rounded down, the scale is the next float up: else an accident of rounding would count the
-    largest weight as clipped and cut its gradient, here or in a float64 copy of the layer.
+    Where the division rounded down, the scale is the next float up. Otherwise rounding error would make the largest
+    weight a clipped one without a gradient, here or in a float64 copy of the layer.
+
+    Args:
+        weight: (rows, columns).
+        top: The largest level.
+
+    Returns:
+        (rows, 1), without a graph.
     """
     largest = weight.detach().abs().amax(dim=1, keepdim=True)
     scale = largest / top

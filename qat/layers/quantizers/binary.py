@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from qat.layers.quantizers.base import Quantizer, gradient_scale
+from qat.layers.quantizers.linearization import clamped, held
 from qat.layers.quantizers.rounding import floor_scale, sign, trained_scale
 
 
 class BinaryElastic(Quantizer):
     """q = s sign(w) with sign(0) = +1, s learned, starting at mean|w| of the row.
 
-    dq/dw = 1 where |w| <= s, else 0. dq/ds = gs * sign(w) everywhere, with gs = 1 / sqrt(numel). Codes -1 and +1.
-    BiT (arXiv 2205.13016) in the form that ParetoQ (arXiv 2502.02631) uses at one bit.
+    dq/dw = 1 where |w| <= s, else 0. dq/ds = g * sign(w) everywhere, with g = 1 / sqrt(number of weights). The codes
+    are -1 and +1. Source: BiT (arXiv 2205.13016), in the form that ParetoQ (arXiv 2502.02631) uses at one bit.
     """
 
     name = "binary"
@@ -38,7 +39,7 @@ class BinaryElastic(Quantizer):
     def __call__(self, weight: Tensor, scale: Tensor) -> Tensor:
         # The straight-through part is clamp(w, -s, s) with s held fixed, beside s * sign(w) and not inside it: inside,
         # dq/ds would be sign(w) - w / s, which is not this scheme's.
-        magnitude = trained_scale(scale, gradient_scale(weight, 1)) * sign(weight.detach())
-        bound = floor_scale(scale.detach())
-        clipped = weight.clamp(-bound, bound)
-        return magnitude + (clipped - clipped.detach())
+        magnitude = trained_scale(scale, gradient_scale(weight, 1)) * sign(held(weight))
+        bound = floor_scale(held(scale))
+        clipped = clamped(weight, -bound, bound)
+        return magnitude + (clipped - held(clipped))

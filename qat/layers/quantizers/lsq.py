@@ -1,4 +1,4 @@
-"""Learned step size: the uniform grid of round to nearest with a scale that is trained."""
+"""Learned step size quantization: the uniform grid of round to nearest, with a scale that is trained."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from qat.layers.quantizers.rtn import RoundToNearest
 class LearnedStepSize(RoundToNearest):
     """q = s clamp(round(w / s), Qn, Qp), Qn = -2^(b-1), Qp = 2^(b-1) - 1, s learned, starting at max|w| / Qp.
 
-    dq/dw = 1 where Qn <= w / s <= Qp, else 0. dq/ds = gs * (round(w / s) - w / s) there, else gs * Qn or gs * Qp,
-    with gs = 1 / sqrt(numel * Qp). 3, 4 and 8 bits. LSQ (arXiv 1902.08153, section 2.1), as ParetoQ uses it.
+    dq/dw = 1 where Qn <= w / s <= Qp, else 0. dq/ds = g * (round(w / s) - w / s) there, else g * Qn or g * Qp, with
+    g = 1 / sqrt(number of weights * Qp). For 3, 4 and 8 bits. Source: LSQ (arXiv 1902.08153, section 2.1), as ParetoQ
+    (arXiv 2502.02631) uses it.
     """
 
     name = "lsq"

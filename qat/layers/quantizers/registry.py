@@ -15,9 +15,21 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 
 
 def make_quantizer(name: str, bits: float) -> Quantizer:
-    """The quantizer of that name at that bit-width; "auto" picks the scheme by the bit-width.
+    """The quantizer of that name at that bit-width.
 
-    Raises InputError for an unknown name or a bit-width that the scheme is not defined at.
+    Args:
+        name: A scheme, or "auto" to choose it by bit-width.
+        bits: The bit-width.
+
+    Returns:
+        The quantizer.
+
+    Raises:
+        InputError: The name is unknown, or the scheme is not defined at this bit-width.
+
+    Example:
+        >>> make_quantizer("auto", 2)
+        StretchedElastic(bits=2)
     """
     bits = parse_bits(bits)
     check_quantizer(name, bits)

@@ -1,9 +1,9 @@
 """The straight-through step that every quantizer shares.
 
-Only the step itself is written straight-through; everything around it is ordinary torch arithmetic. A hand-written
-autograd.Function whose backward recomputes w / s gives a gradient field that is not a gradient of anything once
-scales are learned: its Jacobian is not symmetric. These forms keep it symmetric, to every order and in every mode of
-differentiation (double backward, forward over reverse, vmap).
+Only the rounding itself is written straight-through; everything around it is ordinary torch arithmetic. With learned
+scales, a hand-written autograd.Function whose backward recomputes w / s gives a vector field that is no gradient: its
+Jacobian is not symmetric. The forms here keep it symmetric, to every order and in every mode of differentiation
+(double backward, forward over reverse, vmap).
 """
 
 from __future__ import annotations
@@ -11,16 +11,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qat.layers.quantizers.linearization import held
+
 SCALE_FLOOR = 1e-5
 
 
 def straight_through(value: Tensor, carrier: Tensor) -> Tensor:
-    """`value` going forward, bit for bit, with the derivative of `carrier` going backward.
+    """The value of one tensor with the derivative of another: value.detach() + (carrier - carrier.detach()).
 
-    value.detach() + (carrier - carrier.detach()): the bracket is exactly zero, so that nothing is rounded, where
-    carrier + (value - carrier).detach() may be one unit in the last place off `value`.
+    The bracket is exactly zero, so that the result has no rounding error. The form carrier + (value - carrier).detach()
+    may be one unit in the last place off.
+
+    Args:
+        value: Gives the value.
+        carrier: Gives the derivative; of the same shape.
+
+    Returns:
+        A tensor equal to `value`, bit for bit, where `carrier` is finite.
     """
-    return value.detach() + (carrier - carrier.detach())
+    return held(value) + (carrier - held(carrier))
 
 
 def round_ste(x: Tensor) -> Tensor:
@@ -29,18 +38,18 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def sign(x: Tensor) -> Tensor:
-    """The sign of x with sign(0) = +1, so that one bit has two levels and not three."""
+    """The signs of the entries, +1 for 0, so that one bit has two levels and not three."""
     return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
 
 
 def floor_scale(scale: Tensor) -> Tensor:
-    """The scale in use, max(scale, 1e-5): a scale that a step pushed to zero or below still divides."""
+    """The scale in use, max(scale, 1e-5): division stays safe where training pushed a scale to zero or below."""
     return scale.clamp(min=SCALE_FLOOR)
 
 
 def trained_scale(scale: Tensor, gradient_scale: float) -> Tensor:
-    """`floor_scale(scale)` going forward, bit for bit, with the derivative `gradient_scale` going backward.
+    """`floor_scale(scale)` in value, bit for bit, with the constant derivative `gradient_scale`.
 
-    The derivative holds below the floor too: without it a scale that fell there could never come back.
+    The derivative holds below the floor, too: without it a scale that fell there could never come back.
     """
     return straight_through(floor_scale(scale), scale * gradient_scale)

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from qat.layers.quantizers.base import Quantizer, largest_magnitude_scale
+from qat.layers.quantizers.linearization import clamped, held
 from qat.layers.quantizers.rounding import floor_scale, round_ste
 
 
 class RoundToNearest(Quantizer):
-    """q = s clamp(round(w / s), -2^(b-1), 2^(b-1) - 1) with s = max|w| / (2^(b-1) - 1) of the row, held constant.
+    """q = s clamp(round(w / s), -2^(b-1), 2^(b-1) - 1), with s = max|w| / (2^(b-1) - 1) of the row held constant.
 
-    dq/dw = 1 where w / s lies within the bounds, which is everywhere when s is the row's own; no gradient passes
-    through s. 2, 3, 4 and 8 bits.
+    dq/dw = 1 where w / s lies within the bounds, which is everywhere as long as s is computed from the row. No
+    gradient passes through s. For 2, 3, 4 and 8 bits.
     """
 
     name = "rtn"
@@ -43,7 +44,7 @@ class RoundToNearest(Quantizer):
         return (position >= self.lowest) & (position <= self.highest)
 
     def __call__(self, weight: Tensor, scale: Tensor) -> Tensor:
-        return self._quantize(weight, floor_scale(scale.detach()))
+        return self._quantize(weight, floor_scale(held(scale)))
 
     def _quantize(self, weight: Tensor, scale: Tensor) -> Tensor:
-        return scale * round_ste((weight / scale).clamp(self.lowest, self.highest))
+        return scale * round_ste(clamped(weight / scale, self.lowest, self.highest))

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from qat.layers.quantizers.base import Quantizer, gradient_scale, largest_magnitude_scale
+from qat.layers.quantizers.linearization import clamped
 from qat.layers.quantizers.rounding import floor_scale, round_ste, trained_scale
 
-# Just inside 1: at 1 itself rounding would reach a fifth level at 2 bits.
+# Below 1: at 1 itself, rounding would reach a fifth level at 2 bits.
 CLIP = 0.99
 
 
@@ -16,10 +17,9 @@ class StretchedElastic(Quantizer):
     """q = s (round(n clamp(w / s, -.99, .99) - h) + h) / n, s learned, starting at max|w| of the row.
 
     2 bits: n = 2, h = 1/2, levels -3/4, -1/4, 1/4, 3/4. 1.58 bits: n = 3/2, h = 0, levels -2/3, 0, 2/3.
-    dq/dw = 1 where |w / s| <= .99, else 0. dq/ds = gs * (q / s - w / s) there, else gs times the outermost level,
-    with gs = 1 / sqrt(numel). ParetoQ (arXiv 2502.02631, section 3).
-    At 1.58 bits the code released with ParetoQ has +-1 for a clipped weight in dq/ds; the derivative is +-2/3, the
-    outermost level, and that is what is used here.
+    dq/dw = 1 where |w / s| <= .99, else 0. dq/ds = g * (q / s - w / s) there, else g times the outermost level, with
+    g = 1 / sqrt(number of weights). Source: ParetoQ (arXiv 2502.02631, section 3). This differs from the code released
+    with ParetoQ at 1.58 bits: there dq/ds of a clipped weight is +-1; the derivative is +-2/3, the outermost level.
     """
 
     name = "seq"
@@ -50,5 +50,5 @@ class StretchedElastic(Quantizer):
 
     def __call__(self, weight: Tensor, scale: Tensor) -> Tensor:
         scale = trained_scale(scale, gradient_scale(weight, 1))
-        position = (weight / scale).clamp(-CLIP, CLIP)
+        position = clamped(weight / scale, -CLIP, CLIP)
         return scale * ((round_ste(self.stretch * position - self.shift) + self.shift) / self.stretch)

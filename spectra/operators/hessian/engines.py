@@ -1,9 +1,10 @@
-"""Ways to multiply a Hessian with several vectors at once: the same numbers, at different speeds.
+"""Ways to compute Hessian-vector products (HVPs) of several vectors: the same numbers, at different speeds.
 
-With g = dL/d theta and its graph kept, H v is the gradient of g . v ("reverse"). Several vectors can share one pass
-through that graph ("batched"), which pays where dispatching operations costs more than their arithmetic. Forward over
-reverse ("forward") differentiates the gradient along v without keeping a graph, and can be compiled as a whole. On a
-GPU the first two can be captured once as a CUDA graph and replayed ("captured", "captured batched").
+With g the gradient of the loss and its graph kept, H v is the gradient of g . v ("reverse"; Pearlmutter, Neural
+Computation 6, 1994). Several vectors can share one pass through that graph ("batched"), which is faster where launching
+operations takes longer than their arithmetic. Forward over reverse ("forward") differentiates the gradient along v
+without keeping a graph, and can be compiled as a whole. On a GPU the first two can be captured once as a CUDA graph and
+replayed ("captured", "captured batched").
 """
 
 from __future__ import annotations
@@ -14,46 +15,54 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from spectra.operators.hessian.parameters import ParameterSpace
+from spectra.backend.errors import first_line
 
 ENGINES = ("auto", "reverse", "batched", "forward", "captured", "captured batched")
-Gradient = tuple[torch.Tensor, ...]
+Tensors = tuple[torch.Tensor, ...]
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 
 
-def reverse(gradient: Gradient, space: ParameterSpace, vectors: torch.Tensor, *, keep: bool) -> torch.Tensor:
-    """The gradient of g . v for each row v of `vectors`: (k, n), one pass through the graph a row. keep: whether the
-    graph is wanted again."""
+def reverse(gradient: Tensors, parameters: Tensors, vectors: torch.Tensor, *, keep: bool) -> torch.Tensor:
+    """The gradient of g . v for each row v of `vectors`, one pass through the graph a row.
+
+    Args:
+        gradient: g with its graph, one tensor a parameter.
+        parameters: what g was differentiated by.
+        vectors: (k, n).
+        keep: whether the graph is needed again.
+
+    Returns:
+        (k, n).
+    """
     images = torch.empty_like(vectors)
+    sizes = [parameter.numel() for parameter in parameters]
     for row, vector in enumerate(vectors):
         last = row == len(vectors) - 1
-        parts = _differentiated(gradient, space, space.unflatten(vector), keep=keep or not last, batched=False)
+        cotangents = [part.view(p.shape) for part, p in zip(vector.split(sizes), parameters, strict=True)]
+        parts = _differentiated(gradient, parameters, cotangents, keep=keep or not last, batched=False)
         torch.cat([part.reshape(-1) for part in parts], out=images[row])
     return images
 
 
-def batched(gradient: Gradient, space: ParameterSpace, vectors: torch.Tensor, *, keep: bool) -> torch.Tensor:
-    """The same as `reverse` in one pass through the graph for all rows, with k times its memory."""
-    k = len(vectors)
-    cotangents = [
-        part.view(k, *parameter.shape)
-        for part, parameter in zip(vectors.split(space.sizes, dim=1), space.parameters, strict=True)
-    ]
-    parts = _differentiated(gradient, space, cotangents, keep=keep, batched=True)
-    # where a parameter takes no part the zeros come without the dimension of the block
-    whole = [part.expand(k, *p.shape).reshape(k, -1) for part, p in zip(parts, space.parameters, strict=True)]
+def batched(gradient: Tensors, parameters: Tensors, vectors: torch.Tensor, *, keep: bool) -> torch.Tensor:
+    """`reverse` in one pass through the graph for all rows, with k times its memory."""
+    k, sizes = len(vectors), [parameter.numel() for parameter in parameters]
+    cotangents = [part.view(k, *p.shape) for part, p in zip(vectors.split(sizes, dim=1), parameters, strict=True)]
+    parts = _differentiated(gradient, parameters, cotangents, keep=keep, batched=True)
+    # the zeros of a parameter that the loss does not use come without the dimension of the block
+    whole = [part.expand(k, *p.shape).reshape(k, -1) for part, p in zip(parts, parameters, strict=True)]
     return torch.cat(whole, dim=1)
 
 
 def _differentiated(
-    gradient: Gradient, space: ParameterSpace, cotangents: Sequence[torch.Tensor], *, keep: bool, batched: bool
-) -> Gradient:
+    gradient: Tensors, parameters: Tensors, cotangents: Sequence[torch.Tensor], *, keep: bool, batched: bool
+) -> Tensors:
     outputs = [(g, v) for g, v in zip(gradient, cotangents, strict=True) if g.requires_grad]
     if not outputs:  # a loss linear in the parameters
-        return tuple(torch.zeros_like(p) for p in space.parameters)
+        return tuple(torch.zeros_like(p) for p in parameters)
     return torch.autograd.grad(
         [g for g, _ in outputs],
-        space.parameters,
+        parameters,
         [v for _, v in outputs],
         retain_graph=keep,
         materialize_grads=True,
@@ -62,7 +71,7 @@ def _differentiated(
 
 
 class _Loss(nn.Module):
-    """evaluate() as a module that holds the model, so that functional_call can put other parameters into it."""
+    """A loss as a module that holds the model, so that functional_call can put other parameters into it."""
 
     def __init__(self, model: nn.Module, evaluate: Callable[[], torch.Tensor]):
         super().__init__()
@@ -75,14 +84,20 @@ class _Loss(nn.Module):
 class ForwardOverReverse:
     """The derivative of theta -> dL/d theta along each of several directions, by torch.func, compiled if it can be.
 
-    evaluate: () -> the loss of `model`, with its graph, without a look at any value.
+    Args:
+        model: the model.
+        names: of the parameters theta.
+        parameters: their values.
+        evaluate: () -> the loss of the model, without reading any value.
     """
 
-    def __init__(self, model: nn.Module, space: ParameterSpace, evaluate: Callable[[], torch.Tensor]):
-        self.space = space
-        self._names = [f"model.{name}" for name in space.names]
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], parameters: Tensors, evaluate: Callable[[], torch.Tensor]
+    ):
+        self._names = [f"model.{name}" for name in names]
+        self._shapes = [parameter.shape for parameter in parameters]
         module = _Loss(model, evaluate)
-        values = {name: p.detach() for name, p in zip(self._names, space.parameters, strict=True)}
+        values = {name: p.detach() for name, p in zip(self._names, parameters, strict=True)}
 
         def loss(chosen: dict[str, torch.Tensor]) -> torch.Tensor:
             return torch.func.functional_call(module, chosen, ())
@@ -95,12 +110,11 @@ class ForwardOverReverse:
         self._compiled: Callable | None = torch.compile(self._eager, dynamic=False)
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
-        """The products of the rows of `vectors`: (k, n)."""
+        """The products of the rows of `vectors`, (k, n)."""
         k = len(vectors)
-        parts = vectors.split(self.space.sizes, dim=1)
+        parts = vectors.split([shape.numel() for shape in self._shapes], dim=1)
         directions = {
-            name: part.reshape(k, *parameter.shape)
-            for name, part, parameter in zip(self._names, parts, self.space.parameters, strict=True)
+            name: part.reshape(k, *shape) for name, part, shape in zip(self._names, parts, self._shapes, strict=True)
         }
         images = self._products(directions)
         return torch.cat([images[name].reshape(k, -1) for name in self._names], dim=1)
@@ -110,17 +124,19 @@ class ForwardOverReverse:
             try:
                 return self._compiled(directions)
             except Exception as error:  # the compiler fails in ways of its own; eager gives the same numbers
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                reason = first_line(error)
                 warnings.warn(f"the model cannot be compiled ({reason}): running it eagerly", stacklevel=2)
                 self._compiled = None
         return self._eager(directions)
 
 
 class CapturedProducts:
-    """A product recorded once as a CUDA graph and replayed: the same kernels without the cost of launching them.
+    """A product recorded once as a CUDA graph and replayed: the same kernels without the time to launch them.
 
-    multiply: works on the CUDA stream given, on which the graphs it goes through were built. example: (k, n), a block
-    like those to come.
+    Args:
+        multiply: computes the product on the given CUDA stream, on which the graphs it goes through were built.
+        example: a block like those to come, (k, n).
+        stream: that stream.
     """
 
     def __init__(self, multiply: Multiply, example: torch.Tensor, stream: torch.cuda.Stream):
@@ -135,7 +151,7 @@ class CapturedProducts:
             self._images = multiply(self._vectors)
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
-        """The products of the rows of `vectors`: (k, n)."""
+        """The products of the rows of `vectors`, (k, n)."""
         self._vectors.copy_(vectors)
         self._graph.replay()
         return self._images.clone()

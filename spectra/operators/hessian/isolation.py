@@ -1,4 +1,4 @@
-"""Measuring without leaving a trace: what a measurement may disturb is put back when it ends."""
+"""Measuring without a trace: what a measurement changes in the program is put back when it ends."""
 
 from __future__ import annotations
 
@@ -30,25 +30,31 @@ def unwrap(model: nn.Module) -> nn.Module:
 def isolated(
     model: nn.Module, *, training: bool = False, attention: Sequence[str] = TWICE_DIFFERENTIABLE
 ) -> Iterator[None]:
-    """Run the model for measurement: gradients on, twice-differentiable attention, no autocast, no compilation.
+    """Run the model for measurement: gradients on, twice-differentiable kernels, no autocast, no compilation.
 
-    On exit restores, bit for bit: training flags of every module, buffers, random states (Python, NumPy, torch on
-    every device in use), gradient checkpointing and the attention implementation. Parameters and their `.grad` are
-    never written. attention: the implementations that will do; the first of them replaces any other.
+    On exit these are as before, bit for bit: the training flag of every module, the random states of Python, NumPy and
+    torch on every device in use, gradient checkpointing, sparse gradients of embeddings, and the attention
+    implementation. Parameters and buffers are the task of `Substitution`.
+
+    Args:
+        model: the model.
+        training: the mode in which it runs.
+        attention: the attention implementations that can be used; the first of them replaces any other.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_states_kept(device))
         stack.enter_context(_modes_kept(model, training))
-        stack.enter_context(_buffers_kept(model))
         stack.enter_context(_attention_in(model, attention))
+        stack.enter_context(_dense_gradients(model))
+        stack.enter_context(_recurrent_layers_without_cudnn(model, device))
         stack.enter_context(differentiating(device))
         yield
 
 
 @contextlib.contextmanager
 def differentiating(device: torch.device) -> Iterator[None]:
-    """Gradients on whatever the caller switched off; eager, in the parameters' own precision, math attention."""
+    """Gradients on, even where the caller switched them off; no compilation, no autocast, math attention."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -73,21 +79,6 @@ def random_states_kept(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def requiring_grad(model: nn.Module, chosen: tuple[nn.Parameter, ...]) -> Iterator[None]:
-    """Exactly the chosen parameters require gradients, so that the graph holds nothing else."""
-    wanted = set(chosen)
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for parameter, _ in before:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(parameter in wanted)
-        yield
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
-
-
-@contextlib.contextmanager
 def _modes_kept(model: nn.Module, training: bool) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     checkpointing = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
@@ -105,19 +96,6 @@ def _modes_kept(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    # The measurement works on copies: writing the originals back would bump their versions inside live graphs.
-    kept = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    try:
-        for module, name, buffer in kept:
-            module._buffers[name] = buffer.clone()
-        yield
-    finally:
-        for module, name, buffer in kept:
-            module._buffers[name] = buffer
-
-
-@contextlib.contextmanager
 def _attention_in(model: nn.Module, allowed: Sequence[str]) -> Iterator[None]:
     setter = getattr(model, "set_attn_implementation", None)
     current = getattr(getattr(model, "config", None), "_attn_implementation", None)
@@ -129,3 +107,26 @@ def _attention_in(model: nn.Module, allowed: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         setter(current)
+
+
+@contextlib.contextmanager
+def _dense_gradients(model: nn.Module) -> Iterator[None]:
+    """Embeddings with sparse gradients, which have no second derivative, compute dense ones; the values are equal."""
+    sparse = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+    try:
+        for module in sparse:
+            module.sparse = False
+        yield
+    finally:
+        for module in sparse:
+            module.sparse = True
+
+
+@contextlib.contextmanager
+def _recurrent_layers_without_cudnn(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """cuDNN's recurrent layers have no second derivative and no gradient in evaluation mode; torch's own have both."""
+    if device.type != "cuda" or not any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=False):
+        yield

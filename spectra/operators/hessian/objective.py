@@ -1,26 +1,32 @@
-"""The loss over a list of batches: one exact, token-weighted mean, evaluated piece by piece."""
+"""The loss over a list of batches, as a weighted sum of the losses of its pieces."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from spectra.backend import ranks
 from spectra.backend.errors import InputError, NonFiniteError
+from spectra.operators.hessian.batches import as_batches, concatenated, moved, rows_between, rows_in
+from spectra.operators.hessian.losses import BatchLoss, counted
 
 IGNORED = -100  # the label that PyTorch's and transformers' losses leave out
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A microbatch: its data, the share of the objective it carries, and where it came from."""
+    """A batch, or some of its rows.
+
+    Attributes:
+        batch: the data.
+        share: the weight of its loss in the objective.
+        name: which batch and rows it is, for messages.
+    """
 
     batch: Any
     share: float
@@ -28,22 +34,24 @@ class Piece:
 
 
 class Objective:
-    """L = sum_b (c_b / sum c) L_b over batches b, where L_b is the mean loss of b and c_b how many terms it averages.
+    """The loss L = sum_b (c_b / sum c) L_b over batches b, where L_b is the mean loss of b over c_b terms.
 
-    batches: a list (or DataLoader, or a single batch) of Hugging Face batches (mappings whose model call returns
-    `.loss`; without "labels" a causal language model predicts its own input) or (inputs, targets) pairs.
     c_b is the number of counted tokens: labels other than -100, after the shift where the model shifts them, so that
     padding and ragged batches weigh what they should. For pairs it is the number of targets other than the loss's
-    ignore_index, or of rows where targets are real-valued.
+    ignore_index, the sum of their class weights where the loss has some, or the number of floating-point entries.
 
-    loss: for pairs loss(output, targets), by default cross-entropy for integer and mean squared error for real
-    targets; for mappings loss(output, batch), by default the model's own. A mean over the batch is expected; a loss
-    module with reduction="sum" adds up over batches instead.
-    microbatch: rows at a time; the mean over microbatches is the mean over the batch, exactly.
-    weight: batch -> c_b, where the count above does not fit. cast: dtype that real-valued batch tensors are brought to.
+    Args:
+        model: the model.
+        batches: a list, a DataLoader, or one batch alone. A batch is a Hugging Face mapping, whose model call returns
+            the loss (without "labels" a causal language model predicts its own input), or an (inputs, targets) pair.
+        loss: see `spectra.operators.hessian.losses.BatchLoss`. It is expected to be a mean over the batch; a module
+            with reduction="sum" adds up over batches instead.
+        microbatch: rows at a time. The weighted sum over microbatches is the loss of the batch.
+        weight: batch -> c_b, where the count above does not fit the loss.
 
-    Raises InputError where a batch cannot be understood or nothing is counted, NonFiniteError where a loss is not
-    finite.
+    Raises:
+        InputError: for a batch that cannot be understood, and where nothing is counted.
+        NonFiniteError: for a loss that is not finite.
     """
 
     def __init__(
@@ -54,19 +62,42 @@ class Objective:
         *,
         microbatch: int | None = None,
         weight: Callable[[Any], float] | None = None,
-        cast: torch.dtype | None = None,
     ):
         if microbatch is not None and microbatch < 1:
             raise InputError(f"microbatch must be at least 1 row, got {microbatch}")
         self.model, self.loss = model, loss
-        self._accepts_use_cache = "use_cache" in inspect.signature(model.forward).parameters
-        self._weight, self._cast = weight, cast
-        self.pieces: tuple[Piece, ...] = tuple(self._cut(as_batches(batches), microbatch))
+        self.batch_loss = BatchLoss(model, loss)
+        self.weight = weight
+        self.batches = [self.complete(batch, index) for index, batch in enumerate(as_batches(batches))]
+        self.is_cut = microbatch is not None and any(rows_in(batch) > microbatch for batch in self.batches)
+        self.pieces: tuple[Piece, ...] = tuple(self._cut(microbatch))
 
     @property
     def rows(self) -> list[int]:
         """Rows of each piece."""
         return [rows_in(piece.batch) for piece in self.pieces]
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the loss module sums over a batch, so that the objective is the sum over batches."""
+        return getattr(self.loss, "reduction", None) == "sum"
+
+    def with_pieces(self, pieces: Sequence[Piece]) -> Objective:
+        """The part of the objective that these pieces carry: a term of the sum, with their shares as they are."""
+        part = copy.copy(self)
+        part.pieces = tuple(pieces)
+        return part
+
+    def with_shares(self, shares: Sequence[float]) -> Objective:
+        """The same pieces with other weights."""
+        return self.with_pieces([replace(p, share=float(s)) for p, s in zip(self.pieces, shares, strict=True)])
+
+    def whole(self) -> Piece | None:
+        """All batches as one piece of share 1, None where their shapes do not allow that."""
+        batch = self.batches[0] if len(self.batches) == 1 else concatenated(self.batches)
+        return None if batch is None else Piece(batch, 1.0, "all batches together")
+
+    # -- cutting into rows
 
     def some_rows(self, count: int) -> Piece:
         """The first rows of the largest piece."""
@@ -74,27 +105,23 @@ class Objective:
         rows = rows_in(piece.batch)
         return Piece(rows_between(piece.batch, 0, min(count, rows), rows), piece.share, f"{piece.name}, {count} rows")
 
-    def only(self, pieces: Sequence[Piece]) -> Objective:
-        """The part of the objective that these pieces carry: a term of the sum, with the shares as they are."""
-        part = copy.copy(self)
-        part.pieces = tuple(pieces)
-        return part
-
     def halved(self) -> Objective:
         """The same objective with its larger pieces cut in two."""
         most = (max(self.rows) + 1) // 2
-        return self.only([part for piece in self.pieces for part in self._split(piece, most)])
+        cut = self.with_pieces([part for piece in self.pieces for part in self.split(piece, most)])
+        cut.is_cut = True
+        return cut
 
-    def _split(self, piece: Piece, most: int) -> Iterator[Piece]:
+    def split(self, piece: Piece, most: int) -> Iterator[Piece]:
+        """The piece in parts of at most `most` rows, which share its weight by what they count."""
         if rows_in(piece.batch) <= most:
             yield piece
             return
-        summed = getattr(self.loss, "reduction", None) == "sum"
         parts = list(self._parts(piece.batch, most))
-        whole = sum(count for _, count, _ in parts)
+        total = sum(count for _, count, _ in parts)
         for part, count, where in parts:
             if count > 0:
-                share = piece.share if summed else piece.share * count / whole
+                share = piece.share if self.adds_up else piece.share * count / total
                 yield Piece(part, share, f"{piece.name}, part {where}")
 
     def _parts(self, batch: Any, most: int) -> Iterator[tuple[Any, float, str]]:
@@ -105,9 +132,41 @@ class Objective:
             part = rows_between(batch, start, stop, rows)
             yield part, self.count(part), f"{start} to {stop - 1}"
 
-    def forward(self, piece: Piece, device: torch.device) -> torch.Tensor:
-        """The mean loss of one piece, with its graph: a scalar. Raises NonFiniteError naming the batch."""
-        value = self.evaluate(piece, device)
+    def _cut(self, microbatch: int | None) -> Iterator[Piece]:
+        named: list[tuple[Any, float, str]] = []
+        for index, batch in enumerate(self.batches):
+            if microbatch is None or microbatch >= rows_in(batch):
+                named.append((batch, self.count(batch), f"batch {index}"))
+                continue
+            for part, count, where in self._parts(batch, microbatch):
+                named.append((part, count, f"batch {index}, rows {where}"))
+        total = sum(count for _, count, _ in named)
+        if not total > 0:
+            raise InputError(
+                f"no token of the {len(self.batches)} batches counts in the loss (every label is {IGNORED}); "
+                "give batches with labels"
+            )
+        for batch, count, name in named:
+            if count > 0:
+                yield Piece(batch, 1.0 if self.adds_up else count / total, name)
+
+    # -- the loss of a piece
+
+    def forward(self, piece: Piece, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The loss of one piece, with its graph: a scalar.
+
+        Args:
+            piece: the batch or microbatch.
+            device: that it is brought to.
+            dtype: that its floating-point tensors are brought to, None for their own.
+
+        Returns:
+            The loss, a scalar.
+
+        Raises:
+            NonFiniteError: for NaN or infinity, naming the batch.
+        """
+        value = self.evaluate(piece, device, dtype)
         if not torch.isfinite(value):
             broken = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
             cause = f"parameter '{broken[0]}' holds NaN or infinity" if broken else "every weight is finite"
@@ -117,52 +176,14 @@ class Objective:
             )
         return value
 
-    def evaluate(self, piece: Piece, device: torch.device) -> torch.Tensor:
-        """The same without a look at the value, for transformations that have none."""
-        value = self._loss_of(_moved(piece.batch, device, self._cast))
-        if value.numel() != 1:
-            raise InputError(f"the loss must be one number, got shape {tuple(value.shape)}; reduce it to a mean")
-        return value.reshape(())
-
-    def _loss_of(self, batch: Any) -> torch.Tensor:
-        if isinstance(batch, Mapping):
-            extra = {"use_cache": False} if self._accepts_use_cache and "use_cache" not in batch else {}
-            output = self.model(**batch, **extra)
-            if self.loss is not None:
-                return self.loss(output, batch)
-            value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-            if value is None:
-                raise InputError(
-                    f"{type(self.model).__name__} returned no loss for a batch with {sorted(batch)}; "
-                    "add 'labels' to the batch or pass loss=..."
-                )
-            return value
-        inputs, targets = batch
-        output = self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
-        return (self.loss or _default_loss)(output, targets)
-
-    def _cut(self, batches: Sequence[Any], microbatch: int | None) -> Iterator[Piece]:
-        named: list[tuple[Any, float, str]] = []
-        for index, raw in enumerate(batches):
-            batch = self.complete(raw, index)
-            if microbatch is None or microbatch >= rows_in(batch):
-                named.append((batch, self.count(batch), f"batch {index}"))
-                continue
-            for part, count, where in self._parts(batch, microbatch):
-                named.append((part, count, f"batch {index}, rows {where}"))
-        total = sum(count for _, count, _ in named)
-        if not total > 0:
-            raise InputError(
-                f"no token of the {len(batches)} batches counts in the loss (every label is {IGNORED}); "
-                "give batches with labels"
-            )
-        summed = getattr(self.loss, "reduction", None) == "sum"
-        for batch, count, name in named:
-            if count > 0:
-                yield Piece(batch, 1.0 if summed else count / total, name)
+    def evaluate(self, piece: Piece, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """`forward` without a look at the value, for transformations under which there is none."""
+        return self.batch_loss(moved(piece.batch, device, dtype)).reshape(())
 
     def complete(self, batch: Any, index: int) -> Any:
-        """The batch as the model gets it, checked. Language-model batches gain labels where they lack them."""
+        """The batch in the form that the model gets, checked. Language-model batches gain labels if they lack them."""
+        if isinstance(batch, torch.Tensor) and shifts_labels(self.model):
+            batch = {"input_ids": batch}
         if isinstance(batch, Mapping):
             batch = dict(batch)
             if "labels" not in batch and self.loss is None and shifts_labels(self.model) and "input_ids" in batch:
@@ -173,24 +194,25 @@ class Objective:
             return batch
         if isinstance(batch, tuple | list) and len(batch) == 2:
             return tuple(batch)
+        if self.loss is not None and isinstance(batch, tuple | list | torch.Tensor):
+            return tuple(batch) if isinstance(batch, list) else batch
+        members = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
         raise InputError(
             f"batch {index} must be a mapping of tensors or a pair (inputs, targets), got {type(batch).__name__}"
+            f"{members}; for other batches pass loss=lambda model, batch: ..."
         )
 
     def count(self, batch: Any) -> float:
         """c_b: how many terms the loss of a completed batch averages."""
-        if self._weight is not None:
-            return float(self._weight(batch))
+        if self.weight is not None:
+            return float(self.weight(batch))
+        rows = rows_in(batch)
         if isinstance(batch, Mapping):
             labels = batch.get("labels")
-            if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
-                return float(rows_in(batch))
-            shifted = labels.ndim > 1 and self.loss is None and shifts_labels(self.model)
-            return float(((labels[..., 1:] if shifted else labels) != IGNORED).sum())
-        targets = batch[1]
-        if not isinstance(targets, torch.Tensor) or targets.is_floating_point():
-            return float(rows_in(batch))
-        return float((targets != getattr(self.loss, "ignore_index", IGNORED)).sum())
+            if isinstance(labels, torch.Tensor) and labels.ndim > 1 and self.loss is None and shifts_labels(self.model):
+                labels = labels[..., 1:]
+            return counted(self.loss, labels, rows=rows)
+        return counted(self.loss, batch[1], rows=rows) if isinstance(batch, tuple) and len(batch) == 2 else float(rows)
 
 
 def shifts_labels(model: nn.Module) -> bool:
@@ -205,79 +227,21 @@ def shifts_labels(model: nn.Module) -> bool:
     return "CausalLM" in name or "LMHead" in name
 
 
-def as_batches(batches: Any) -> list[Any]:
-    """A list of batches from a list, a DataLoader or any iterable of them, or one batch alone."""
-    if isinstance(batches, Mapping) or (
-        isinstance(batches, tuple) and any(isinstance(b, torch.Tensor) for b in batches)
-    ):
-        return [batches]
-    if not isinstance(batches, Iterable):
-        raise InputError(f"batches must be a list of batches, got {type(batches).__name__}")
-    listed = list(batches)
-    if not listed:
-        raise InputError("at least one batch is expected, got none")
-    return listed
-
-
-def _default_loss(output: Any, targets: torch.Tensor) -> torch.Tensor:
-    logits = output if isinstance(output, torch.Tensor) else output.logits
-    if targets.is_floating_point():
-        return functional.mse_loss(logits, targets)
-    if targets.shape == logits.shape[:-1]:  # classes last, as language models have them
-        return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
-    return functional.cross_entropy(logits, targets)
-
-
-def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
-    """Every tensor of a batch, in order."""
-    if isinstance(batch, torch.Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from tensors_of(value)
-    elif isinstance(batch, tuple | list):
-        for value in batch:
-            yield from tensors_of(value)
-
-
-def rows_in(batch: Any) -> int:
-    """How many rows a batch has. Raises InputError for one without a tensor."""
-    leading = batch.get("labels", batch.get("input_ids")) if isinstance(batch, Mapping) else batch[1]
-    first = leading if isinstance(leading, torch.Tensor) else next(tensors_of(batch), None)
-    if first is None:
-        raise InputError("a batch holds no tensor; expected input_ids and labels, or (inputs, targets)")
-    return first.shape[0] if first.ndim else 1
-
-
-def rows_between(batch: Any, start: int, stop: int, rows: int) -> Any:
-    """The rows from start to stop of a batch of `rows`; what has no such rows stays whole."""
-    if isinstance(batch, torch.Tensor):
-        return batch[start:stop] if batch.ndim and batch.shape[0] == rows else batch
-    if isinstance(batch, Mapping):
-        return {key: rows_between(value, start, stop, rows) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(rows_between(value, start, stop, rows) for value in batch)
-    return batch
-
-
-def _moved(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, dtype) if batch.is_floating_point() else batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _moved(value, device, dtype) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(_moved(value, device, dtype) for value in batch)
-    return batch
-
-
 def pieces_of_rank(pieces: tuple[Piece, ...]) -> list[Piece]:
-    """This rank's microbatches, the largest dealt out first so that the ranks have about as much to do.
+    """This rank's microbatches: the largest first, every rank in turn, so that the ranks have about as much to do.
 
-    Raises InputError where there are fewer than ranks.
+    Args:
+        pieces: all microbatches.
+
+    Returns:
+        This rank's microbatches.
+
+    Raises:
+        InputError: for fewer microbatches than ranks.
     """
     if len(pieces) < ranks.rank_count():
         raise InputError(
             f"at least one batch a rank is expected, got {len(pieces)} for {ranks.rank_count()} ranks: "
             "cut them with microbatch="
         )
-    return ranks.part_of_rank(sorted(pieces, key=lambda piece: -piece.share))
+    return ranks.items_of_rank(sorted(pieces, key=lambda piece: -piece.share))

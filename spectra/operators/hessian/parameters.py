@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import fnmatch
 import re
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from spectra.backend.errors import InputError, NonFiniteError
 
@@ -21,19 +23,33 @@ Selection = (
 class ParameterSpace:
     """The chosen parameters of a model, in the order of `model.named_parameters()`, each counted once.
 
-    params: None for all trainable parameters; a glob over names ("*mlp*weight"), a compiled regular expression
-    (searched in the name), a module type (the parameters its modules own directly), a list of these (their union),
-    or a predicate (name, parameter) -> bool. A tied parameter answers to each of its names and is counted once,
-    under the first. A pattern also selects frozen parameters: it was asked for by name.
+    A tied parameter can be chosen by each of its names and is counted once, under the first. A pattern also chooses
+    frozen parameters, since they were asked for by name.
 
-    Attributes: names, parameters (tuples of the same length), dimension (the number of scalars n).
-    Raises InputError where a selection matches nothing or a parameter is not a real floating-point tensor.
+    Args:
+        model: the model.
+        params: None for all trainable parameters; a glob over names ("*mlp*weight"); a compiled regular expression,
+            searched in the name; a module type, for the parameters that its modules own directly; a list of these, for
+            their union; or a predicate (name, parameter) -> bool.
+
+    Attributes:
+        names: of the chosen parameters.
+        parameters: the chosen parameters themselves, in the same order.
+        dimension: the number of scalars in them, n.
+
+    Raises:
+        InputError: where a selection matches nothing, or a parameter is sharded, has no values yet, or does not hold
+            real floating-point numbers.
     """
 
     def __init__(self, model: nn.Module, params: Selection = None):
+        _check_whole(model)
         aliases = _names_by_parameter(model)
         chosen = _choose(model, aliases, params)
-        self.names: tuple[str, ...] = tuple(aliases[p][0] for p in chosen)
+        self._set(model, [aliases[p][0] for p in chosen], chosen)
+
+    def _set(self, model: nn.Module, names: Sequence[str], chosen: Sequence[nn.Parameter]) -> None:
+        self.names: tuple[str, ...] = tuple(names)
         self.parameters: tuple[nn.Parameter, ...] = tuple(chosen)
         self.shapes = tuple(p.shape for p in chosen)
         self.sizes = tuple(p.numel() for p in chosen)
@@ -50,6 +66,33 @@ class ParameterSpace:
                 f"the chosen parameters must be on one device, got {sorted(map(str, devices))}; "
                 "choose those of one device with params=..."
             )
+        if not self.dimension:
+            raise InputError("the chosen parameters hold no numbers at all; choose others with params=...")
+
+    def renewed(self, model: nn.Module) -> ParameterSpace:
+        """The parameters that the model has under the same names now, as after `load_state_dict(assign=True)`.
+
+        Args:
+            model: the model, whose parameters may be other objects now.
+
+        Returns:
+            The same choice of parameters, of this model.
+
+        Raises:
+            InputError: where a name is gone or its shape is another.
+        """
+        now = dict(model.named_parameters(remove_duplicate=False))
+        gone = [name for name in self.names if name not in now]
+        if gone:
+            raise InputError(f"the model has no parameter '{gone[0]}' any more: make a new operator")
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            if now[name].shape != shape:
+                raise InputError(
+                    f"parameter '{name}' was {tuple(shape)} and is {tuple(now[name].shape)} now: make a new operator"
+                )
+        other = copy.copy(self)
+        other._set(model, self.names, [now[name] for name in self.names])
+        return other
 
     def flatten(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Tensors shaped like the parameters, laid end to end: (n,)."""
@@ -84,6 +127,28 @@ class ParameterSpace:
             raise NonFiniteError(
                 f"{what} is not finite in parameter '{name}' ({int(bad.sum())} of {len(flat)} entries); "
                 "check the model's weights, or measure in float64 with precision='float64'"
+            )
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Refuse parameters that are a part of a tensor, or have no values yet."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise InputError(
+                f"'{name or type(module).__name__}' is sharded by FullyShardedDataParallel, and each rank holds a part "
+                "of its parameters only: measure the model before it is wrapped, or a copy with its full state dict"
+            )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise InputError(
+                f"parameter '{name}' of a lazy module has no shape yet: run the model on one batch, then measure"
+            )
+        if parameter.is_meta:
+            raise InputError(f"parameter '{name}' is on the meta device and has no values: load the weights first")
+        if hasattr(parameter, "device_mesh"):  # DTensor, as FSDP2 and tensor parallelism make it
+            raise InputError(
+                f"parameter '{name}' is a sharded DTensor, as fully_shard makes it, which is not supported yet: "
+                "measure the model before it is sharded, or a copy with its full state dict"
             )
 
 

@@ -1,68 +1,67 @@
-"""Which engine multiplies a block of vectors: the one asked for, or the fastest at the first block."""
+"""Which engine multiplies a block of vectors: the one asked for, or the fastest of those timed at the first block."""
 
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from spectra.backend import memory
 from spectra.backend.errors import InputError
 from spectra.operators.hessian.engines import ENGINES, CapturedProducts
+from spectra.operators.hessian.graphs import GraphStore
 
-if TYPE_CHECKING:
-    from spectra.operators.hessian.operator import HessianOperator
-
-T = TypeVar("T")
-CAPTURE_BELOW = 0.2  # seconds a vector and microbatch: longer ones are bound by arithmetic, launching costs nothing
-CLEARLY = 0.9  # of the time of a simpler engine, before that one is left
-SINGLE_CALLS = 3  # products of one vector before it is worth while to look for a faster engine for more of them
-WARM_BELOW = 0.1  # seconds: a shorter first call was mostly warming up; on a GPU any, it allocates and captures
+CAPTURE_BELOW = 0.2  # seconds a vector and microbatch: slower products are compute-bound, and launches cost nothing
+CLEARLY_FASTER = 0.9  # of the time of a simpler engine, before that one is replaced
+SINGLE_CALLS = 3  # products of one vector before it is worth looking for a faster engine for more of them
+WARM_BELOW = 0.1  # seconds: a shorter first call was mostly warming up, so it is timed again
+AGREEMENT = 1e-2  # relative difference from "reverse" above which an engine's products are taken to be wrong
 
 
 class EnginePick:
-    """Multiplies blocks for a HessianOperator. The pick is made once for a size of block and outlives a change of
-    weights; what was captured does not."""
+    """Multiplies blocks of vectors with the Hessian.
 
-    def __init__(self, op: HessianOperator, engine: str):
+    The pick is made once for a block size and outlives a change of weights. What was captured does not.
+
+    Args:
+        graphs: the gradient's graphs.
+        engine: one of `spectra.operators.hessian.engines.ENGINES`.
+    """
+
+    def __init__(self, graphs: GraphStore, engine: str):
         if engine not in ENGINES:
             raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-        self.op, self.engine, self.used = op, engine, ""
+        self.graphs, self.engine, self.used = graphs, engine, ""
         self._picked: dict[int, str] = {}
         self._captured: dict[int, CapturedProducts] = {}
         self._single_calls = 0
 
     def forget(self) -> None:
-        """Give back what belongs to the weights as they were."""
+        """Drop what belongs to the weights as they were."""
         self._captured.clear()
 
-    def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
-        """The products of the rows of `vectors`: (k, n)."""
-        return self.in_memory(lambda: self._multiply(vectors), len(vectors))
+    def multiply(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The products of the rows of `vectors`, (k, n)."""
+        return self.graphs.run_within_memory(lambda: self._multiply(vectors), self.reduce_memory, vectors=len(vectors))
 
-    def in_memory(self, run: Callable[[], T], count: int) -> T:
-        """What `run` returns, for a product with `count` vectors. Out of memory, the operator goes on with less, and
-        notes that."""
-        while True:
-            try:
-                return run()
-            except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
-            self._lighter(count, reason)  # outside, where the failed attempt's tensors are gone
+    def reduce_memory(self) -> str:
+        """Use less memory from here on: one vector at a time, then as `GraphStore.reduce_memory`."""
+        self._captured.clear()
+        if self.used not in ("reverse", ""):
+            self.used = self.engine = "reverse"
+            return "one vector at a time"
+        return self.graphs.reduce_memory()
 
     def _multiply(self, vectors: torch.Tensor) -> torch.Tensor:
         count = len(vectors)
-        self.used = self._way(vectors)
+        self.used = self._engine_for(vectors)
         if not self.used:
             self._picked[count], images = self._pick(vectors)
             self.used = self._picked[count]
             return images
         return self._run(self.used, vectors)
 
-    def _way(self, vectors: torch.Tensor) -> str:
+    def _engine_for(self, vectors: torch.Tensor) -> str:
         """The engine for such a block, "" where one has to be picked."""
         if self.engine != "auto":
             return self.engine
@@ -72,82 +71,71 @@ class EnginePick:
                 return "reverse"
         return self._picked.get(len(vectors), "")
 
-    def _run(self, way: str, vectors: torch.Tensor) -> torch.Tensor:
-        if way == "captured":
+    def _run(self, engine: str, vectors: torch.Tensor) -> torch.Tensor:
+        if engine == "captured":
             return torch.cat([self._capture("reverse", vector)(vector) for vector in vectors.split(1)])
-        if way == "captured batched":
+        if engine == "captured batched":
             return self._capture("batched", vectors)(vectors)
-        return self.op.multiply(vectors, way)
+        return self.graphs.multiply(vectors, engine)
 
-    def _capture(self, way: str, example: torch.Tensor) -> CapturedProducts:
-        self.op.prepare()  # a recording of earlier weights would multiply by the Hessian there
+    def _capture(self, engine: str, example: torch.Tensor) -> CapturedProducts:
+        if self.graphs.prepare():
+            self._captured.clear()  # a recording of earlier weights would multiply by the Hessian there
         count = len(example)
         if count not in self._captured:
-            self._captured[count] = self.op.capture(example, way)
+            self._captured[count] = self.graphs.capture(example, engine)
         return self._captured[count]
 
     def _pick(self, vectors: torch.Tensor) -> tuple[str, torch.Tensor]:
-        """Time the candidates, the simplest first: the fastest, and the images of the block."""
+        """Time the candidates, the simplest first: the fastest whose products agree with those of "reverse"."""
         best, images = "reverse", None
-        shortest, _ = self._seconds("reverse", vectors[:1])
-        for way in self._candidates(vectors, shortest):
-            sample = vectors[:1] if way == "captured" else vectors
+        shortest, reference = self._seconds("reverse", vectors[:1])
+        for engine in self._candidates(vectors, shortest):
+            sample = vectors[:1] if engine == "captured" else vectors
             try:
-                took, found = self._seconds(way, sample)
-            except (RuntimeError, NotImplementedError):  # no memory for it, or an operation that has no rule for it
+                took, found = self._seconds(engine, sample)
+            except (RuntimeError, NotImplementedError, InputError):  # no memory, or an operation without a rule for it
+                continue
+            if not _agrees(found[:1], reference):
                 continue
             if len(sample) == len(vectors):
                 images = found
-            if took / len(sample) < CLEARLY * shortest:
-                best, shortest = way, took / len(sample)
+            if took / len(sample) < CLEARLY_FASTER * shortest:
+                best, shortest = engine, took / len(sample)
         if not best.startswith("captured"):
             self._captured.clear()
         return best, self._run(best, vectors) if images is None else images
 
     def _candidates(self, vectors: torch.Tensor, single: float) -> list[str]:
-        """What may beat "reverse", which took `single` seconds a vector."""
+        """The engines that may beat "reverse", which took `single` seconds a vector."""
         batch = len(vectors) > 1 and self._batch_fits(vectors)
-        launches = single < CAPTURE_BELOW * len(self.op.objective.pieces)
-        capture = vectors.device.type == "cuda" and self.op.keeps_every_graph and launches
-        ways = {"batched": batch, "captured": capture, "captured batched": batch and capture}
-        return [way for way, possible in ways.items() if possible]
+        launch_bound = single < CAPTURE_BELOW * len(self.graphs.objective.pieces)
+        capture = vectors.device.type == "cuda" and self.graphs.keeps_every_graph and launch_bound
+        engines = {"batched": batch, "captured": capture, "captured batched": batch and capture}
+        return [engine for engine, possible in engines.items() if possible]
 
     def _batch_fits(self, vectors: torch.Tensor) -> bool:
         """Whether as many products as there are vectors may be under way at once."""
-        once = self.op.footprint().product(max(self.op.objective.rows))
+        once = self.graphs.footprint().product(max(self.graphs.objective.rows))
         return len(vectors) * once < memory.available(vectors.device) // 2
 
-    def _seconds(self, way: str, vectors: torch.Tensor) -> tuple[float, torch.Tensor]:
-        took, images = self._timed(way, vectors)
+    def _seconds(self, engine: str, vectors: torch.Tensor) -> tuple[float, torch.Tensor]:
+        took, images = self._timed(engine, vectors)
         if took < WARM_BELOW or vectors.device.type == "cuda":
-            took = min(self._timed(way, vectors)[0] for _ in range(2))
+            took = min(self._timed(engine, vectors)[0] for _ in range(2))
         return took, images
 
-    def _timed(self, way: str, vectors: torch.Tensor) -> tuple[float, torch.Tensor]:
+    def _timed(self, engine: str, vectors: torch.Tensor) -> tuple[float, torch.Tensor]:
         _wait(vectors.device)
         started = time.perf_counter()
-        images = self._run(way, vectors)
+        images = self._run(engine, vectors)
         _wait(vectors.device)
         return time.perf_counter() - started, images
 
-    def _lighter(self, count: int, reason: str) -> None:
-        """Do with less memory from here on: one vector at a time, then graphs rebuilt, then smaller microbatches."""
-        self._captured.clear()
-        if self.used not in ("reverse", ""):
-            self.used = self.engine = "reverse"
-            change = "one vector at a time"
-        else:
-            change = self.op.lighten()
-        if not change:
-            raise InputError(
-                f"a product with {count} vectors does not fit in memory, not even a row of a batch at a time: measure "
-                "fewer parameters (params=), shorter sequences, or on a larger device"
-            )
-        if self.op.device.type == "cuda":
-            torch.cuda.empty_cache()
-        note = f"out of memory, went on with {change}"
-        self.op.notes.append(note)
-        warnings.warn(f"{note} ({reason})", stacklevel=2)
+
+def _agrees(found: torch.Tensor, reference: torch.Tensor) -> bool:
+    difference = float((found - reference).double().norm())
+    return not difference > AGREEMENT * float(reference.double().norm())  # NaN counts as agreement: it is found later
 
 
 def _wait(device: torch.device) -> None:

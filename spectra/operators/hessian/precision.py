@@ -1,13 +1,13 @@
-"""In which precision a model is measured: its own float32 or float64, that of a copy, or with faster matrix products.
+"""The precision that a model is measured in: its own, that of a copy, or with faster matrix products.
 
-"float32" and "float64" are copies of the model. "tf32" and "bfloat16" keep float32 weights and vectors and round the
-inputs of matrix products to 10 or 7 bits of fraction, with sums in float32: faster where the hardware has units for it.
+"float32" and "float64" measure a copy of the weights. "tf32" and "bfloat16" keep float32 weights and vectors, and round
+the operands of matrix products to 10 or 7 bits of fraction, with sums in float32: faster where the hardware has units
+for it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -22,21 +22,31 @@ LOWER = ("tf32", "bfloat16")
 PRECISIONS = (*COPIES, *LOWER)
 
 
-def in_precision(model: nn.Module, precision: str | None) -> nn.Module:
-    """The model, or a copy of it in the floating-point type that the precision asks for."""
+def dtype_of_copy(model: nn.Module, precision: str | None) -> torch.dtype | None:
+    """The floating-point type that the weights are brought to for a measurement, None for the model's own.
+
+    Args:
+        model: the model that is measured.
+        precision: what was asked for, None for nothing.
+
+    Returns:
+        The type, or None where no copy is made.
+
+    Raises:
+        InputError: for an unknown precision.
+    """
     if precision is None:
-        return model
+        return None
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)} or None, got {precision!r}")
     wanted = COPIES.get(precision, torch.float32)
-    if precision in LOWER and {p.dtype for p in model.parameters() if p.is_floating_point()} == {wanted}:
-        return model
-    return copy.deepcopy(model).to(wanted)
+    own = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return None if own == {wanted} else wanted
 
 
 @contextlib.contextmanager
 def arithmetic(precision: str | None, device: torch.device) -> Iterator[None]:
-    """Inside, products of float32 matrices in the precision asked for, and never in a lower one."""
+    """Inside, float32 matrices are multiplied in the precision asked for, and never in a lower one."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(float32_products(device, tf32=precision == "tf32", convolutions=True))
         if precision == "bfloat16":
@@ -44,17 +54,28 @@ def arithmetic(precision: str | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-def lifted(given: nn.Module, space: ParameterSpace, dtype: torch.dtype) -> list[str]:
-    """Says so where the measured parameters are copies in another precision than the model's own."""
-    own = dict(given.named_parameters())
-    before = {str(own[name].dtype).removeprefix("torch.") for name in space.names} - {str(dtype).removeprefix("torch.")}
-    if not before:
-        return []
-    return [f"{', '.join(sorted(before))} weights, measured in a {str(dtype).removeprefix('torch.')} copy"]
+def note_of_copy(space: ParameterSpace, dtype: torch.dtype) -> list[str]:
+    """A note where the measured parameters are in another precision than the model's own."""
+    own = {_name(p.dtype) for p in space.parameters} - {_name(dtype)}
+    return [f"{', '.join(sorted(own))} weights, measured in a {_name(dtype)} copy"] if own else []
 
 
-def one_dtype(model: nn.Module, space: ParameterSpace) -> torch.dtype:
-    """The dtype that the chosen parameters share. Raises InputError for several, or for bfloat16 and float16."""
+def dtype_of_vectors(model: nn.Module, space: ParameterSpace, copy: torch.dtype | None) -> torch.dtype:
+    """The dtype that a measurement's vectors have: that of the copy, or the one that the chosen parameters share.
+
+    Args:
+        model: the model that is measured.
+        space: the chosen parameters.
+        copy: the type of the copy, None where there is none.
+
+    Returns:
+        float32 or float64.
+
+    Raises:
+        InputError: for parameters of several dtypes, or in bfloat16 or float16, where no copy is asked for.
+    """
+    if copy is not None:
+        return copy
     narrow = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32, torch.float64}
     if narrow:
         raise InputError(
@@ -68,3 +89,7 @@ def one_dtype(model: nn.Module, space: ParameterSpace) -> torch.dtype:
             "pass precision='float32' or 'float64'"
         )
     return chosen.pop()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

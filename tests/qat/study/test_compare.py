@@ -13,11 +13,13 @@ from transformers import TrainerCallback
 
 import qat
 from qat.study import compare as study
-from qat.study import models
+from qat.study import run as study_run
 from qat.study.config import SmallLlamaConfig, StudyConfig
+from qat.study.start import prepare
 from qat.training.config import TrainConfig
 from qat.training.evaluate import evaluate
 from spectra.backend.errors import InputError, NonFiniteError
+from spectra.integrations.loading import load_model, load_tokenizer
 from spectra.runs.folder import Run
 
 STEPS = 8
@@ -138,7 +140,7 @@ def test_figures_and_a_report_are_left(done):
     wanted = "lambda_max lambda_min rms trace negative_energy_share near_zero_share negative_share flip_rate"
     wanted += " relative_gradient_norm distance_to_grid validation_loss"
     assert {f"trajectory-{name}" for name in wanted.split()} <= names
-    assert {"density-1bit", "density-2bit"} <= names
+    assert {"density-1-bit", "density-2-bit"} <= names
     assert (out / "report.html").stat().st_size > 50_000
 
 
@@ -146,9 +148,9 @@ def test_the_reference_is_the_full_precision_model_in_the_same_weights(done, lla
     run = Run(done[0] / "full-precision")
     (record,) = run.records
     assert record.mode == "full"
-    model = models.load_model(llama[0])
+    model = load_model(llama[0])
     config = tiny(llama, "unused")
-    start = study.prepare(config, say=lambda line: None)
+    start = prepare(config, say=lambda line: None)
     (batch,) = start.batches
     with torch.no_grad():
         assert record.loss == pytest.approx(model(**batch).loss.item(), rel=1e-6)
@@ -278,7 +280,7 @@ def test_a_broken_training_stops_the_study_and_all_that_was_recorded_is_kept(lla
             super().on_step_end(args, state, control, **kwargs)
             Poison.on_step_end(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(study, "WinQCallback", Broken)
+    monkeypatch.setattr(study_run, "WinQCallback", Broken)
     out = tmp_path / "out"
     with pytest.raises(NonFiniteError, match=r"1 bit, winq: the .* loss is nan at step [56] of 8") as stopped:
         study.compare(tiny(llama, out), say=lambda line: None)
@@ -293,13 +295,13 @@ def test_a_broken_training_stops_the_study_and_all_that_was_recorded_is_kept(lla
 def test_one_training_leaves_a_model_that_computes_with_the_quantized_weights(llama, tmp_path):
     config = tiny(llama, tmp_path / "out", bits=(2,), methods=("winq",))
     row = study.train_one(config, say=lambda line: None)
-    saved = models.load_model(str(tmp_path / "out" / "model"))
-    start = study.prepare(config, say=lambda line: None)
+    saved = load_model(str(tmp_path / "out" / "model"))
+    start = prepare(config, say=lambda line: None)
     assert evaluate(saved, start.validation).loss == pytest.approx(row["validation_loss"], rel=1e-6)
     for layer in (saved.model.layers[0].mlp.up_proj, saved.model.layers[1].self_attn.q_proj):
         assert all(len(values.unique()) <= 4 for values in layer.weight)
     assert len(saved.lm_head.weight.unique()) > 50
-    assert models.load_tokenizer(str(tmp_path / "out" / "model")).get_vocab()
+    assert load_tokenizer(str(tmp_path / "out" / "model")).get_vocab()
     assert [record.label for record in Run(tmp_path / "out").records][-1] == "end"
 
 

@@ -10,6 +10,7 @@ import torch
 from qat.text import cache, corpus
 from qat.text.corpus import Blocks, Text
 from spectra.backend.errors import InputError
+from spectra.integrations.loading import tokenize
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +124,7 @@ def test_the_tokenizer_gives_any_text_back():
     tokenizer = corpus.trained_tokenizer(text_of(texts.prose()), 300)
     assert len(tokenizer) == 300
     for document in (texts.prose(500, seed=5), "ಕನ್ನಡ עברית 🙂\t\r\n  def f(x): return x\n", ""):
-        tokens = corpus.tokenize([document], tokenizer)
+        tokens = tokenize(tokenizer, [document])
         assert tokenizer.decode(tokens[:-1], clean_up_tokenization_spaces=False) == document
         assert tokens[-1] == tokenizer.eos_token_id
 
@@ -147,10 +148,10 @@ def test_a_vocabulary_has_room_for_the_bytes():
 
 def test_documents_are_joined_in_order_with_an_end_each():
     tokenizer = corpus.trained_tokenizer(text_of(texts.prose()), 300)
-    both = corpus.tokenize(["one brook", "two nests"], tokenizer)
-    alone = [corpus.tokenize([document], tokenizer) for document in ("one brook", "two nests")]
+    both = tokenize(tokenizer, ["one brook", "two nests"])
+    alone = [tokenize(tokenizer, [document]) for document in ("one brook", "two nests")]
     assert torch.equal(both, torch.cat(alone))
-    assert len(corpus.tokenize([], tokenizer)) == 0
+    assert len(tokenize(tokenizer, [])) == 0
 
 
 def test_blocks_are_the_tokens_in_order_less_the_rest():
@@ -169,7 +170,7 @@ def test_blocks_chosen_evenly_span_the_whole():
 def test_a_short_text_is_refused_with_both_counts():
     tokenizer = corpus.trained_tokenizer(text_of(texts.prose()), 300)
     text = text_of("one brook. " * 20)
-    tokens = len(corpus.tokenize(text.train, tokenizer))
+    tokens = len(tokenize(tokenizer, text.train))
     with pytest.raises(InputError, match=rf"has {tokens} tokens and 6400 are needed .*--length"):
         corpus.make_blocks(text, tokenizer, length=64, train_blocks=100)
 

@@ -21,7 +21,7 @@ from spectra.backend import memory
 def test_as_many_as_memory_and_the_cpu_allow(monkeypatch, free, kept, deflated, expected):
     op = spectra.DiagonalOperator(np.ones(1000))
     monkeypatch.setattr(memory, "available", lambda device: free * op.vector_bytes)
-    monkeypatch.setattr(block_size, "TOGETHER", 100 * op.vector_bytes)
-    monkeypatch.setattr(block_size, "TOGETHER_DEFLATED", 300 * op.vector_bytes)
-    assert block_size.probes_together(op, kept, deflated=deflated) == expected
-    assert block_size.vectors_that_fit(op) == free // 4
+    monkeypatch.setattr(block_size, "CPU_BLOCK_BYTES", 100 * op.vector_bytes)
+    monkeypatch.setattr(block_size, "CPU_BLOCK_BYTES_DEFLATED", 300 * op.vector_bytes)
+    assert block_size.probe_block_size(op, kept, deflated=deflated) == expected
+    assert block_size.max_vectors_in_memory(op) == free // 4

@@ -1,4 +1,4 @@
-"""Whether a random look at a complement sees what is there, and says so as rarely wrongly as it promises."""
+"""Eigenvalues outside of what was found are seen, or missed as rarely as promised."""
 
 import math
 
@@ -8,15 +8,15 @@ import torch
 from oracles import matrix_with_spectrum
 
 import spectra
-from spectra.algorithms.lanczos import Recurrence
-from spectra.algorithms.missed import hidden, nothing_beyond
-from spectra.backend.vectors import probe
+from spectra.algorithms.lanczos import LanczosRecurrence
+from spectra.algorithms.missed import missed_probability_bound, rules_out_eigenvalues_beyond
+from spectra.backend.random_vectors import gaussian, probe_vector
 
 BULK = np.random.default_rng(0).normal(size=2000)
 
 
 def look(op, basis, low, high, seed, **options):
-    return nothing_beyond(op, basis, low, high, seed=seed, stream="test", **options)
+    return rules_out_eigenvalues_beyond(op, basis, low, high, seed=seed, stream="test", **options)
 
 
 @pytest.mark.parametrize("gap", [1.1, 1.5, 4.0])
@@ -24,7 +24,7 @@ def test_an_eigenvalue_just_beyond_is_missed_no_more_often_than_promised(gap):
     end = gap * np.abs(BULK).max()
     op = spectra.DiagonalOperator(np.append(BULK, end * (1 + 1e-9)))
     nothing = torch.empty(0, op.shape[0], dtype=op.dtype)
-    missed = sum(look(op, nothing, -end, end, seed, steps=60) for seed in range(200))
+    missed = sum(look(op, nothing, -end, end, seed, max_steps=60) for seed in range(200))
     print(f"missed {missed} of 200")
     assert missed <= 19  # 5 % is 10; 19 or more is less likely than .01
 
@@ -36,7 +36,7 @@ def test_an_eigenvalue_further_out_is_hardly_ever_missed():
     assert not any(look(op, nothing, -end, end, seed) for seed in range(100))
 
 
-def test_most_complements_without_one_are_cleared_in_few_products():
+def test_without_one_few_products_rule_it_out():
     end = 1.5 * np.abs(BULK).max()
     op = spectra.DiagonalOperator(BULK)
     nothing = torch.empty(0, op.shape[0], dtype=op.dtype)
@@ -47,7 +47,7 @@ def test_most_complements_without_one_are_cleared_in_few_products():
     assert half_open.products <= op.products / 20
 
 
-def test_what_the_basis_holds_does_not_count():
+def test_eigenvectors_in_the_basis_do_not_count():
     truth = np.concatenate([BULK[:300], [50.0, 50.0, -70.0]])
     op = spectra.DenseOperator(matrix_with_spectrum(truth, seed=1))
     vectors = torch.linalg.eigh(op.matrix)[1].T
@@ -58,33 +58,61 @@ def test_what_the_basis_holds_does_not_count():
     assert look(op, vectors, 0.0, 0.0, 0)  # nothing is left
 
 
-def test_undecided_it_goes_by_the_ritz_values():
+def test_undecided_the_ritz_values_decide():
     """Right at the edge of a bulk no few products can rule an eigenvalue out."""
     op = spectra.DiagonalOperator(np.linspace(-1, 1, 3000))
     nothing = torch.empty(0, 3000, dtype=op.dtype)
-    assert look(op, nothing, -1.1, 1.1, 0, steps=15)
+    assert look(op, nothing, -1.1, 1.1, 0, max_steps=15)
     assert op.products == 15
-    assert not look(op, nothing, -0.999, 0.999, 0, steps=15)
+    assert not look(op, nothing, -0.999, 0.999, 0, max_steps=15)
 
 
-def test_the_room_for_an_eigenvalue_is_the_mass_that_its_vector_has():
-    """At an eigenvalue beyond the Ritz values the recurrence leaves room for at least the mass that is there."""
+@pytest.mark.parametrize("end", ["low", "high"])
+@pytest.mark.parametrize("seed", range(5))
+def test_undecided_the_residual_moves_the_extreme_ritz_value_outward(end, seed):
+    """With a bound between the extreme Ritz value and that value moved outward by its residual norm, the answer is no.
+
+    The oracle takes the Ritz pair and its residual ||A x - theta x|| from a basis of its own.
+    """
+    print(f"seed = {seed}")
+    steps, sign = 15, 1 if end == "high" else -1
+    op = spectra.DiagonalOperator(np.linspace(-1, 1, 3000))
+    basis = spectra.lanczos(op, gaussian(op, seed=seed, index=0, stream="test"), steps).basis
+    values, small = torch.linalg.eigh(basis * op.values @ basis.T)
+    column = -1 if end == "high" else 0
+    vector = small[:, column] @ basis
+    theta = float(values[column])
+    residual = float((op @ vector - theta * vector).norm())
+    assert residual > 1e-3
+    nothing = torch.empty(0, 3000, dtype=op.dtype)
+    for factor, expected in ((0.1, False), (0.9, False), (1.1, True)):
+        bound = theta + sign * factor * residual
+        low, high = (-math.inf, bound) if end == "high" else (bound, math.inf)
+        assert look(op, nothing, low, high, seed, max_steps=steps) is expected, factor
+
+
+def test_the_bound_is_that_of_the_mass_of_the_eigenvector():
+    """At an eigenvalue beyond the Ritz values it is at least what the mass there gives, and tends to that."""
     outlier = 6.0
     op = spectra.DiagonalOperator(np.append(BULK, outlier))
     for seed in range(20):
-        start = probe(op, seed=seed, index=0)
+        start = probe_vector(op, seed=seed, index=0)
         held = math.sqrt(2 * op.shape[0] * float(start[-1]) ** 2 / math.pi)
-        recurrence = Recurrence(op, start)
+        recurrence = LanczosRecurrence(op, start)
         before = 1.0
         for _ in range(12):
             recurrence.advance(1)
             found = recurrence.tridiagonals()[0]
-            room = hidden(found, op.shape[0], outlier)
-            assert min(held, 1.0) * (1 - 1e-9) <= room <= before  # each step leaves less
-            assert hidden(found, op.shape[0], 2 * outlier) <= room
-            before = room
-        assert room == pytest.approx(min(held, 1.0), rel=0.01)  # all that is left in the end
-    assert hidden(found, op.shape[0], math.inf) == hidden(found, op.shape[0], -math.inf) == 0
+            bound = missed_probability_bound(found, op.shape[0], outlier)
+            assert min(held, 1.0) * (1 - 1e-9) <= bound <= before  # each step leaves less
+            assert missed_probability_bound(found, op.shape[0], 2 * outlier) <= bound
+            before = bound
+        assert bound == pytest.approx(min(held, 1.0), rel=0.01)  # all that is left in the end
+    assert (
+        missed_probability_bound(found, op.shape[0], math.inf)
+        == missed_probability_bound(found, op.shape[0], -math.inf)
+        == 0
+    )
 
 
 def test_topk_spends_few_products_on_it():

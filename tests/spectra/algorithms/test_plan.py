@@ -5,9 +5,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spectra
+from spectra.algorithms.plan import format_bytes
 from spectra.backend import memory
 from spectra.backend.memory import AllocationMeter
-from spectra.operators.hessian.footprint import measure_footprint
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,12 @@ def test_the_plan_holds_what_is_held(case, graph, measured):
 
 def test_the_footprint_of_a_few_rows_foretells_that_of_all(case):
     op = operator(case)
-    footprint = measure_footprint(op)
+    graphs, footprint = op._graphs, op.footprint()
+    substitution = graphs.substitution()
     with AllocationMeter() as meter:
-        _, gradient = op.build(op.objective.pieces[0])
+        _, gradient = graphs.build(op.objective.pieces[0], substitution)
         held = meter.peak = meter.live
-        op.through(gradient, torch.zeros(1, op.shape[0]), keep=True)
+        graphs.through(gradient, substitution, torch.zeros(1, op.shape[0]), keep=True)
     assert footprint.graph(8) == pytest.approx(held, rel=0.05)
     assert footprint.product(8) == pytest.approx(meter.peak - held, rel=0.05)
 
@@ -51,24 +52,15 @@ def test_a_batch_that_does_not_fit_is_cut_and_the_numbers_stay(case, monkeypatch
     want = operator(case)
     vector = torch.randn(want.shape[0], generator=torch.Generator().manual_seed(0))
     op = operator(case)
-    monkeypatch.setattr(memory, "available", lambda device: int(1.3 * op._needs(2)))
+    needed = op.footprint().graph(2) + op.footprint().product(2)
+    monkeypatch.setattr(memory, "available", lambda device: int(1.3 * needed))
+    text = str(spectra.plan(op, probes=2, steps=5))
+    assert "of 4 graphs kept, 2 rows at a time" in text
+    assert op.objective.rows == [8]  # asking cuts nothing
     assert torch.allclose(op @ vector, want @ vector, rtol=1e-4, atol=1e-7)
     assert max(op.objective.rows) == 2
-    assert op.notes == ["memory for 4 rows at a time", "memory for 2 rows at a time"]
-    assert len(op._kept) < len(op.objective.pieces)  # half of the memory does not hold every graph
-
-
-def test_the_meter_counts_a_storage_once_and_forgets_it():
-    x = torch.zeros(1000)
-    with AllocationMeter() as meter:
-        y = x + 1
-        _ = y.view(10, 100).T
-        x.add_(1)
-        assert meter.live == meter.peak == 4000
-        del y, _
-        assert meter.live == 0
-        torch.zeros(2000)
-    assert meter.peak == 8000
+    assert op.notes == ["memory for 2 rows at a time"]
+    assert not op._graphs.keeps_every_graph  # half of the memory does not hold every graph
 
 
 def test_the_plan_reads_in_one_line(case):
@@ -76,3 +68,11 @@ def test_the_plan_reads_in_one_line(case):
     assert "MiB at most beside the model" in text
     assert "all graphs kept, 8 rows at a time, 2 probes together" in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1.02e+03 B"), (1024, "1 KiB"), (3 * 2**30 + 2**27, "3.12 GiB"), (2**52, "4.1e+03 TiB")],
+)
+def test_bytes_read_well(size, text):
+    assert format_bytes(size) == text

@@ -86,8 +86,20 @@ def test_bad_options_are_refused_in_one_line(options, word):
 
 def test_an_eighth_of_the_budget_is_spent_before_the_first_look(monkeypatch):
     """Where memory cuts the search for outliers short, a bracket may be narrow after a few steps already."""
-    monkeypatch.setattr(resolution, "SEARCH_BASIS", 0)
+    monkeypatch.setattr(resolution, "SEARCH_BASIS_BYTES", 0)
     values = np.random.default_rng(0).uniform(-1, 1, size=20_000)
     estimate = spectra.resolve(spectra.DiagonalOperator(values), budget=1600)
     assert estimate.resolved
     assert 200 <= estimate.products < 220
+
+
+@pytest.mark.parametrize(("dimension", "half_width"), [(100, 0.05), (1000, 0.01), (10_000, 0.001)])
+def test_as_many_probe_vectors_as_the_sampling_variance_asks_for(dimension, half_width):
+    """A share of one half has the variance 2 * (1 / 4) / (n + 2) for one probe vector."""
+
+    def sampling_half_width(probes):
+        return 1.959964 * np.sqrt(2 * 0.25 / (dimension + 2) / probes)
+
+    probes = resolution._probes_needed(dimension, half_width)
+    assert probes > 1
+    assert sampling_half_width(probes) <= half_width / 3 < sampling_half_width(probes - 1)

@@ -81,9 +81,9 @@ def test_an_error_inside_leaves_the_settings_too(setting):
 class Watched(spectra.DiagonalOperator):
     """Notes whether it is multiplied in exact arithmetic."""
 
-    def _matrows(self, vectors):
+    def _multiply_rows(self, vectors):
         self.exact = [*getattr(self, "exact", []), exact("cpu")]
-        return super()._matrows(vectors)
+        return super()._multiply_rows(vectors)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,10 @@
-"""Sums that keep their digits, probes that depend on (seed, index) alone, and orthonormal rows."""
+"""Dot products that keep their digits, and orthonormal rows."""
 
 import numpy as np
 import pytest
-import scipy
 import torch
 from oracles import normal
 
-import spectra
 from spectra.backend import vectors
 
 
@@ -32,7 +30,7 @@ def test_rows_are_subtracted_and_their_dots_are_those_of_what_results(n, dtype):
     for partner in (against, rows):  # of `rows` itself it is what they have become
         result = rows.clone()
         along = result if partner is rows else partner
-        dots = vectors.subtract_(result, others, factors, against=along)
+        dots = vectors.subtract_and_dot_(result, others, factors, against=along)
         torch.testing.assert_close(result.double(), exact, rtol=0, atol=16 * eps)
         partners = exact if partner is rows else partner.double()
         scale = (exact.norm(dim=1) * partners.norm(dim=1)).max().item()
@@ -40,67 +38,13 @@ def test_rows_are_subtracted_and_their_dots_are_those_of_what_results(n, dtype):
         assert dots.dtype == torch.float64
 
 
-def ones(n, **options):
-    return spectra.DiagonalOperator(torch.ones(n, dtype=torch.float32, **options))
-
-
-def test_a_probe_depends_on_seed_and_index_and_on_nothing_else(monkeypatch):
-    op = ones(300_001)
-    probe = vectors.probe(op, seed=3, index=1)
-    torch.manual_seed(1)
-    assert torch.equal(probe, vectors.probe(op, seed=3, index=1))
-    assert vectors.norm(probe) == pytest.approx(1.0)
-    for other in ({"seed": 4, "index": 1}, {"seed": 3, "index": 2}):
-        assert abs(vectors.dot(probe, vectors.probe(op, **other))) < 0.01
-    assert abs(vectors.dot(probe[:150_000], probe[150_001:])) < 0.01
-    monkeypatch.setattr(vectors, "STRETCHES", {"cpu": 1000})
-    assert torch.allclose(probe, vectors.probe(op, seed=3, index=1), atol=1e-9)
-
-
-def test_the_hash_is_splitmix64():
-    # the generator's published first outputs from the state 1234567; its first counter is 1
-    words = np.array([6457827717110365317, 3203168211198807973, 9817491932198370423], dtype=np.uint64)
-    low, high = ((words >> np.uint64(shift)).astype(np.uint32).view(np.int32).astype(float) for shift in (0, 32))
-    radius, angle = np.sqrt(-2 * np.log((np.abs(low) + 0.5) / 2**31)), np.pi * high / 2**31
-    first, second = vectors._normal_pairs(1234567, 1, 4, torch.device("cpu"))
-    assert np.allclose(first.numpy(), radius * np.cos(angle), atol=1e-5)
-    assert np.allclose(second.numpy(), radius * np.sin(angle), atol=1e-5)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 12345])
-def test_numbers_are_normal_and_independent(seed):
-    n = 1_000_001
-    x = vectors.gaussian(ones(n), seed=seed, index=0, stream="test").double().numpy()
-    assert scipy.stats.kstest(x, "norm").pvalue > 1e-4
-    assert abs(x).max() > 4
-    for other in (x[1:], x[n // 2 + 1 :]):  # neighbours, and the two halves of a pair
-        same = x[: len(other)]
-        assert abs(np.corrcoef(same, other)[0, 1]) < 4.5 / len(other) ** 0.5
-        assert abs(np.corrcoef(same**2, other**2)[0, 1]) < 4.5 / len(other) ** 0.5
-
-
-@pytest.mark.parametrize("n", [1, 2, 7])
-def test_short_vectors_and_other_dtypes_have_the_same_numbers(n):
-    op = spectra.DiagonalOperator(torch.ones(n, dtype=torch.float64))
-    doubles = vectors.gaussian(op, seed=5, index=2, stream="test")
-    assert doubles.dtype == torch.float64
-    assert torch.equal(doubles.float(), vectors.gaussian(ones(n), seed=5, index=2, stream="test"))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_draws_the_same_numbers():
-    here = vectors.gaussian(ones(10_000_001), seed=5, index=2, stream="test")
-    there = vectors.gaussian(ones(10_000_001, device="cuda"), seed=5, index=2, stream="test")
-    assert torch.allclose(here, there.cpu(), atol=1e-5)
-
-
 @pytest.mark.parametrize(
-    ("spread", "dtype"),
+    ("perturbation", "dtype"),
     [(0.0, torch.float64), (1e-3, torch.float64), (1.0, torch.float64), (0.3, torch.float32), (1e-9, torch.float32)],
 )
-def test_rows_are_made_orthonormal_and_their_factor_kept(spread, dtype):
+def test_rows_are_made_orthonormal_and_their_factor_kept(perturbation, dtype):
     """Sizes that fall by four decades, in columns enough for several blocks."""
-    mixed = torch.linalg.qr(normal(200_000, 6, seed=1))[0].T + spread * normal(6, 200_000, seed=2) / 450
+    mixed = torch.linalg.qr(normal(200_000, 6, seed=1))[0].T + perturbation * normal(6, 200_000, seed=2) / 450
     rows = (torch.logspace(0, -4, 6, dtype=torch.float64)[:, None] * mixed).to(dtype)
     lower, orthonormal = vectors.orthonormal_rows(rows)
     digits = 10 * torch.finfo(dtype).eps
@@ -123,7 +67,7 @@ def test_products_with_rows_keep_their_digits(m, n):
     """All entries positive, so that a naive float32 sum would drift."""
     rows, vector = normal(m, n, seed=6, dtype=torch.float32).abs(), normal(n, seed=7, dtype=torch.float32).abs()
     exact = rows.double() @ vector.double()
-    assert torch.allclose(vectors.coefficients(rows, vector), exact, rtol=2e-6)
+    assert torch.allclose(vectors.basis_coefficients(rows, vector), exact, rtol=2e-6)
     assert torch.allclose(vectors.inner_products(rows, vector[None])[:, 0], exact, rtol=1e-12)
     assert torch.allclose(vectors.inner_products(rows, rows), rows.double() @ rows.double().T, rtol=1e-12)
 

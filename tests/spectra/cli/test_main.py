@@ -74,7 +74,7 @@ def test_measure_takes_the_parameters_and_the_loss_it_was_asked_for(model, text,
 def test_measure_in_a_lower_precision_says_what_that_loses(model, text, tmp_path, capsys):
     measure(model, text, tmp_path / "run", "--dtype", "bfloat16", "--deflate", "3", "--sequences", "2")
     (record,) = Run(tmp_path / "run").records
-    assert record.extras["precision_error"] > 1e-4
+    assert record.checks["precision_error"] > 1e-4
     assert "note: products in bfloat16" in capsys.readouterr().out
     assert Run(tmp_path / "run").config["deflated"] == 3
 
@@ -153,7 +153,7 @@ def test_compare_refuses_in_one_line(tmp_path, capsys):
 
 
 def test_a_terminal_gets_a_progress_bar(model, text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("spectra.cli.main.on_terminal", lambda: True)
+    monkeypatch.setattr("spectra.cli.measure.on_terminal", lambda: True)
     measure(model, text, tmp_path / "run")
     assert re.search(r"measuring: .*products", capsys.readouterr().err)
 

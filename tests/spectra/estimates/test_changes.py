@@ -61,7 +61,7 @@ def truth(values):
 
 def traced(density, rule):
     """What one probe says of the trace."""
-    return (density.dimension - density.counts.sum()) * (rule.weights @ rule.nodes)
+    return density.measure.sampled_dimension * (rule.weights @ rule.nodes)
 
 
 CASES = {  # kind of change, outlier radius, share of zeros, turn of the leading eigenvectors
@@ -94,7 +94,7 @@ def test_intervals_of_changes_cover_where_students_would_not(monkeypatch):
                     held.setdefault("ratio", []).append(
                         change.ratio.low <= last[name] / first[name] <= change.ratio.high
                     )
-            sums = [traced(b, y) - traced(a, x) for x, y in zip(a.rules, b.rules, strict=True)]
+            sums = [traced(b, y) - traced(a, x) for x, y in zip(a.measure.rules, b.measure.rules, strict=True)]
             half = student.ppf(0.975, 3) * np.std(sums, ddof=1) / 2
             alone.setdefault(case, []).append(abs(np.mean(sums) - last["trace"] + first["trace"]) <= half)
     coverage = {name: float(np.mean(each)) for name, each in held.items()}

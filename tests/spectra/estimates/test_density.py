@@ -223,3 +223,85 @@ def test_estimates_print_with_their_interval(partial):
     assert str(estimate).count("[") == 1
     assert spectra.Estimate.from_dict(estimate.to_dict()) == estimate
     assert estimate.half_width == pytest.approx((estimate.high - estimate.low) / 2)
+
+
+def test_the_keys_of_the_arrays_are_those_of_older_files(partial):
+    names = {"alphas", "betas", "lengths", "atoms", "counts", "atom_residuals", "dimension", "exact", "noise", "seed"}
+    arrays = partial.to_arrays()
+    assert set(arrays) == names
+    assert arrays["noise"].tolist() == [partial.rounding_error]
+    del arrays["seed"]
+    assert spectra.SpectralDensity.from_arrays(arrays).seed is None
+
+
+def test_a_density_keeps_what_it_is_made_of():
+    alphas, betas = np.array([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]]), np.array([[0.5, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    density = spectra.SpectralDensity(
+        10,
+        alphas,
+        betas,
+        np.array([2, 1]),
+        np.array([-4.0, 0.0]),
+        np.array([1.0, 5.0]),
+        np.array([0.1, 0.0]),
+        rounding_error=0.25,
+        exact=False,
+        seed=7,
+    )
+    assert (density.dimension, density.rounding_error, density.exact, density.seed) == (10, 0.25, False, 7)
+    assert density.measure.sampled_dimension == 4
+    assert (density.alphas.tolist(), density.betas.tolist()) == (alphas.tolist(), betas.tolist())
+    assert density.lengths.tolist() == [2, 1]
+    assert (density.atoms.tolist(), density.counts.tolist()) == ([-4.0, 0.0], [1.0, 5.0])
+    assert density.atom_residuals.tolist() == [0.1, 0.0]
+    low, high = 1.5 - np.sqrt(0.5), 1.5 + np.sqrt(0.5)  # eigenvalues of [[1, .5], [.5, 2]]
+    np.testing.assert_allclose(density.nodes, [[-4, 0, low, high], [-4, 0, 3, 3]])
+    np.testing.assert_allclose(density.weights[1], [0.1, 0.5, 0.4, 0])
+    np.testing.assert_allclose(density.weights.sum(axis=1), 1)
+    assert density.trace().value == pytest.approx(4 * (1 + 3) / 2 - 4)
+    plain = spectra.SpectralDensity(2, alphas, betas, np.array([2, 1]))
+    assert (len(plain.atoms), plain.rounding_error, plain.exact, plain.seed) == (0, 0.0, False, None)
+
+
+def test_known_eigenvalues_are_exact_except_for_rounding():
+    density = spectra.SpectralDensity.from_eigenvalues(
+        np.array([3.0, -1.0, 0.0]), probes=2, steps=5, rounding_error=0.1
+    )
+    assert density.exact
+    assert density.nodes.shape == density.weights.shape == (2, 5)
+    np.testing.assert_allclose(density.nodes[1], [-1, 0, 3, 3, 3])
+    np.testing.assert_allclose(density.weights[1], [1 / 3, 1 / 3, 1 / 3, 0, 0])
+    assert density.atom_residuals.tolist() == [0.1, 0.0, 0.1]
+    assert (density.lambda_max().low, density.lambda_max().high) == pytest.approx((2.9, 3.1))
+    assert density.trace().half_width == pytest.approx(0.1 / 3 * 4)  # .1 relative to 3, of the sizes 3 + 1
+    np.testing.assert_allclose(density.cumulative([-2, -1, -0.5, 0, 3]), [0, 1 / 6, 1 / 3, 1 / 2, 5 / 6])
+
+
+def test_without_known_zeros_the_others_are_the_whole():
+    values = np.array([-1.0, 0.0, 0.0, 0.0, 2.0])
+    density = spectra.SpectralDensity.from_eigenvalues(values, rounding_error=1e-3)
+    rest = density.without_known_zeros()
+    assert density.zero_share() == 0.6
+    assert (rest.dimension, rest.zero_share(), rest.exact) == (2, 0.0, True)
+    assert rest.atoms.tolist() == [-1.0, 2.0]
+    assert rest.negative_share().value == 0.5
+    assert rest.rounding_error == density.rounding_error
+
+
+def test_a_relative_tolerance_is_that_of_the_largest_size(partial):
+    assert partial.near_zero_share(0.1, relative=True) == partial.near_zero_share(0.1 * np.abs(partial.nodes).max())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda d: d.near_zero_share(0.0), "tolerance must be positive"),
+        (lambda d: d.share_between(1.0, 1.0), "low < high"),
+        (lambda d: d.density([0.0]), "increasing points"),
+        (lambda d: d.density([0.0, 1.0, 1.0]), "increasing points"),
+        (lambda d: d.density([0.0, 1.0], bandwidth=0.0), "bandwidth must be positive"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(partial, call, message):
+    with pytest.raises(spectra.InputError, match=message):
+        call(partial)

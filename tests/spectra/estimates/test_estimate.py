@@ -4,8 +4,19 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
-from spectra.estimates.estimate import sampling_interval, student_interval, student_quantile
+from spectra.estimates.estimate import (
+    Estimate,
+    certain,
+    negated,
+    sampling_interval,
+    scaled,
+    square_root,
+    student_interval,
+    student_quantile,
+    with_margin,
+)
 
 
 @pytest.mark.parametrize(("freedom", "expected"), [(math.inf, 1.960), (9, 2.262), (1, 12.706), (0.2, 12.706)])
@@ -37,3 +48,45 @@ def test_one_sample_has_no_bounds():
     assert not estimate.resolved
     assert estimate.low == -math.inf
     assert estimate.high == math.inf
+
+
+def test_students_interval_is_that_of_scipy():
+    samples = [3.0, 5.0, 4.0, 9.0]
+    low, high = scipy.stats.t.interval(0.95, 3, loc=np.mean(samples), scale=scipy.stats.sem(samples))
+    estimate = student_interval(samples)
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((5.25, low, high))
+
+
+@pytest.mark.parametrize("skewness", [0.8, -0.8])
+def test_halls_interval_reaches_further_on_one_side(skewness):
+    """Both sides of g(z) = (3 / s) ((1 + s (z - s / 6))^(1/3) - 1) by hand."""
+    z = 1.959964
+    g = [3 / skewness * (np.cbrt(1 + skewness * (q - skewness / 6)) - 1) for q in (z, -z)]
+    estimate = sampling_interval(10.0, 2.0, skewness)
+    assert estimate.low == pytest.approx(min(10 - 2 * z, 10 - 2 * g[0]), abs=1e-5)
+    assert estimate.high == pytest.approx(max(10 + 2 * z, 10 - 2 * g[1]), abs=1e-5)
+    assert (estimate.high - 10 > 10 - estimate.low + 0.1) == (skewness > 0)
+
+
+ESTIMATE = Estimate(4.0, 1.0, 9.0, False, "why", 12)
+
+
+def test_a_margin_is_added_on_both_sides_and_cut():
+    assert with_margin(ESTIMATE, 0.5) == Estimate(4.0, 0.5, 9.5, False, "why", 12)
+    assert with_margin(ESTIMATE, 2.0, lower=0.0, upper=10.0) == Estimate(4.0, 0.0, 10.0, False, "why", 12)
+
+
+def test_functions_of_an_estimate_act_on_value_and_ends():
+    assert square_root(ESTIMATE) == Estimate(2.0, 1.0, 3.0, False, "why")
+    assert square_root(Estimate(-1.0, -2.0, 4.0)) == Estimate(0.0, 0.0, 2.0)
+    assert scaled(ESTIMATE, 2.0) == Estimate(8.0, 2.0, 18.0, False, "why")
+    assert negated(ESTIMATE) == Estimate(-4.0, -9.0, -1.0, False, "why")
+    assert certain(3.0, rounding=0.5) == Estimate(3.0, 2.5, 3.5)
+
+
+def test_dictionaries_there_and_back():
+    assert Estimate.from_dict(ESTIMATE.to_dict()) == ESTIMATE
+    unbounded = Estimate.from_dict(Estimate(math.nan, -math.inf, math.inf).to_dict())
+    assert math.isnan(unbounded.value)
+    assert (unbounded.low, unbounded.high) == (-math.inf, math.inf)
+    assert Estimate(math.nan, -math.inf, math.inf).to_dict()["low"] is None

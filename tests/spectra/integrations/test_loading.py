@@ -3,16 +3,21 @@ import time
 
 import pytest
 import saved_models
+import tiny_models
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from spectra.backend.errors import InputError
 from spectra.integrations.loading import (
     load_causal_lm,
+    load_model,
+    load_tokenizer,
     longest_sequence,
     quiet_transformers,
     read_texts,
     sequence_batches,
+    tokenize,
 )
 
 
@@ -39,6 +44,36 @@ def test_a_model_comes_back_from_its_folder(tmp_path, architecture):
     assert tokenizer.eos_token == "<end>"
 
 
+@pytest.mark.parametrize("architecture", tiny_models.ARCHITECTURES)
+def test_a_folder_of_any_architecture_loads_as_saved(architecture, tmp_path):
+    folder = saved_models.save(tmp_path / "model", architecture)
+    loaded = load_model(str(folder))
+    assert not loaded.training
+    want = tiny_models.causal_lm(architecture, dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), want.parameters(), strict=True))
+    tokenizer = load_tokenizer(str(folder))
+    assert loaded.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert tokenizer("abc").input_ids
+
+
+def test_a_folder_in_half_precision_is_loaded_in_single(tmp_path):
+    tiny_models.causal_lm("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    assert {p.dtype for p in load_model(tmp_path / "model").parameters()} == {torch.float32}
+
+
+def test_a_folder_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved_models.save(tmp_path / "model")
+    assert load_model("~/model").config.model_type == "llama"
+    assert len(load_tokenizer("~/model")) == 24
+
+
+def test_a_file_is_no_model_folder(tmp_path):
+    (tmp_path / "model.bin").write_text("")
+    with pytest.raises(InputError, match=r"model\.bin is a file: give the folder it is in"):
+        load_model(tmp_path / "model.bin")
+
+
 @pytest.mark.parametrize("name", ["./missing", "/no/such/folder", "a/b/c", ""])
 def test_a_path_that_is_not_there_is_no_hub_name(name):
     with pytest.raises(InputError, match="there is no folder"):
@@ -54,6 +89,13 @@ def test_a_hub_name_without_a_network_fails_at_once(monkeypatch):
     with pytest.raises(InputError, match=r"expected a folder or a cached model, got nobody/no-such-model: .* reached"):
         load_causal_lm("nobody/no-such-model")
     assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_hub_name_without_a_network_is_refused_in_one_line(load):
+    with pytest.raises(InputError, match=r"nobody/nothing.*no network to fetch it.*give a folder") as refused:
+        load("nobody/nothing")
+    assert "\n" not in str(refused.value)
 
 
 def test_a_name_in_the_cache_is_found_without_a_network(tmp_path, monkeypatch, folder):
@@ -87,10 +129,32 @@ def test_folders_that_hold_no_usable_model_are_refused_in_one_line(tmp_path, fol
     saved_models.save(tmp_path / "weightless")
     (tmp_path / "weightless" / "model.safetensors").unlink()
     cases["weightless"] = "expected a causal language model in .* cannot be loaded"
+    weights = load_file(saved_models.save(tmp_path / "partial") / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "partial" / "model.safetensors", metadata={"format": "pt"})
+    cases["partial"] = r"lacks 1 of the model's weights, model\.norm\.weight among them"
     for name, message in cases.items():
         with pytest.raises(InputError, match=message) as caught:
             load_causal_lm(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])  # transformers makes an empty tokenizer for the second
+def test_a_folder_without_a_tokenizer_is_refused_with_the_callers_advice(architecture, tmp_path):
+    folder = saved_models.save(tmp_path / "model", architecture, with_tokenizer=False)
+    with pytest.raises(
+        InputError, match=r"expected a tokenizer in .*, but the folder holds none of its files: ask Ada"
+    ):
+        load_tokenizer(str(folder), remedy="ask Ada")
+
+
+def test_a_tokenizer_that_makes_no_tokens_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    empty = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    empty.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="makes no tokens of a text: ask Ada"):
+        load_tokenizer(tmp_path, remedy="ask Ada")
 
 
 def test_code_that_a_model_brings_is_not_run(tmp_path):
@@ -124,6 +188,13 @@ def test_sequences_are_cut_end_to_end_and_spread_evenly(loaded):
     for batch in batches:
         assert torch.equal(batch["input_ids"], batch["labels"])
         assert batch["labels"].data_ptr() != batch["input_ids"].data_ptr()
+
+
+def test_tokens_of_texts_stand_end_to_end(loaded):
+    _, tokenizer = loaded
+    ids = tokenizer("abc", add_special_tokens=False)["input_ids"]
+    assert tokenize(tokenizer, ["abc", "abc"]).tolist() == 2 * [*ids, tokenizer.eos_token_id]
+    assert tokenize(tokenizer, []).dtype == tokenize(tokenizer, ["abc"]).dtype == torch.int64
 
 
 def test_the_length_is_the_models_longest_unless_asked(loaded):

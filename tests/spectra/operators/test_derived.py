@@ -105,7 +105,7 @@ def test_inputs_that_are_orthogonal_already_are_projected_once():
     vectors = torch.tensor(rng.normal(size=(40, 5)))
     both, images = (spectra.DeflatedOperator(inner, vectors, inputs=kind) for kind in ("any", "orthogonal"))
     start = both.project(torch.tensor(rng.normal(size=(3, 40))))
-    assert torch.allclose(both.rows(start), images.rows(start), atol=1e-12)
+    assert torch.allclose(both.multiply_rows(start), images.multiply_rows(start), atol=1e-12)
     with pytest.raises(spectra.InputError, match="inputs must be"):
         spectra.DeflatedOperator(inner, vectors, inputs="some")
 

@@ -134,7 +134,7 @@ class Rounded(spectra.DiagonalOperator):
 
     rounding = spectra.LinearOperator.rounding
 
-    def _matrows(self, vectors):
+    def _multiply_rows(self, vectors):
         images = self.values * vectors
         scale = 1e-3 * images.abs().max()
         return (images / scale).round() * scale
@@ -146,7 +146,10 @@ def test_what_the_arithmetic_loses_is_measured():
     assert exact.linearity_gap() < 1e-15
     assert 1e-4 < rounded.linearity_gap() < 1e-2
     assert rounded.rounding() == 2 * rounded.linearity_gap()
-    assert spectra.slq(rounded, probes=1, steps=5).noise > 1e6 * spectra.slq(exact, probes=1, steps=5).noise
+    assert (
+        spectra.slq(rounded, probes=1, steps=5).rounding_error
+        > 1e6 * spectra.slq(exact, probes=1, steps=5).rounding_error
+    )
     mean = spectra.MeanOperator([exact, rounded])
     assert mean.rounding() == rounded.rounding()
 
@@ -165,5 +168,5 @@ def test_a_product_that_is_not_finite_is_blamed_on_the_vector_or_the_operator():
 def test_rows_are_columns_of_a_product():
     op = spectra.DenseOperator(MATRIX)
     vectors = normal(3, N, seed=5)
-    assert torch.allclose(op.rows(vectors), (op @ vectors.T).T)
+    assert torch.allclose(op.multiply_rows(vectors), (op @ vectors.T).T)
     assert op.products == 6

@@ -287,14 +287,52 @@ def test_a_bfloat16_model_is_measured_in_a_copy_where_asked_and_the_record_says_
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-def test_outliers_are_deflated_by_default_and_their_number_is_in_the_settings(case):
+def test_outliers_are_deflated_by_default_and_their_number_is_in_the_settings(case, tmp_path):
     model, batches, _ = case
-    probe = spectra.SpectrumProbe(model, batches, probes=2, steps=5)
-    assert probe._settings()["deflated"] == 20
+    probe = spectra.SpectrumProbe(model, batches, probes=2, steps=5, out=tmp_path / "run")
+    assert spectra.Run(tmp_path / "run").config["deflated"] == 20
     (record,) = probe.measure(0)
-    (again,) = probe.measure(1)
-    assert record.extras["linearity_gap"] < 1e-6
-    assert again.products < record.products  # the search starts from the vectors found before
+    assert record.checks["linearity_gap"] < 1e-6
+    assert len(spectra.Run(tmp_path / "run").density(record).atoms) >= 20
+
+
+def test_the_search_for_outliers_starts_from_those_of_the_last_checkpoint(case, monkeypatch):
+    model, batches, _ = case
+    starts, found, original = [], [], spectra.runs.probe.largest_eigenpairs
+
+    def search(op, k, *, seed, start):
+        starts.append(start)
+        found.append(original(op, k, seed=seed, start=start).vectors)
+        return original(op, k, seed=seed, start=start)
+
+    monkeypatch.setattr(spectra.runs.probe, "largest_eigenpairs", search)
+    probe = spectra.SpectrumProbe(model, batches, probes=2, steps=5, deflate=3)
+    for step in (0, 1):
+        probe.measure(step)
+    assert starts[0] is None
+    torch.testing.assert_close(starts[1], found[0])
+
+
+def test_the_checks_are_made_once_a_run_for_each_mode_and_stand_apart(case, monkeypatch, tmp_path):
+    model, batches, _ = case
+    asked, original = [], spectra.HessianOperator.preflight
+    monkeypatch.setattr(spectra.HessianOperator, "preflight", lambda op: asked.append(op) or original(op))
+    modes = {"a": spectra.HessianOperator, "b": spectra.HessianOperator}
+    options = {"probes": 2, "steps": 5, "extras": lambda model: {"custom": 2.0}}
+    probe = spectra.SpectrumProbe(model, batches, modes=modes, out=tmp_path / "run", **options)
+    records = [*probe.measure(0), *probe.measure(1)]
+    assert len(asked) == 2
+    for record in [*records, *spectra.Run(tmp_path / "run").records]:
+        assert set(record.checks) == {"symmetry_gap", "linearity_gap", "repeatability", "precision_error"}
+        assert record.checks["symmetry_gap"] < 1e-12
+        assert record.extras == {"custom": 2.0, "zero_share": 0.0}
+
+
+def test_an_operator_without_a_loss_is_refused(case):
+    model, batches, _ = case
+    modes = {"diagonal": lambda model, batches, **options: spectra.DiagonalOperator(torch.ones(3))}
+    with pytest.raises(spectra.InputError, match=r"a loss for mode 'diagonal', got a DiagonalOperator: use Hessian"):
+        spectra.SpectrumProbe(model, batches, modes=modes, probes=2, steps=2).measure(0)
 
 
 def test_batch_noise_is_split_off_where_asked(tmp_path):

@@ -3,7 +3,7 @@ import run_folders
 
 from spectra.backend.errors import InputError
 from spectra.estimates.quantities import ESTIMATES, describe
-from spectra.runs.series import as_runs, available, modes, select, series
+from spectra.runs.series import as_runs, available, measured_again, modes, select, series
 
 
 @pytest.fixture
@@ -16,6 +16,14 @@ def test_an_estimate_comes_with_its_interval_for_each_record_of_a_mode(run):
     assert line.measured
     assert [(point.step, point.label) for point in line.points] == list(run_folders.RESETS)
     assert [p.estimate for p in line.points] == [r.estimates["rms"] for r in run.records if r.mode == "latent"]
+
+
+def test_a_second_record_of_a_mode_at_the_same_training_step_is_marked(run):
+    for quantity in ("rms", "loss", "custom"):
+        assert [point.again for point in series(run, quantity, mode="latent").points] == [False, False, True, False]
+    assert not any(point.again for point in series(run, "training_loss").points)
+    assert measured_again(run.records) == [False] * 4 + [True] * 2 + [False] * 2
+    assert measured_again(select(run, steps=[0, 20])) == [False, False]
 
 
 def test_the_first_mode_is_taken_unless_another_is_asked_for(run):

@@ -1,9 +1,9 @@
 import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
-import matplotlib.pyplot as plt
 import pytest
 import run_folders
 
@@ -52,7 +52,8 @@ def study_rows(study):
     rows = []
     for run in study.runs:
         first, last = run.records[0], run.records[-1]
-        row = {"bits": run.config["bits"], "method": run.config["method"], "perplexity": 12.5, "steps_to_loss": None}
+        row = {"label": run.presentation.label, "bits": run.config["bits"], "method": run.config["method"]}
+        row |= {"perplexity": 12.5, "steps_to_loss": None}
         for moment, record in (("start", first), ("end", last)):
             row |= {f"{name}_{moment}": estimate.to_dict() for name, estimate in record.estimates.items()}
         rows.append(row)
@@ -108,8 +109,9 @@ def test_a_study_shows_its_table_by_row_and_its_estimates_at_start_and_end(tmp_p
     assert report.write(study, title="Bits & methods").read_text() == want  # the same, and the same again
     got = Page(want)
     assert got.text.startswith("Bits & methods")
-    assert "1 baseline 12.50 –" in got.text
-    assert "2 WinQ 12.50 –" in got.text
+    assert "Run Bits Method Perplexity Steps to loss" in got.text
+    assert "1-bit baseline 1 baseline 12.50 –" in got.text
+    assert "2-bit WinQ 2 winq 12.50 –" in got.text
     assert "Quantity 1-bit baseline 1-bit WinQ 2-bit baseline 2-bit WinQ" in got.text
     assert "nested.alpha 0.4" in got.text
     start = rows[0]["lambda_max_start"]["value"]
@@ -124,52 +126,101 @@ def test_estimates_of_a_table_may_be_objects(tmp_path, without_figures):
     assert "1 of them: because" in got.text
 
 
-def test_the_figures_of_a_study_by_name(tmp_path):
-    study = run_folders.study_folder(tmp_path / "study")
-    open_before = plt.get_fignums()
-    got = report.figures(study)
-    assert {"density-1bit", "density-2bit", "density-last", "trajectory-rms", "trajectory-validation_loss"} <= set(got)
-    assert [ax.get_title(loc="left") for ax in got["density-1bit"].axes] == ["1-bit baseline", "1-bit WinQ"]
-    assert len({ax.get_xlim() + ax.get_ylim() for ax in got["density-1bit"].axes}) == 1
-    assert "trajectory-repeatability" not in got
-    got["density-last"].savefig(tmp_path / "last.png")
-    assert plt.get_fignums() == open_before  # nothing for the caller to close
-
-
-def test_what_the_runs_are_compared_with_is_drawn_beside_them(tmp_path):
-    study = run_folders.study_folder(tmp_path / "study", bits=(2,), reference=True)
-    got = report.figures(study)
-    assert {"density-2bit", "density-full-precision", "density-last"} <= set(got)
-    words = [text.get_text() for text in got["density-last"].axes[0].get_legend().get_texts()]
-    assert words == ["2-bit baseline, step 20", "2-bit WinQ, step 20", "full precision, step 0"]
-
-
 def test_images_are_saved_beside_the_report_if_asked_for(tmp_path):
     run = run_folders.Run.create(tmp_path / "a")
     run_folders.add(run)
     report.write(run)
     assert not (run.folder / "figures").exists()
     report.write(run, images=True)
-    assert [path.name for path in (run.folder / "figures").iterdir()] == ["density.png"]
+    (path,) = (run.folder / "figures").iterdir()
+    assert path.name == "density.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_images_have_the_names_of_the_figures_and_those_are_names_of_files(tmp_path):
+    study = run_folders.Run.create(tmp_path / "study")
+    for name, group in (("a", "../x y"), ("b", "..//x y"), ("c", "<last>")):
+        run = run_folders.run_folder(study.folder / name, marks=((0, ""),), presentation={"group": group})
+        for step in range(2):
+            run.append_telemetry({"step": step, "eval/<loss>": 1.0 + step})
+    report.write(study, images=True)
+    names = {path.name.removesuffix(".png") for path in (study.folder / "figures").iterdir()}
+    assert {"density-x-y", "density-x-y-2", "density-last", "density-last-2", "trajectory-eval-loss"} <= names
+    assert names == set(report.figures(study))
+
+
+def test_what_a_run_says_of_itself_is_text_and_never_markup(tmp_path):
+    def attack(place):
+        return f"<script>{place}</script>"
+
+    run = run_folders.Run.create(
+        tmp_path / "a",
+        {
+            attack("setting"): attack("value"),
+            "presentation": {
+                "label": attack("name"),
+                "group": attack("group"),
+                "modes": {attack("mode"): attack("meaning")},
+                "quantities": {
+                    "rms": {"name": attack("quantity"), "unit": attack("unit"), "meaning": attack("sense")},
+                    "rate": {"name": attack("rate"), "meaning": attack("rate meaning")},
+                },
+                "labels": {"start": attack("label")},
+            },
+        },
+    )
+    for step in (0, 5):
+        spectrum = run_folders.density()
+        record = run_folders.record(spectrum, step=step, mode=attack("mode"), label="start")
+        reason = Estimate(0.4, 0.1, 0.8, False, attack("reason"))
+        record = replace(record, notes=[attack("note")], device=attack("device"), versions={attack("v"): attack("w")})
+        run.append(replace(record, estimates=record.estimates | {"negative_share": reason}), spectrum)
+        run.append_telemetry({"step": step, "rate": 0.5 + step})
+    table = [{attack("key"): attack("cell"), "label": attack("row"), "rms_end": Estimate(0.5, 0.25, 0.75)}]
+    for rows in (None, table):
+        text = report.write(run, title=attack("title"), table=rows).read_text(encoding="utf-8")
+        assert "<script" not in text
+        got = Page(text)
+        assert got.open == []
+        said = got.text + " ".join(attributes["alt"] for attributes in got.all("img"))
+        places = ["title", "setting", "value", "name", "mode", "meaning", "quantity", "unit", "sense", "rate"]
+        places += ["rate meaning", "note", "device", "v", "w"]
+        places += ["label", "reason"] if rows is None else ["Key", "cell", "row"]
+        for place in places:
+            assert attack(place).lower() in said.lower(), place
+        for attributes in got.all("img"):
+            assert b"<script" not in base64.b64decode(attributes["src"].partition(",")[2])
 
 
 def test_estimates_of_further_modes_are_named(tmp_path, without_figures):
     study = run_folders.study_folder(tmp_path / "study", bits=(2,))
     one, other = Estimate(0.5, 0.25, 0.75), Estimate(0.625, 0.5, 0.875)
-    rows = [{"bits": 2, "method": "winq", "latent_negative_energy_share_end": one, "negative_energy_share_end": other}]
+    rows = [{"label": "2-bit WinQ", "latent_negative_energy_share_end": one, "negative_energy_share_end": other}]
     got = page(report.write(study, table=rows))
     first = got.text.index("0.6250 [0.5000, 0.8750]")
     assert 0 < first < got.text.index("Negative energy share, mode latent") < got.text.index("0.5000 [0.2500, 0.7500]")
 
 
-def test_every_mode_gets_its_figures(tmp_path, without_figures):
-    run = run_folders.run_folder(tmp_path / "a", modes=("ste", "latent"))
+def test_every_mode_gets_its_figures_and_its_meaning(tmp_path, without_figures):
+    shown = {"modes": {"latent": "the Hessian at the latent weights"}}
+    run = run_folders.run_folder(tmp_path / "a", modes=("full", "latent", "other"), presentation=shown)
     names = set(report.figures(run))
-    assert {"density-ste", "density-latent", "trajectory-rms-ste", "trajectory-rms-latent"} <= names
+    assert {"density-full", "density-latent", "trajectory-rms-full", "trajectory-rms-latent"} <= names
     assert "trajectory-flip_rate" in names
     got = page(report.write(run))
-    assert "step 10, ste" in got.text
-    assert "H(W), the Hessian of the full-precision network" in got.text
+    assert "step 10, latent" in got.text
+    assert "latent the Hessian at the latent weights" in got.text
+    assert "full the Hessian of the loss in the model's own weights" in got.text
+    assert "other a Hessian that the caller supplied" in got.text
+
+
+def test_how_a_run_is_shown_is_no_setting(tmp_path, without_figures):
+    run = run_folders.run_folder(tmp_path / "a", rate=0.25, presentation={"label": "the name", "color": "#123456"})
+    got = page(report.write(run))
+    assert "rate 0.25" in got.text
+    assert "the name" in got.text
+    assert "presentation" not in got.text
+    assert "#123456" not in got.text
 
 
 def test_one_record_is_a_report_without_trajectories(tmp_path):
@@ -208,22 +259,3 @@ def test_a_damaged_table_is_named(tmp_path):
         (run.folder / "table.json").write_text(content)
         with pytest.raises(InputError, match=r"expected a list of rows in .*table\.json"):
             report.write(run)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.0, "0"),
-        (-2.0, "−2"),
-        (123456, "123,456"),
-        (0.43214, "0.4321"),
-        (4.15, "4.150"),
-        (4567.8, "4568"),
-        (-1.2344e-7, "−1.234·10⁻⁷"),
-        (2.5e12, "2.500·10¹²"),
-        (float("nan"), "not finite"),
-        (float("-inf"), "−∞"),
-    ],
-)
-def test_numbers(value, text):
-    assert number(value) == text

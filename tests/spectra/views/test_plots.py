@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import warnings
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -9,7 +10,7 @@ import run_folders
 
 from spectra import plots
 from spectra.backend.errors import InputError
-from spectra.views.style import BITS_COLOURS, METHOD_LINES
+from spectra.views.style import PALETTE
 
 
 @pytest.fixture(autouse=True)
@@ -94,10 +95,25 @@ def test_densities_and_labels_of_the_callers_own():
         plots.density(spectra, labels=["one"])
 
 
-def test_curves_after_a_reset_share_an_entry(tmp_path):
-    ax = plots.density(run_folders.run_folder(tmp_path / "a", marks=run_folders.RESETS))
-    assert len(curves(ax)) == 4
-    assert legend(ax) == ["step 0", "step 10", "step 20", "after the reset"]
+def test_second_spectra_at_a_training_step_share_an_entry(tmp_path):
+    marks = ((0, "start"), (10, "before-reset"), (10, "after-reset"), (20, "before-reset"), (20, "after-reset"))
+    ax = plots.density(run_folders.run_folder(tmp_path / "a", marks=marks))
+    assert [line.is_dashed() for line in curves(ax)] == [False, False, True, False, True]
+    assert legend(ax) == ["step 0", "step 10", "step 20", "after reset"]
+    run = run_folders.run_folder(
+        tmp_path / "b", marks=run_folders.RESETS, presentation={"labels": {"after-reset": "after the reset"}}
+    )
+    assert legend(plots.density(run)) == ["step 0", "step 10", "step 20", "after the reset"]
+    ax = plots.density([run, run_folders.run_folder(tmp_path / "c", marks=((5, ""), (5, "")))])
+    assert legend(ax)[1:3] == ["b, step 10", "b, step 10, after the reset"]
+    assert legend(ax)[-2:] == ["c, step 5", "c, step 5, measured again"]
+
+
+def test_the_second_of_two_spectra_at_the_last_step_says_so(tmp_path):
+    marks = ((0, ""), (10, "before-reset"), (10, "after-reset"))
+    runs = [run_folders.run_folder(tmp_path / name, marks=marks) for name in "ab"]
+    ax = plots.density(runs, steps="last")
+    assert legend(ax) == ["a, step 10, after reset", "b, step 10, after reset"]
 
 
 def test_many_steps_get_a_colour_bar(tmp_path):
@@ -107,17 +123,70 @@ def test_many_steps_get_a_colour_bar(tmp_path):
     assert [other.get_ylabel() for other in ax.figure.axes if other is not ax] == ["training step"]
 
 
-def test_runs_of_a_study_are_coloured_by_bits_and_styled_by_method(tmp_path):
+def test_runs_of_a_study_have_the_names_colours_and_lines_of_their_presentation(tmp_path):
     study = run_folders.study_folder(tmp_path / "study")
     ax = plots.density(study, steps="last")
-    assert [line.get_color() for line in curves(ax)] == [BITS_COLOURS[bits] for bits in (1, 1, 2, 2)]
+    shown = [run_folders.COLORS[bits] for bits in (1, 1, 2, 2)]
+    assert [line.get_color() for line in curves(ax)] == shown
     assert legend(ax) == [f"{bits}-bit {name}, step 20" for bits in (1, 2) for name in ("baseline", "WinQ")]
+    assert [line.is_dashed() for line in curves(ax)] == [True, False, True, False]
+    lines = curves(plots.trajectory(study, "flip_rate"))
+    assert [line.get_color() for line in lines] == shown
+    assert [line.is_dashed() for line in lines] == [True, False, True, False]
     black = plots.density(run_folders.study_folder(tmp_path / "with", bits=(2,), reference=True), steps="last")
-    assert [line.get_color() for line in curves(black)] == [BITS_COLOURS[2], BITS_COLOURS[2], "#000000"]
+    assert [line.get_color() for line in curves(black)] == [run_folders.COLORS[2]] * 2 + ["#000000"]
     assert legend(black)[-1] == "full precision, step 0"
-    dashes = [line.is_dashed() for line in curves(ax)]
-    assert dashes == [True, False, True, False]
-    assert METHOD_LINES["winq"] == "-"
+
+
+def test_runs_without_a_presentation_have_the_palette_and_the_names_of_their_folders(tmp_path):
+    runs = [run_folders.run_folder(tmp_path / name, marks=((0, ""),)) for name in ("b", "a", "_c")]
+    ax = plots.density(runs)
+    assert [line.get_color() for line in curves(ax)] == list(PALETTE[:3])
+    assert not any(line.is_dashed() for line in curves(ax))
+    assert legend(ax) == ["b, step 0", "a, step 0", " _c, step 0"]  # matplotlib would hide an underscore in front
+    assert legend(plots.trajectory(runs, "flip_rate")) == ["b", "a", " _c"]
+
+
+def test_a_presentation_may_give_a_colour_or_a_line_alone(tmp_path):
+    shown = [{"color": "#123456"}, {"line": "dotted"}, {"reference": True}, {"reference": True, "color": "#abcdef"}]
+    runs = [
+        run_folders.run_folder(tmp_path / str(position), marks=((0, ""),), presentation=entry)
+        for position, entry in enumerate(shown)
+    ]
+    lines = curves(plots.density(runs))
+    assert [line.get_color() for line in lines] == ["#123456", PALETTE[1], "#000000", "#abcdef"]
+    assert [line.get_linestyle() for line in lines] == ["-", ":", "-.", "-."]
+
+
+def test_dollar_signs_in_names_are_no_formula(tmp_path):
+    shown = {
+        "label": r"$5 and $\frac",
+        "labels": {"after-reset": r"a $b$"},
+        "quantities": {"flip_rate": {"name": r"$\x$ of flips"}},
+    }
+    run = run_folders.run_folder(tmp_path / "a", marks=run_folders.RESETS, presentation=shown)
+    other = run_folders.run_folder(tmp_path / "b")
+    for ax in (plots.density(run), plots.density([run, other]), plots.trajectory([run, other], "flip_rate")):
+        ax.figure.canvas.draw()  # matplotlib raises for a formula that it cannot read
+        for text in ax.get_legend().get_texts():
+            assert text._preprocess_math(text.get_text())[1] is False
+    assert ax.yaxis.label._preprocess_math(ax.get_ylabel()) == (r"$\x$ of flips", False)
+
+
+def test_long_names_leave_room_for_the_axes(tmp_path):
+    runs = [run_folders.run_folder(tmp_path / name) for name in ("a" * 110, "several words and more of them " * 3)]
+    for ax in (plots.trajectory(runs, "rms"), plots.density(runs, steps="last")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # matplotlib warns where its layout cannot be applied
+            ax.figure.canvas.draw()
+        assert ax.get_window_extent().width > 0.4 * ax.figure.bbox.width
+        assert ax.get_legend().get_window_extent().x1 <= ax.figure.bbox.width
+        assert {len(name.splitlines()) for name in legend(ax)} == {3}
+
+
+def test_more_curves_than_colours_are_still_named(tmp_path):
+    runs = [run_folders.run_folder(tmp_path / f"{number}", marks=((0, ""),)) for number in range(11)]
+    assert legend(plots.density(runs)) == [f"{number}, step 0" for number in range(11)]
 
 
 def test_a_run_that_kept_no_matrices_says_so(tmp_path):
@@ -132,6 +201,7 @@ def test_a_trajectory_shows_values_intervals_and_what_is_unresolved(tmp_path):
     ax = plots.trajectory(run, "near_zero_share")
     assert ax.get_ylabel() == "near-zero share (|λ| < 0.001)"
     assert ax.get_xlabel() == "training step"
+    assert [tick for tick in ax.get_xticks() if tick != round(tick)] == []
     (line,) = curves(ax)
     np.testing.assert_array_equal(line.get_data(), ([0, 10, 20], [run_folders.UNRESOLVED.value] * 3))
     (band,) = ax.collections
@@ -145,7 +215,7 @@ def test_a_trajectory_shows_values_intervals_and_what_is_unresolved(tmp_path):
     assert "white" not in {marker.get_markerfacecolor() for marker in markers}
 
 
-def test_a_reset_is_a_vertical_step_between_two_pieces(tmp_path):
+def test_two_measurements_at_a_training_step_are_joined_by_a_vertical_line(tmp_path):
     run = run_folders.run_folder(tmp_path / "a", marks=run_folders.RESETS)
     ax = plots.trajectory(run, "rms")
     values = [record.estimates["rms"].value for record in run.records]
@@ -184,7 +254,7 @@ def test_unbounded_intervals_leave_no_band_and_no_infinite_axis(tmp_path):
     assert np.isfinite(ax.get_ylim()).all()
 
 
-def test_the_one_spectrum_of_a_full_precision_model_is_a_level_line(tmp_path):
+def test_a_reference_with_one_spectrum_is_a_level_line(tmp_path):
     study = run_folders.study_folder(tmp_path / "study", bits=(2,), reference=True)
     ax = plots.trajectory(study, "lambda_max")
     (value,) = [record.estimates["lambda_max"].value for run in study.runs[-1:] for record in run.records]

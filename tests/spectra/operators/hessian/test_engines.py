@@ -11,6 +11,7 @@ from oracles import normal, relative_error
 import qat
 import spectra
 from spectra.operators.hessian import pick as engine_pick
+from spectra.operators.hessian.graphs import GraphStore
 
 LANGUAGE = 1e-6  # transformers computes norms and softmax in float32 whatever the model holds
 
@@ -161,14 +162,14 @@ def test_running_out_of_memory_is_survived_in_steps_and_noted(monkeypatch):
     op = spectra.HessianOperator(model, batches, engine="batched", graph="keep")
     vectors = normal(op.shape[0], 2, seed=1)
     want = spectra.HessianOperator(model, batches) @ vectors
-    whole = spectra.HessianOperator._sum_over_pieces
+    whole = GraphStore.sum_over_pieces
 
     def fits_two_rows(self, block, way):
-        if way == "batched" or self.graph == "keep" or max(self.objective.rows) > 2:
+        if way == "batched" or self.policy == "keep" or max(self.objective.rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return whole(self, block, way)
 
-    monkeypatch.setattr(spectra.HessianOperator, "_sum_over_pieces", fits_two_rows)
+    monkeypatch.setattr(GraphStore, "sum_over_pieces", fits_two_rows)
     with pytest.warns(UserWarning, match="out of memory, went on with"):
         assert relative_error(op @ vectors, want) < LANGUAGE
     assert [note.removeprefix("out of memory, went on with ") for note in op.notes] == [
@@ -182,14 +183,14 @@ def test_running_out_of_memory_for_the_graphs_is_survived_too(monkeypatch):
     model, batches = tiny_models.causal_lm("llama"), tiny_models.token_batches(((8, 5, 3, 6), (7, 4)))
     want = spectra.HessianOperator(model, batches).loss()
     op = spectra.HessianOperator(model, batches, graph="keep")
-    whole = spectra.HessianOperator.build
+    whole = GraphStore.build
 
-    def fits_two_rows(self, piece):
-        if self.graph == "keep" or max(self.objective.rows) > 2:
+    def fits_two_rows(self, piece, *given, **options):
+        if self.policy == "keep" or len(piece.batch["labels"]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return whole(self, piece)
+        return whole(self, piece, *given, **options)
 
-    monkeypatch.setattr(spectra.HessianOperator, "build", fits_two_rows)
+    monkeypatch.setattr(GraphStore, "build", fits_two_rows)
     with pytest.warns(UserWarning, match="out of memory, went on with"):
         assert op.loss() == pytest.approx(want, rel=1e-6)
     assert len(op.notes) == 2
@@ -200,14 +201,14 @@ def test_graphs_that_fitted_before_may_not_fit_at_new_weights(monkeypatch):
     model = tiny_models.mlp()
     op = spectra.HessianOperator(model, tiny_models.classification((4,)), engine="batched", graph="keep")
     op @ normal(op.shape[0], 2, seed=1)
-    whole = spectra.HessianOperator.build
+    whole = GraphStore.build
 
-    def fits_rebuilt(self, piece):
-        if self.graph == "keep":
+    def fits_rebuilt(self, piece, *given, **options):
+        if self.policy == "keep":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(self, piece)
+        return whole(self, piece, *given, **options)
 
-    monkeypatch.setattr(spectra.HessianOperator, "build", fits_rebuilt)
+    monkeypatch.setattr(GraphStore, "build", fits_rebuilt)
     with torch.no_grad():
         model[0].weight.mul_(2)
     with pytest.warns(UserWarning, match="out of memory, went on with"):
@@ -223,7 +224,7 @@ def test_what_does_not_fit_at_all_is_refused_in_one_line(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     op = spectra.HessianOperator(tiny_models.mlp(), tiny_models.classification((3,)))
-    monkeypatch.setattr(spectra.HessianOperator, "_sum_over_pieces", never)
+    monkeypatch.setattr(GraphStore, "sum_over_pieces", never)
     with (
         pytest.warns(UserWarning, match="out of memory"),
         pytest.raises(spectra.InputError, match="does not fit in memory") as caught,
@@ -232,29 +233,32 @@ def test_what_does_not_fit_at_all_is_refused_in_one_line(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+BLOCK = {"captured": 1, "captured batched": 4}  # vectors that a recording multiplies at once
+RECORDED = {"captured": "reverse", "captured batched": "batched"}
+
+
 @pytest.mark.parametrize("engine", ["captured", "captured batched"])
 def test_what_was_captured_does_not_outlive_the_weights(engine, monkeypatch):
     """Without a GPU: a recording that multiplies, as a CUDA graph does, at the weights that it was made at."""
     made = []
 
-    def record(op, example, way):
-        op.prepare()
-        images = op.multiply(torch.eye(op.shape[0], dtype=example.dtype), "reverse")
-        made.append(way)
+    def record(graphs, example, way):
+        images = graphs.multiply(torch.eye(graphs.space.dimension, dtype=example.dtype), "reverse")
+        made.append((way, len(example)))
         return lambda vectors: vectors @ images
 
-    monkeypatch.setattr(spectra.HessianOperator, "capture", record)
+    monkeypatch.setattr(GraphStore, "capture", record)
     model = tiny_models.mlp()
     op = spectra.HessianOperator(model, tiny_models.classification((3,)), engine=engine)
     vectors = normal(op.shape[0], 4, seed=1)
     before = op @ vectors
     assert torch.allclose(op @ vectors, before)
-    assert len(made) == 1
+    assert [way for way, count in made if count == BLOCK[engine]] == [RECORDED[engine]]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.9)
     moved = op @ vectors
-    assert len(made) == 2
+    assert [way for way, count in made if count == BLOCK[engine]] == [RECORDED[engine]] * 2
     assert not torch.allclose(moved, before)
     assert relative_error(moved, spectra.HessianOperator(model, tiny_models.classification((3,))) @ vectors) < 1e-10
 

@@ -29,11 +29,14 @@ def test_bfloat16_products_are_close_and_their_error_is_measured():
 def test_a_lower_precision_widens_the_intervals_and_they_hold_the_numbers():
     exact = spectra.slq(operator(), probes=3, steps=25, deflate=4)
     lower = spectra.slq(operator("bfloat16"), probes=3, steps=25, deflate=4)
-    assert lower.noise > 100 * exact.noise
+    assert lower.rounding_error > 100 * exact.rounding_error
     for name in ("lambda_max", "lambda_min", "rms", "trace"):
         ours, theirs = getattr(lower, name)(), getattr(exact, name)()
         assert ours.low <= theirs.value <= ours.high, name
-    assert lower.near_zero_share(lower.noise / 2).half_width > 2 * exact.near_zero_share(lower.noise / 2).half_width
+    assert (
+        lower.near_zero_share(lower.rounding_error / 2).half_width
+        > 2 * exact.near_zero_share(lower.rounding_error / 2).half_width
+    )
 
 
 def test_the_users_matmul_setting_comes_back():
@@ -57,7 +60,7 @@ def test_the_record_says_so():
     model, batches = tiny_models.causal_lm("llama", dtype=torch.float32), tiny_models.token_batches()
     (record,) = spectra.SpectrumProbe(model, batches, probes=2, steps=5, precision="bfloat16").measure(0)
     assert record.notes[0].startswith("products in bfloat16")
-    assert record.extras["precision_error"] > 1e-4
+    assert record.checks["precision_error"] > 1e-4
 
 
 def test_an_unknown_precision_is_refused():

@@ -1,0 +1,124 @@
+"""Spectra along a study: the probe that every run shares, when it measures, and the full-precision reference."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from qat.layers.convert import quantize_model
+from qat.layers.linear import weight_names
+from qat.study.config import StudyConfig
+from qat.study.presentation import REFERENCE_LABEL, presentation
+from qat.study.start import Start
+from qat.training.evaluate import Evaluation, evaluate
+from qat.training.progress import MeasuringBar
+from spectra.backend.errors import NonFiniteError
+from spectra.operators.hessian.operator import HessianOperator
+from spectra.runs.probe import SpectrumProbe
+
+
+def study_probe(
+    model: nn.Module,
+    start: Start,
+    config: StudyConfig,
+    folder: Path,
+    *,
+    name: str,
+    modes: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    params: Any = None,
+) -> SpectrumProbe:
+    """A probe with the study's batches, settings and seed, so that its spectra are paired with those of other runs.
+
+    Args:
+        model: The model to measure, on the study's device.
+        start: Where the measured batches come from.
+        config: The study's settings.
+        folder: The run folder to make.
+        name: What the progress bar says.
+        modes: Builders of operators by the name of the Hessian mode, as in `spectra.SpectrumProbe`.
+        settings: What the run's config.json says beside the probe's own facts.
+        params: Which parameters to measure, as in `spectra.HessianOperator`.
+
+    Returns:
+        The probe. Its run folder exists.
+    """
+    return SpectrumProbe(
+        model,
+        start.batches,
+        out=folder,
+        modes=modes,
+        params=params,
+        probes=config.probes,
+        steps=config.lanczos_steps,
+        deflate=config.deflate,
+        engine="reverse",  # a choice by measurement may differ from run to run, and with it the last digits
+        seed=config.train.seed,
+        config=settings,
+        progress=MeasuringBar(name),
+    )
+
+
+def measure_full_precision(start: Start, config: StudyConfig, folder: Path) -> Evaluation:
+    """Measure the full-precision model's Hessian in the weights that will be quantized: the study's reference.
+
+    Args:
+        start: The model and the batches.
+        config: The study's settings.
+        folder: The run folder to make.
+
+    Returns:
+        The model's validation loss.
+    """
+    quantized = copy.deepcopy(start.model)
+    quantize_model(quantized, config.quantization(config.bits[0]))
+    names = frozenset(weight_names(quantized))
+    model = copy.deepcopy(start.model).to(start.device)
+    probe = study_probe(
+        model,
+        start,
+        config,
+        folder,
+        name=REFERENCE_LABEL,
+        modes={"full": HessianOperator},
+        settings={"method": REFERENCE_LABEL, **start.facts, "presentation": presentation()},
+        params=lambda name, parameter: name in names,
+    )
+    probe.measure(0, "start")
+    return evaluate(model, start.validation, batch_size=config.train.batch_size)
+
+
+class MeasuringCallback(TrainerCallback):
+    """Measures spectra at given training steps, and before and after each reset of WinQ.
+
+    Args:
+        probe: What measures.
+        steps: The training steps at which it measures, unless WinQ resets there.
+    """
+
+    def __init__(self, probe: SpectrumProbe, steps: Sequence[int]) -> None:
+        self.probe, self.steps = probe, frozenset(steps)
+        self.resets: set[int] = set()
+
+    def __call__(self, step: int, label: str) -> None:
+        """Measure now, as of this training step. Raises NonFiniteError that names the step."""
+        try:
+            self.probe.measure(step, label)
+        except NonFiniteError as error:
+            kept = "" if self.probe.run is None else f"; what was recorded is in {self.probe.run.folder}"
+            raise NonFiniteError(f"at step {step}, {error}, and use a lower learning rate{kept}") from None
+
+    def around_reset(self, event: str, step: int) -> None:
+        """For `qat.WinQCallback(around_reset=...)`: measure under the label "before-reset" or "after-reset"."""
+        self.resets.add(step)
+        self(step, event)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure where a spectrum is due and no reset of this step has measured it already."""
+        if state.global_step in self.steps - self.resets:
+            self(state.global_step, "quarter")

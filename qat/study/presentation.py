@@ -1,0 +1,112 @@
+"""How the pages and figures of `spectra` show a run of quantization-aware training: names, colours, meanings.
+
+`spectra` knows nothing of quantization. It reads what it shows from the entry "presentation" of a run's config.json,
+and this module writes that entry.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qat.layers.config import parse_bits
+
+# Okabe and Ito's palette, which all kinds of colour vision tell apart: a colour for each bit-width.
+BITS_COLORS = {1: "#D55E00", 1.58: "#E69F00", 2: "#0072B2", 3: "#56B4E9", 4: "#009E73", 8: "#CC79A7"}
+REFERENCE_COLOR = "#000000"
+# Line styles as matplotlib takes them: a name, or (offset, lengths of the dashes and gaps in points).
+METHOD_LINES: dict[str, Any] = {"baseline": [0, [4, 2]], "winq": "solid"}
+OTHER_LINE = "dashdot"
+METHOD_NAMES = {"winq": "WinQ"}
+REFERENCE_LABEL = "full precision"
+
+MODE_MEANINGS = {
+    "full": "the Hessian of the loss in the model's own weights",
+    "ste": "the Jacobian of the straight-through gradient in the latent weights, M H(Q(W)) M, with M the mask of the "
+    "weights that are not clipped; clipped weights give exact zeros",
+    "quantized": "H(Q(W)), the Hessian of the full-precision network at the quantized weights",
+    "latent": "H(W), the Hessian of the full-precision network at the latent weights",
+    "noisy": "the straight-through Hessian averaged over draws of weight noise",
+}
+QUANTITIES = {
+    "relative_gradient_norm": {
+        "name": "relative gradient norm",
+        "unit": "",
+        "meaning": "‖gradient‖ / ‖W‖ over the quantized weights",
+    },
+    "flip_rate": {
+        "name": "flip rate",
+        "unit": "",
+        "meaning": "share of the quantization codes that changed since the measurement before",
+    },
+    "distance_to_grid": {
+        "name": "distance to the grid",
+        "unit": "",
+        "meaning": "‖W − Q(W)‖ / ‖W‖ over the quantized weights",
+    },
+    "clipped_share": {
+        "name": "clipped share",
+        "unit": "",
+        "meaning": "share of the weights outside the quantizer's range",
+    },
+}
+RECORD_LABELS = {"before-reset": "before the reset", "after-reset": "after the reset"}
+
+
+def presentation(*, bits: float | str | None = None, method: str | None = None) -> dict[str, Any]:
+    """The entry "presentation" of a run's config.json, from which the views of `spectra` take names and colours.
+
+    Without a bit-width the run is the full-precision reference that the others are compared with.
+
+    Args:
+        bits: The bit-width of the quantized weights; None for a full-precision run.
+        method: How the run is trained, such as "baseline" or "winq"; None leaves it out of the label.
+
+    Returns:
+        Plain values for JSON: `label`, `group`, `color`, `line`, `reference`, `modes`, `quantities` and `labels`.
+
+    Raises:
+        InputError: `bits` is none of the supported bit-widths.
+
+    Example:
+        A probe that is attached by hand to a quantized model::
+
+            SpectrumProbe(model, batches, out="runs/mine",
+                          config={"presentation": presentation(bits=2, method="winq")})
+
+        >>> shown = presentation(bits=2, method="winq")
+        >>> shown["label"], shown["group"], shown["color"], shown["line"]
+        ('2-bit WinQ', '2-bit', '#0072B2', 'solid')
+        >>> presentation()["label"]
+        'full precision'
+    """
+    return {
+        **(_reference() if bits is None else _quantized(parse_bits(bits), method)),
+        "modes": dict(MODE_MEANINGS),
+        "quantities": {key: dict(entry) for key, entry in QUANTITIES.items()},
+        "labels": dict(RECORD_LABELS),
+    }
+
+
+def run_label(bits: float, method: str | None) -> str:
+    """The name of a run: bit-width and method, such as "2-bit WinQ"."""
+    return f"{bits:g}-bit" if method is None else f"{bits:g}-bit {METHOD_NAMES.get(method, method)}"
+
+
+def _reference() -> dict[str, Any]:
+    return {
+        "label": REFERENCE_LABEL,
+        "group": REFERENCE_LABEL,
+        "color": REFERENCE_COLOR,
+        "line": OTHER_LINE,
+        "reference": True,
+    }
+
+
+def _quantized(bits: float, method: str | None) -> dict[str, Any]:
+    return {
+        "label": run_label(bits, method),
+        "group": f"{bits:g}-bit",
+        "color": BITS_COLORS[bits],
+        "line": "solid" if method is None else METHOD_LINES.get(method, OTHER_LINE),
+        "reference": False,
+    }

@@ -1,0 +1,51 @@
+"""Optional packages: what needs one that is not installed says which extra brings it."""
+
+from importlib.util import find_spec
+
+from spectra.backend.errors import InputError
+
+# By package, the extra of pyproject.toml that installs it.
+EXTRA_OF = {
+    "matplotlib": "plots",
+    "jinja2": "plots",
+    "transformers": "qat",
+    "huggingface_hub": "qat",
+    "accelerate": "qat",
+    "tokenizers": "qat",
+    "datasets": "qat",
+    "pyhessian": "pyhessian",
+}
+
+
+class MissingExtraError(InputError, ImportError):
+    """An optional package is not installed; the message says how to install the extra that brings it."""
+
+
+def missing(package: str) -> MissingExtraError:
+    """Return the error for an optional package that is not there.
+
+    Args:
+        package: A key of `EXTRA_OF`.
+
+    Returns:
+        The error, to be raised.
+
+    Example:
+        >>> print(missing("matplotlib"))
+        matplotlib is not installed: pip install "spectra-qat[plots]"
+    """
+    return MissingExtraError(f'{package} is not installed: pip install "spectra-qat[{EXTRA_OF[package]}]"')
+
+
+def need(*packages: str) -> None:
+    """Check that optional packages are installed.
+
+    Args:
+        *packages: Keys of `EXTRA_OF`, such as "matplotlib".
+
+    Raises:
+        MissingExtraError: If one of them is not there.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise missing(package)

@@ -1,0 +1,149 @@
+"""`spectra measure`: the spectrum of a checkpoint on some text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from spectra.cli.command_line import on_terminal
+from spectra.cli.tables import aligned, quantity_name
+from spectra.operators.hessian.parameters import ParameterSpace
+from spectra.operators.hessian.precision import COPIES, LOWER, PRECISIONS
+from spectra.runs.folder import CONFIG, RECORDS, check_free
+from spectra.runs.probe import SpectrumProbe
+from spectra.runs.record import SpectrumRecord
+from spectra.runs.settings import DEFLATED, MeasurementSettings
+
+DEFAULTS = MeasurementSettings()
+USAGE = "spectra measure MODEL --text FILE... --out DIR [options]"  # argparse's own would name the model last
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to those of a parser."""
+    parser = commands.add_parser("measure", help="measure the spectrum of a checkpoint on some text", usage=USAGE)
+    parser.set_defaults(command=run)
+    add = parser.add_argument
+    add("model", help="a model folder, or a name on the Hugging Face hub")
+    add("--text", nargs="+", required=True, metavar="FILE", help="text files to take the loss on")
+    add("--out", required=True, metavar="DIR", help="run folder to make")
+    add("--params", nargs="+", metavar="GLOB", help='parameters to measure, "*mlp*" (default: all)')
+    add(
+        "--probes",
+        type=int,
+        default=DEFAULTS.probes,
+        help="random probe vectors, %(default)s by default; more narrow the intervals",
+    )
+    add(
+        "--steps",
+        type=int,
+        default=DEFAULTS.steps,
+        help="Lanczos steps for each probe vector, %(default)s by default; more resolve finer",
+    )
+    add("--deflate", type=int, help=f"outliers taken out first (default: {DEFLATED} where memory allows)")
+    add("--sequences", type=int, default=8, help="sequences cut from the text, %(default)s by default")
+    add("--length", type=int, help="tokens a sequence (default: 256, or the model's longest)")
+    add("--batch-size", type=int, default=8, help="sequences a forward pass, %(default)s by default")
+    add("--seed", type=int, default=DEFAULTS.seed, help="of the probe vectors, %(default)s by default")
+    add(
+        "--dtype",
+        choices=PRECISIONS,
+        default="float32",
+        help="precision of the products; the last two are faster, and the intervals allow for their error",
+    )
+    add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    add("--trust-remote-code", action="store_true", help="run the code that a hub model brings")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, write the run folder, and print the record as a table."""
+    from spectra.integrations.loading import quiet_transformers
+
+    check_free(options.out)  # before the minutes that loading a model may take
+    settings = MeasurementSettings(
+        probes=options.probes,
+        steps=options.steps,
+        seed=options.seed,
+        deflate=options.deflate,
+        precision=options.dtype if options.dtype in LOWER else None,
+    )
+    model, batches = _load(options)
+    ParameterSpace(model, options.params)  # refuses a glob that matches nothing before a folder is made
+    config = {key: value for key, value in vars(options).items() if key not in ("command", "model")}
+    config |= {"checkpoint": options.model, "length": batches[0]["input_ids"].shape[1]}
+    with quiet_transformers(), _progress_bar() as progress:
+        probe = SpectrumProbe(
+            model,
+            batches,
+            out=options.out,
+            params=options.params,
+            settings=settings,
+            config=config,
+            progress=progress,
+        )
+        record = _measure_once(probe)
+    for line in _record_lines(record):
+        print(line)
+    print(f"written to {options.out}; next: spectra plot {options.out}, or spectra report {options.out}")
+
+
+def _load(options: argparse.Namespace) -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
+    """The model, and batches of sequences cut from the text."""
+    from spectra.integrations.loading import load_causal_lm, read_texts, sequence_batches
+
+    texts = read_texts(options.text)
+    model, tokenizer = load_causal_lm(
+        options.model,
+        dtype=COPIES.get(options.dtype, torch.float32),
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    batches = sequence_batches(
+        model, tokenizer, texts, sequences=options.sequences, length=options.length, batch_size=options.batch_size
+    )
+    return model, batches
+
+
+def _measure_once(probe: SpectrumProbe) -> SpectrumRecord:
+    """Measure; if that fails, leave the folder free for another try."""
+    try:
+        return probe.measure(0)[0]
+    finally:
+        run = probe.run
+        if run is not None and not run.records:
+            for name in (CONFIG, RECORDS):
+                (run.folder / name).unlink(missing_ok=True)
+
+
+def _record_lines(record: SpectrumRecord) -> list[str]:
+    """The lines that show a record: a heading, a table of its estimates, its notes."""
+    heading = (
+        f"{record.dimension:,} parameters, loss {record.loss:.4g}, {record.probes} probes of {record.lanczos_steps} "
+        f"steps, {record.products} products in {record.seconds:.1f} s on {record.device}"
+    )
+    rows = [("quantity", "value", "95 % interval", "")]
+    for key, estimate in record.estimates.items():
+        value, interval = f"{estimate.value:.4g}", f"[{estimate.low:.4g}, {estimate.high:.4g}]"
+        note = "" if estimate.resolved else f"unresolved: {estimate.reason}"
+        rows.append((quantity_name(key, record), value, interval, note))
+    return [heading, *aligned(rows, "<><<"), *(f"note: {note}" for note in record.notes)]
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with the time left, as the callback of a `SpectrumProbe`; None where there is no terminal."""
+    if not on_terminal():
+        yield None
+        return
+    with tqdm(desc="measuring", unit=" products", leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show

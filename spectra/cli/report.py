@@ -1,0 +1,21 @@
+"""`spectra report`: a run as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to those of a parser."""
+    parser = commands.add_parser("report", help="write a run's report.html, one file with everything in it")
+    parser.set_defaults(command=run)
+    parser.add_argument("run", help="run or study folder")
+    parser.add_argument("--title", help="heading of the report")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the page and print its path."""
+    from spectra.views import page
+
+    print(page.write(options.run, title=options.title))

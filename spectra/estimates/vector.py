@@ -1,0 +1,55 @@
+"""An estimate for each entry of a vector, such as the diagonal of a matrix."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from spectra.estimates.estimate import CONFIDENCE, student_quantile
+
+
+@dataclass(frozen=True)
+class VectorEstimate:
+    """Values (n,) with a 95 % interval [low, high] for each entry by itself, not for all of them at once.
+
+    Attributes:
+        value: the estimates, (n,).
+        low: lower ends, (n,).
+        high: upper ends, (n,).
+        reason: why the estimates cannot be relied on; empty where nothing speaks against them.
+    """
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    reason: str = ""
+
+    @property
+    def resolved(self) -> bool:
+        """Whether nothing speaks against the values."""
+        return not self.reason
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+
+def vector_interval(
+    sums: np.ndarray, squares: np.ndarray, count: int, *, confidence: float = CONFIDENCE
+) -> VectorEstimate:
+    """The mean of independent samples of a vector with Student's interval for each entry, mean +- t_{k-1} s / sqrt(k).
+
+    Args:
+        sums: the sum of the samples, (n,).
+        squares: the sum of their squares, (n,).
+        count: k, the number of samples, at least 2.
+        confidence: of each interval.
+
+    Returns:
+        The mean and the bounds, (n,) each.
+    """
+    mean = sums / count
+    variance = np.maximum(squares / count - mean**2, 0.0) * count / (count - 1)
+    half = student_quantile(count - 1, confidence) * np.sqrt(variance) / math.sqrt(count)
+    return VectorEstimate(mean, mean - half, mean + half)

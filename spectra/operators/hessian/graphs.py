@@ -1,0 +1,537 @@
+"""The graphs of the gradient: built a piece at a time, kept as far as memory allows, and differentiated again."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import nn
+
+from spectra.backend import memory, ranks
+from spectra.backend.errors import InputError, NonFiniteError, first_line
+from spectra.operators.hessian import engines
+from spectra.operators.hessian.footprint import Footprint, measure_footprint
+from spectra.operators.hessian.isolation import differentiating, isolated, random_states_kept
+from spectra.operators.hessian.objective import Objective, Piece
+from spectra.operators.hessian.parameters import ParameterSpace
+from spectra.operators.hessian.precision import arithmetic
+from spectra.operators.hessian.substitution import Substitution, WeightsWritten
+
+T = TypeVar("T")
+POLICIES = ("auto", "keep", "rebuild")
+GRAPHS_SHARE = 0.5  # of the free memory, for kept graphs under "auto"
+PRODUCT_SHARE = 0.8  # of the free memory, for one graph and a product through it, before microbatches are cut
+NO_SECOND_DERIVATIVE = (
+    r"derivative for '?([\w:]+)'? is not implemented",
+    r"(element \d+ of tensors does not require grad)",
+    r"(trying to differentiate twice a function that was marked with @once_differentiable)",
+    r"(\w+).{0,40} does not support (?:double backward|second)",
+    r"(checkpoint\w*.{0,40}) is not compatible with",
+)
+
+
+@dataclass(frozen=True)
+class GraphLayout:
+    """How the graphs lie in memory.
+
+    Attributes:
+        objective: the loss in the pieces that are worked on one after another.
+        kept: how many of the first pieces' graphs are kept; the others are rebuilt at every product.
+    """
+
+    objective: Objective
+    kept: int
+
+
+@dataclass
+class _State:
+    """What was computed at one set of weights."""
+
+    substitution: Substitution
+    loss: float
+    kept: list[engines.Tensors]
+    gradient: torch.Tensor | None  # None where the kept graphs hold all of it
+    forward: dict[int, engines.ForwardOverReverse]
+
+
+class GraphStore:
+    """The gradient of an objective with its graph, at the current weights of the model.
+
+    Args:
+        model: the model, outside of any wrapper.
+        space: the parameters that are differentiated.
+        objective: the loss.
+        dtype: of the vectors and of the gradient.
+        copy: the dtype that weights are brought to, None for their own.
+        precision: see `spectra.operators.hessian.precision`.
+        training: whether the model runs in training mode.
+        context: called for a context manager that is entered around every forward pass.
+        policy: "keep" all graphs, "rebuild" them at every product, or "auto": keep as many as fit in half of the free
+            memory.
+        over_ranks: whether every rank of torch.distributed has a part of the objective.
+        notes: list that gets what a reader of the numbers should know.
+
+    Attributes:
+        can_be_cut: asked before a batch is cut into rows, which some losses do not allow.
+        writes_to_weights: whether the forward pass was seen to write to weights, as an embedding with max_norm does.
+        when_out_of_memory: makes later computations need less, and says how; by default `reduce_memory`.
+        each_forward: called for another context manager around every forward pass, which checks set for a while.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: ParameterSpace,
+        objective: Objective,
+        *,
+        dtype: torch.dtype,
+        copy: torch.dtype | None,
+        precision: str | None,
+        training: bool,
+        context: Callable[[], AbstractContextManager[Any]],
+        policy: str,
+        over_ranks: bool,
+        notes: list[str],
+    ):
+        if policy not in POLICIES:
+            raise InputError(f"graph must be one of {', '.join(POLICIES)}, got {policy!r}")
+        self.model, self.space, self.objective = model, space, objective
+        self.dtype, self.device, self.copy, self.precision = dtype, space.parameters[0].device, copy, precision
+        self.training, self.policy, self.over_ranks, self.notes = training, policy, over_ranks, notes
+        self.can_be_cut: Callable[[], bool] = lambda: True
+        self.each_forward: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+        self.when_out_of_memory: Callable[[], str] = self.reduce_memory
+        self._context = context
+        # a graph that is to be captured has to be built on the stream that it is captured on
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._state: _State | None = None
+        self._versions: tuple[tuple[int, int, int], ...] = ()
+        self._footprint: Footprint | None = None
+        self.writes_to_weights = False  # so stand-ins have memory of their own
+
+    # -- what is known at the current weights
+
+    def loss(self) -> float:
+        """The loss at the current weights."""
+        return self._current().loss
+
+    def gradient(self) -> torch.Tensor:
+        """The gradient at the current weights, (n,)."""
+        state = self._current()
+        if state.gradient is not None:
+            return state.gradient.clone()
+        return functools.reduce(torch.add, map(self._flat, state.kept))
+
+    @property
+    def keeps_every_graph(self) -> bool:
+        """Whether no product has to build a graph again."""
+        return self._state is not None and len(self._state.kept) == len(self.objective.pieces)
+
+    def weights_changed(self) -> bool:
+        """Whether the weights or buffers are others than those that the graphs belong to."""
+        state = (*self.model.parameters(), *self.model.buffers())
+        # an inference tensor has no version: its changes through .data or in inference mode need a call of forget()
+        versions = tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in state)
+        changed, self._versions = versions != self._versions, versions
+        return changed
+
+    def prepare(self) -> bool:
+        """Compute loss, gradient and graphs at the current weights, if they are not there. True where it did."""
+        if self.weights_changed():
+            self.forget()
+            self.space = self.space.renewed(self.model)
+        if self._state is not None:
+            return False
+        self.run_within_memory(self._compute, self.when_out_of_memory, vectors=1)
+        return True
+
+    def forget(self) -> None:
+        """Drop what was computed, and its memory."""
+        self._state = None
+
+    def _current(self) -> _State:
+        self.prepare()
+        assert self._state is not None
+        return self._state
+
+    def _compute(self) -> None:
+        layout = self.layout()
+        if layout.objective is not self.objective:
+            self.objective = layout.objective
+            self.notes.append(f"memory for {max(self.objective.rows)} rows at a time")
+        loss, kept = 0.0, []
+        total = torch.zeros(self.space.dimension, dtype=self.dtype, device=self.device)
+        with random_states_kept(self.device), self.on_stream():
+            substitution = self.substitution()
+            for index, piece in enumerate(self.objective.pieces):
+                try:
+                    value, gradient = self.build(piece, substitution, guarded=index == 0)
+                except WeightsWritten:  # the stand-ins get memory of their own, and so the model keeps its weights
+                    self.writes_to_weights = True
+                    substitution = self.substitution()
+                    value, gradient = self.build(piece, substitution)
+                flat = self._flat(gradient)
+                self.space.check_finite(flat, f"the gradient of {piece.name}")
+                loss += value.item()
+                total += flat
+                if index < layout.kept:
+                    kept.append(gradient)
+        loss, total = self._over_ranks(loss, total)
+        every_graph = len(kept) == len(self.objective.pieces) and not self.over_ranks
+        self._state = _State(substitution, loss, kept, None if every_graph else total, {})
+        for note in self.objective.batch_loss.notes:
+            if note not in self.notes:
+                self.notes.append(note)
+
+    def _over_ranks(self, loss: float, gradient: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """Loss and gradient summed over the ranks, where each has a part of the objective."""
+        if not self.over_ranks:
+            return loss, gradient
+        total = ranks.all_reduce_sum_(torch.tensor(loss, dtype=torch.float64, device=self.device))
+        return total.item(), ranks.all_reduce_sum_(gradient)
+
+    # -- one piece
+
+    def substitution(self, *, dtype: torch.dtype | None = None, offset: torch.Tensor | None = None) -> Substitution:
+        """Stand-ins for the current weights, in another precision or moved by an offset (n,) if asked for."""
+        copies = self.writes_to_weights
+        return Substitution(self.model, self.space, dtype=dtype or self.copy, offset=offset, copies=copies)
+
+    def build(
+        self, piece: Piece, substitution: Substitution, *, second_order: bool = True, guarded: bool = False
+    ) -> tuple[torch.Tensor, engines.Tensors]:
+        """The piece's weighted loss and its gradient, with a graph that can be differentiated again.
+
+        Args:
+            piece: the microbatch.
+            substitution: the weights it is computed at.
+            second_order: whether the gradient gets a graph.
+            guarded: whether to raise `WeightsWritten` where the forward pass writes to the model's weights.
+
+        Returns:
+            The loss, a scalar, and a gradient for each chosen parameter.
+
+        Raises:
+            InputError: where the loss does not depend on the chosen parameters, or cannot be differentiated.
+        """
+        guard = substitution.guarded() if guarded else contextlib.nullcontext()
+        with self._measuring(), substitution.active(), guard, self._forward_pass():
+            loss = self.objective.forward(piece, self.device, substitution.dtype) * piece.share
+            if not loss.requires_grad:
+                raise InputError(
+                    f"the loss of {piece.name} does not depend on the chosen parameters by differentiable steps: "
+                    "look for torch.no_grad, .detach(), .item() or argmax in the forward pass and the loss, or choose "
+                    "parameters that are used with params=..."
+                )
+            with _second_derivatives_named():
+                gradient = torch.autograd.grad(
+                    loss, substitution.chosen, create_graph=second_order, allow_unused=True, retain_graph=second_order
+                )
+        self._check_used(gradient, piece)
+        filled = zip(gradient, substitution.chosen, strict=True)
+        return loss.detach(), tuple(torch.zeros_like(p) if g is None else _dense(g) for g, p in filled)
+
+    def _check_used(self, gradient: tuple[torch.Tensor | None, ...], piece: Piece) -> None:
+        """Refuse a loss that uses none of the chosen parameters, and note the parameters it does not use."""
+        unused = [name for name, part in zip(self.space.names, gradient, strict=True) if part is None]
+        if len(unused) == len(gradient):
+            raise InputError(
+                f"the loss of {piece.name} does not use any of the {len(unused)} chosen parameters, such as "
+                f"'{unused[0]}': choose parameters that the forward pass uses with params=..."
+            )
+        listed = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
+        note = f"parameters that the loss does not use, whose rows are zero: {listed}"
+        if unused and note not in self.notes:
+            self.notes.append(note)
+
+    def gradient_at(
+        self, objective: Objective, *, dtype: torch.dtype | None = None, offset: torch.Tensor | None = None
+    ) -> tuple[float, torch.Tensor]:
+        """Loss and gradient (n,) of an objective at other weights, without a graph.
+
+        Args:
+            objective: the loss, in its pieces.
+            dtype: the precision, None for the measurement's own.
+            offset: added to the chosen parameters, (n,).
+
+        Returns:
+            The loss and the gradient, (n,).
+        """
+        loss, total = 0.0, None
+        with random_states_kept(self.device), self.on_stream():
+            substitution = self.substitution(dtype=dtype, offset=offset)
+            for piece in objective.pieces:
+                value, gradient = self.build(piece, substitution, second_order=False)
+                flat = self._flat(gradient)
+                loss += value.item()
+                total = flat if total is None else total.add_(flat)
+        assert total is not None  # an objective has at least one piece
+        return self._over_ranks(loss, total)
+
+    def loss_at(self, *, dtype: torch.dtype | None = None, offset: torch.Tensor | None = None) -> float:
+        """The loss at other weights, as `gradient_at`."""
+        total = 0.0
+        with random_states_kept(self.device), self.on_stream():
+            substitution = self.substitution(dtype=dtype, offset=offset)
+            for piece in self.objective.pieces:
+                with self._measuring(), substitution.active(), self._forward_pass(), torch.no_grad():
+                    total += float(self.objective.evaluate(piece, self.device, substitution.dtype)) * piece.share
+        if self.over_ranks:
+            total = ranks.all_reduce_sum_(torch.tensor(total, dtype=torch.float64, device=self.device)).item()
+        return total
+
+    def gradient_of_the_model_itself(self) -> tuple[float, torch.Tensor]:
+        """Loss and gradient (n,) by the model's own parameters, without stand-ins, as a training computes them."""
+        loss, total = 0.0, torch.zeros(self.space.dimension, dtype=self.dtype, device=self.device)
+        before = [(p, p.requires_grad) for p in self.space.parameters]
+        buffers = [(m, k, b) for m in self.model.modules() for k, b in m._buffers.items() if b is not None]
+        try:
+            for parameter, _ in before:
+                parameter.requires_grad_(True)
+            for module, key, buffer in buffers:
+                module._buffers[key] = buffer.clone()
+            with self._measuring(), self.on_stream(), self._forward_pass():
+                for piece in self.objective.pieces:
+                    value = self.objective.forward(piece, self.device) * piece.share
+                    parts = torch.autograd.grad(value, self.space.parameters, allow_unused=True)
+                    filled = zip(parts, self.space.parameters, strict=True)
+                    total += self._flat([torch.zeros_like(p) if g is None else _dense(g) for g, p in filled])
+                    loss += value.item()
+        finally:
+            for parameter, flag in before:
+                parameter.requires_grad_(flag)
+            for module, key, buffer in buffers:
+                module._buffers[key] = buffer
+        return self._over_ranks(loss, total)
+
+    # -- products
+
+    def multiply(self, vectors: torch.Tensor, engine: str) -> torch.Tensor:
+        """The Hessian-vector products of the rows of `vectors` (k, n) by "reverse", "batched" or "forward"."""
+        self.prepare()
+        with self.on_stream():
+            return self.sum_over_pieces(vectors, engine)
+
+    def capture(self, example: torch.Tensor, engine: str) -> engines.CapturedProducts:
+        """The products of blocks like `example` (k, n), recorded as a CUDA graph at the current weights."""
+        self.prepare()
+        if self.stream is None or not self.keeps_every_graph:
+            raise InputError("a product can be captured on a CUDA device with every graph kept: use engine='auto'")
+        return engines.CapturedProducts(lambda vectors: self.sum_over_pieces(vectors, engine), example, self.stream)
+
+    def sum_over_pieces(self, vectors: torch.Tensor, engine: str) -> torch.Tensor:
+        """The sum of all pieces' products, on the current stream."""
+        total = None
+        for index, piece in enumerate(self.objective.pieces):
+            products = self._piece_products(index, piece, vectors, engine)
+            total = products if total is None else total.add_(products)
+        assert total is not None  # an objective has at least one piece
+        return total
+
+    def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
+        """Raise the NonFiniteError that names the batch and the parameter where a product is not finite."""
+        for index, piece in enumerate(self.objective.pieces):
+            for product in self._piece_products(index, piece, vectors, "reverse"):
+                self.space.check_finite(product, f"the Hessian product of {piece.name}")
+        raise NonFiniteError("the sum of the Hessian products over batches overflows; measure with precision='float64'")
+
+    def _piece_products(self, index: int, piece: Piece, vectors: torch.Tensor, engine: str) -> torch.Tensor:
+        state = self._state
+        assert state is not None
+        if engine == "forward":
+            return self._forward_over_reverse(state, index, piece, vectors)
+        keep = index < len(state.kept)
+        gradient = state.kept[index] if keep else self.build(piece, state.substitution)[1]
+        return self.through(gradient, state.substitution, vectors, keep=keep, batched=engine == "batched")
+
+    def through(
+        self,
+        gradient: engines.Tensors,
+        substitution: Substitution,
+        vectors: torch.Tensor,
+        *,
+        keep: bool,
+        batched: bool = False,
+    ) -> torch.Tensor:
+        """The products of the rows of `vectors` (k, n) with the derivative of a gradient that has its graph."""
+        multiply = engines.batched if batched else engines.reverse
+        # a checkpoint runs parts of the model again here, with the stand-ins that the graph was built with
+        with substitution.active(), differentiating(self.device), self._arithmetic(), _second_derivatives_named():
+            return multiply(gradient, substitution.chosen, vectors, keep=keep)
+
+    def _forward_over_reverse(self, state: _State, index: int, piece: Piece, vectors: torch.Tensor) -> torch.Tensor:
+        if index not in state.forward:
+            state.forward[index] = engines.ForwardOverReverse(
+                self.model,
+                self.space.names,
+                state.substitution.chosen,
+                lambda: self.objective.evaluate(piece, self.device, state.substitution.dtype) * piece.share,
+            )
+        with (
+            isolated(self.model, training=self.training, attention=("eager",)),
+            state.substitution.active(),
+            self._forward_pass(),
+            torch.compiler.set_stance("default"),
+        ):
+            return state.forward[index](vectors)
+
+    def higher_precision_product(self, vector: torch.Tensor) -> torch.Tensor:
+        """The product of one vector (n,) in float32, where the measurement's matrix products are in less."""
+        state = self._current()
+        with self.in_full_precision(), random_states_kept(self.device), self.on_stream():
+            gradients = [self.build(piece, state.substitution)[1] for piece in self.objective.pieces]
+            parts = [self.through(g, state.substitution, vector[None], keep=False) for g in gradients]
+            higher = torch.stack(parts).sum(dim=0)[0]
+        return ranks.all_reduce_sum_(higher) if self.over_ranks else higher
+
+    @contextlib.contextmanager
+    def in_full_precision(self) -> Iterator[None]:
+        """Inside, matrix products are in the precision of the weights, also where the measurement's are in a lower."""
+        precision, self.precision = self.precision, None
+        try:
+            yield
+        finally:
+            self.precision = precision
+
+    # -- memory
+
+    def layout(self) -> GraphLayout:
+        """The layout that fits the memory that is free now. Asking changes nothing.
+
+        Under "auto", microbatches are cut as long as one graph and a product through it would not fit, and as many
+        graphs are kept as fit in half of the free memory.
+        """
+        objective = self.objective
+        if self.policy != "auto":
+            return GraphLayout(objective, len(objective.pieces) if self.policy == "keep" else 0)
+        if len(objective.pieces) == 1 and objective.rows[0] == 1:
+            return GraphLayout(objective, 1)  # nothing to choose
+        free = memory.available(self.device)
+        footprint = self.footprint()
+        while max(objective.rows) > 1 and self._needs(max(objective.rows)) > PRODUCT_SHARE * free:
+            if not self.can_be_cut():
+                break
+            objective = objective.halved()
+        room = int(GRAPHS_SHARE * free)
+        for kept, rows in enumerate(objective.rows):
+            room -= footprint.graph(rows)
+            if room < 0:
+                return GraphLayout(objective, max(kept, 1 if len(objective.pieces) == 1 else 0))
+        return GraphLayout(objective, len(objective.pieces))
+
+    def _needs(self, rows: int) -> int:
+        return self.footprint().graph(rows) + self.footprint().product(rows)
+
+    def footprint(self) -> Footprint:
+        """The memory of a microbatch, measured once on a few rows."""
+        if self._footprint is None:
+            with random_states_kept(self.device), self.on_stream():
+                substitution = self.substitution()
+                vector = torch.zeros(1, self.space.dimension, dtype=self.dtype, device=self.device)
+                self._footprint = measure_footprint(
+                    self.objective,
+                    lambda piece: self.build(piece, substitution)[1],
+                    lambda gradient: self.through(gradient, substitution, vector, keep=True),  # type: ignore[arg-type]
+                )
+        return self._footprint
+
+    def reduce_memory(self) -> str:
+        """Use less memory from here on: rebuild graphs instead of keeping them, then halve the microbatches.
+
+        Returns:
+            What changed, in words; "" where nothing is left to do.
+        """
+        rows = max(self.objective.rows)
+        if self.policy != "rebuild":
+            self.policy, change = "rebuild", "graphs rebuilt at every product"
+        elif rows > 1 and self.can_be_cut():
+            self.objective, change = self.objective.halved(), f"{(rows + 1) // 2} rows at a time"
+        else:
+            return ""
+        self.forget()
+        return change
+
+    def run_within_memory(self, run: Callable[[], T], reduce: Callable[[], str], *, vectors: int) -> T:
+        """Call `run`, and again after `reduce` each time that it runs out of memory. What changed is noted.
+
+        Args:
+            run: the computation.
+            reduce: makes later calls need less, and says how; "" where it cannot.
+            vectors: that a product has, for the message.
+
+        Returns:
+            What `run` returns.
+
+        Raises:
+            InputError: where nothing is left to reduce.
+        """
+        while True:
+            try:
+                return run()
+            except torch.OutOfMemoryError as error:
+                reason = first_line(error)
+            # outside of the handler, where the tensors of the failed attempt are gone
+            change = reduce()
+            if not change:
+                raise InputError(
+                    f"a product with {vectors} vectors does not fit in memory, not even a row of a batch at a time: "
+                    "measure fewer parameters (params=), shorter sequences, or on a larger device"
+                )
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            note = f"out of memory, went on with {change}"
+            self.notes.append(note)
+            warnings.warn(f"{note} ({reason})", stacklevel=2)
+
+    @contextlib.contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """On a GPU, work on the store's own stream, in order with the caller's."""
+        if self.stream is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            yield
+        current.wait_stream(self.stream)
+
+    def _measuring(self) -> AbstractContextManager[None]:
+        return isolated(self.model, training=self.training)
+
+    @contextlib.contextmanager
+    def _forward_pass(self) -> Iterator[None]:
+        with self._context(), self.each_forward(), self._arithmetic():
+            yield
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return arithmetic(self.precision, self.device)
+
+    def _flat(self, gradient: Any) -> torch.Tensor:
+        return self.space.flatten([part.detach() for part in gradient])
+
+
+def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to_dense() if gradient.layout != torch.strided else gradient
+
+
+@contextlib.contextmanager
+def _second_derivatives_named() -> Iterator[None]:
+    """Turn torch's errors about a missing second derivative into one line that names the operation."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        text = " ".join(str(error).split())
+        for pattern in NO_SECOND_DERIVATIVE:
+            if found := re.search(pattern, text, re.IGNORECASE):
+                raise InputError(
+                    f"the loss cannot be differentiated twice: torch has no second derivative here ({found[1]}); "
+                    "replace that operation by others that compute the same, such as their plain torch form"
+                ) from error
+        raise

@@ -1,0 +1,1 @@
+"""A spectrum along a training, on disk."""

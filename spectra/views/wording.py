@@ -1,0 +1,54 @@
+"""What runs, records, modes and quantities are called in figures and tables, from what the run folders say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from spectra.estimates import quantities
+from spectra.estimates.quantities import Quantity
+from spectra.runs.folder import Run
+from spectra.runs.record import SpectrumRecord
+
+MODE_MEANINGS = {"full": "the Hessian of the loss in the model's own weights"}
+UNKNOWN_MODE = "a Hessian that the caller supplied"
+
+
+def describe(runs: Sequence[Run], key: str) -> Quantity:
+    """Name, unit and meaning of a quantity, from the first run that describes it, else from `spectra` itself."""
+    for run in runs:
+        if key in (shown := run.presentation).quantities:
+            return shown.describe(key)
+    return quantities.describe(key)
+
+
+def axis_name(runs: Sequence[Run], key: str) -> str:
+    """A quantity as an axis is labelled: its name with its unit, or with the tolerance of a near-zero share."""
+    about = describe(runs, key)
+    return f"{about.name} (|λ| < {tolerance(runs)})" if key == "near_zero_share" else about.axis
+
+
+def tolerance(runs: Sequence[Run]) -> str:
+    """The size below which an eigenvalue counts as near zero; all sizes where the runs used several."""
+    return " or ".join(sorted({f"{record.near_zero_tol:g}" for run in runs for record in run.records}))
+
+
+def record_words(run: Run, record: SpectrumRecord) -> str:
+    """The label of a record in words; "" where it has none."""
+    return run.presentation.labels.get(record.label, record.label.replace("-", " "))
+
+
+def mode_meaning(runs: Sequence[Run], mode: str) -> str:
+    """Which Hessian a mode is, from the first run that explains it."""
+    explained = [shown.modes[mode] for run in runs if mode in (shown := run.presentation).modes]
+    return explained[0] if explained else MODE_MEANINGS.get(mode, UNKNOWN_MODE)
+
+
+def sentence_case(words: str) -> str:
+    """The words with a capital first letter."""
+    return words[:1].upper() + words[1:]
+
+
+def listed(items: Iterable[str]) -> str:
+    """Items as in a sentence: "a, b and c". At least one is expected."""
+    *others, last = items
+    return f"{', '.join(others)} and {last}" if others else last
