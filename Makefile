@@ -40,9 +40,9 @@ $(PEERS)/.installed: benchmarks/peers.txt $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(PEERS) --requirement benchmarks/peers.txt
 	touch $@
 
-# The figures of the README and of docs/speed.md.
+# The figures of the README and of docs/speed.md. The README's second one is drawn where `make demo` has been run.
 figures: $(INSTALLED)
-	$(BIN)/python docs/figures.py
+	$(BIN)/python docs/figures.py $(if $(wildcard runs/demo/table.json),--study runs/demo)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

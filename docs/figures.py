@@ -1,11 +1,16 @@
-"""Draw the figures of the README and of docs/speed.md: `python docs/figures.py` writes them beside this file.
+"""Draw the figures of the README and of docs/speed.md beside this file.
 
-docs/trust.png is drawn by `make bench-trust FIGURE=docs/trust.png`, and docs/density.png by `qat compare`.
+    python docs/figures.py [--study FOLDER]
+
+--study is the folder that `make demo` wrote, runs/demo; docs/density.svg shows its spectra. `make bench-trust
+FIGURE=docs/trust.png` draws the figure of docs/trust.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +22,11 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 import spectra
+from spectra.views.densities import Curve, curves_of, draw_densities
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "speed" / "results"
-# Okabe and Ito's palette, told apart by all kinds of colour vision.
+# From the palette of Okabe and Ito (Color Universal Design, 2008).
 COUNTED, OURS, TRUTH = "#D55E00", "#0072B2", "#000000"
 
 
@@ -38,10 +44,10 @@ def save(figure: Figure, name: str) -> None:
 
 
 class Reading(NamedTuple):
-    """A row of the figure: a value from each probe, or one estimate with its interval."""
+    """A row of the figure: a value from each probe vector, or one estimate with its interval."""
 
     label: str
-    products: int
+    products: int  # Hessian-vector products spent
     values: np.ndarray | None = None
     estimate: spectra.Estimate | None = None
 
@@ -53,14 +59,14 @@ def known_eigenvalues() -> np.ndarray:
 
 
 def count_nodes(operator: spectra.LinearOperator, *, probes: int, steps: int) -> Reading:
-    """The weight of the nodes below zero, a value from each probe."""
+    """The weight of the nodes below zero, a value from each probe vector."""
     density = spectra.slq(operator, probes=probes, steps=steps)
     counted = (density.weights * (density.nodes < 0)).sum(axis=1)
-    return Reading(f"nodes counted: {probes} probes, {steps} steps", probes * steps, values=counted)
+    return Reading(f"nodes counted: {probes} probe vectors, {steps} steps", probes * steps, values=counted)
 
 
 def readings(operator: spectra.LinearOperator) -> list[Reading]:
-    """Three counts without an interval, then three estimates with one."""
+    """Three counts of nodes, which have no interval, then three estimates, which have one."""
     found = [count_nodes(operator, probes=probes, steps=steps) for probes, steps in ((4, 60), (20, 60), (10, 100))]
     for deflate, label in ((0, "slq(probes=4, steps=60)"), (20, "slq(probes=4, steps=60, deflate=20)")):
         before = operator.products
@@ -76,11 +82,11 @@ def negative_share() -> None:
     values = known_eigenvalues()
     truth = float((values < 0).mean())
     rows = readings(spectra.DiagonalOperator(values))
-    figure, ax = pyplot.subplots(figsize=(8, 3.7), layout="constrained")
+    figure, ax = pyplot.subplots(figsize=(8.6, 3.7), layout="constrained")
     ax.axvline(truth, color=TRUTH, linewidth=1.5, label=f"truth: {truth:.3f}")
     for height, (_, _, counted, share) in enumerate(reversed(rows)):
         if counted is not None:
-            label = "weight of the nodes below zero, one point per probe" if height == 3 else None
+            label = "weight of nodes below zero, a point per probe vector" if height == 3 else None
             ax.plot(counted, np.full(len(counted), height), "o", color=COUNTED, alpha=0.6, label=label)
         if share is not None:
             label = "95 % interval" if share.resolved else None
@@ -102,9 +108,41 @@ def negative_share() -> None:
     save(figure, "negative-share.svg")
 
 
+# The README's second figure: the densities of a study at the end of training, a panel for each bit-width.
+
+
+def last_curves(name: str, runs: list[spectra.Run]) -> list[Curve]:
+    """The last density of each run, labelled without the name of the panel and with the share of exact zeros."""
+    curves = []
+    for run, curve in zip(runs, curves_of(runs, steps="last"), strict=True):
+        zeros = f", {curve.density.zero_share():.0%} at 0" if curve.density.zero_share() else ""
+        curves.append(replace(curve, label=run.presentation.label.removeprefix(f"{name} ") + zeros))
+    return curves
+
+
+def densities(study: Path) -> None:
+    """Draw the last density of every run of a study, with the full-precision one in each panel."""
+    groups: dict[str, list[spectra.Run]] = {}
+    references: list[spectra.Run] = []
+    for run in spectra.Run(study).runs:
+        shown = run.presentation
+        (references if shown.reference else groups.setdefault(shown.group, [])).append(run)
+    figure, axes = pyplot.subplots(
+        1, len(groups), figsize=(3.8 * len(groups), 3.5), layout="constrained", sharex=True, sharey=True, squeeze=False
+    )
+    draw_densities(
+        [(ax, last_curves(name, runs + references)) for ax, (name, runs) in zip(axes[0], groups.items(), strict=True)]
+    )
+    for ax, name in zip(axes[0], groups, strict=True):
+        ax.set_title(name, loc="left", fontsize=11)
+        ax.label_outer()
+        ax.legend(loc="lower center", frameon=False, fontsize=8)
+    save(figure, "density.svg")
+
+
 # The figure of docs/speed.md: the time of a spectral density beside other libraries.
 
-# A row of the figure, and the tables that hold it. The times in a table are relative to spectra's in the same table.
+# A row of the figure, and the tables that its points come from. Times are relative to spectra's in the same table.
 SETUPS = {
     "3k parameters, CPU": ["cpu-3k.md"],
     "1M parameters, CPU": ["cpu-1M-density.md"],
@@ -121,7 +159,7 @@ DENSITY_TABLE = re.compile(r"^\*\*density\.\*\*.*?\n\n(.*?)(?:\n\n|\Z)", re.MULT
 
 
 def quickest(tables: list[str]) -> dict[str, float]:
-    """By library, the time of its quickest way to a density, as a multiple of spectra's."""
+    """The time of a density by each library's quickest function, as a multiple of spectra's."""
     found: dict[str, float] = {}
     for name in tables:
         table = DENSITY_TABLE.search((RESULTS / name).read_text(encoding="utf-8"))
@@ -137,7 +175,7 @@ def quickest(tables: list[str]) -> dict[str, float]:
 
 
 def speed() -> None:
-    """Draw a row a setup, on a logarithmic axis."""
+    """Draw a row for each setup, on a logarithmic axis."""
     figure, ax = pyplot.subplots(figsize=(8, 3), layout="constrained")
     handles = {"spectra": ax.axvline(1, color=OURS, linewidth=3)}
     for height, tables in enumerate(reversed(SETUPS.values())):
@@ -156,6 +194,16 @@ def speed() -> None:
     save(figure, "speed.svg")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Draw them all, the densities only where a study is given."""
+    parser = argparse.ArgumentParser(description="Draw the figures of the README and of docs/speed.md.")
+    parser.add_argument("--study", type=Path, help="the folder of `make demo`, for docs/density.svg")
+    study = parser.parse_args().study
     negative_share()
     speed()
+    if study is not None:
+        densities(study)
+
+
+if __name__ == "__main__":
+    main()

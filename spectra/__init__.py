@@ -1,4 +1,4 @@
-"""Hessian spectral diagnostics for PyTorch models: every stochastic number carries its interval."""
+"""Hessian spectral diagnostics for PyTorch models: every estimate that involves chance has an interval."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ __all__ = [
     "trace",
 ]
 
-# Loaded when first asked for, with the optional packages that they need.
+# Imported at first use, with the packages of the extras that they need.
 _LAZY = {
     "plots": ("spectra.views.plots", None, ("matplotlib",)),
     "report": ("spectra.views.page", None, ("matplotlib", "jinja2")),

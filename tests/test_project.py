@@ -24,6 +24,18 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PROSE = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + DOCS
 PROSE += sorted((ROOT / "benchmarks").rglob("results/*.md"))
 ROOMS = {"backend", "operators", "estimates", "algorithms", "runs", "views", "integrations", "cli"}
+# Names of version 0.1 that other people's code relies on.
+PUBLIC = {
+    "spectra": """
+        Change DeflatedOperator DenseOperator DiagonalOperator Eigenpairs Estimate HessianOperator InputError
+        LinearOperator MeanOperator MemoryPlan NoiseSplit NonFiniteError Objective ParameterSpace Run SpectralDensity
+        SpectrumCallback SpectrumProbe SpectrumRecord Tridiagonal __version__ batch_noise compare distributed lanczos
+        plan plots report resolve slq topk trace""",
+    "qat": """
+        MODES PRESETS ConversionReport InputError QuantConfig QuantEmbedding QuantLayer QuantLinear WinQ WinQCallback
+        WinQConfig decay_exempt hessian_mode hessian_operator interpolate_ quant_layers quantize_model reset_steps
+        telemetry""",
+}
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w*)\n(?P<body>.*?)```", re.DOTALL)
 NUMBER = re.compile(r"-?\d*\.?\d+(?:e[-+]?\d+)?")
 # Folders that exist on one machine only. What follows must be a name, so that "~/.cache" and "/proc" pass.
@@ -32,6 +44,11 @@ URL = re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s\"'`<>)\]]+")
 HOST = re.compile(r"\b(?:[\w-]+\.)+(?:org|com)\b")
 # Where links may lead. Package registries are not among them: which one is used is the installer's own setting.
 HOSTS = {"arxiv.org", "doi.org", "github.com", "www.w3.org", "127.0.0.1", "localhost"}
+# Files and folders, from the root of the repository.
+PATH = re.compile(
+    r"(?<![\w/.-])(?:spectra|qat|tests|docs|benchmarks|notebooks)/(?:[\w-]+/)*"
+    r"(?:[\w-]+\.(?:py|md|sh|ipynb)\b|(?<=/)(?![\w*]))"
+)
 INDEX_OPTION = re.compile(r"--(?:extra-)?index-url|--find-links|\bPIP_(?:EXTRA_)?INDEX_URL\b")
 
 
@@ -117,6 +134,13 @@ def test_subpackages_hand_nothing_on(package):
         assert isinstance(body[0], ast.Expr), folder
         assert isinstance(body[0].value, ast.Constant), folder
     assert (ROOT / package / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("package", sorted(PUBLIC))
+def test_public_names_stay(package):
+    module = importlib.import_module(package)
+    assert set(PUBLIC[package].split()) <= set(module.__all__)
+    assert all(hasattr(module, name) for name in module.__all__)
 
 
 def test_git_ignores_no_source():
@@ -263,19 +287,22 @@ def test_links_lead_to_files(page):
             assert (page.parent / target).exists(), target
 
 
-def test_the_tour_names_the_files_of_every_room():
-    """A section for each folder, with a row for each of its files and no other."""
-    sections = re.split(r"^## ", (ROOT / "docs" / "tour.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    told = {
-        section.split("`")[1]: set(re.findall(r"^\| `(\w+\.py)` \|", section, re.MULTILINE))
-        for section in sections
-        if section.startswith("`")
-    }
-    there: dict[str, set[str]] = {}
-    for package in ("spectra", "qat"):
-        for path in (ROOT / package).rglob("*.py"):
-            if not path.name.startswith("__"):
-                there.setdefault(named(path.parent) + "/", set()).add(path.name)
+def test_paths_that_are_named_exist(texts):
+    """Paths from the root of the repository, in prose, docstrings and comments."""
+    assert not places(texts, lambda text: [path for path in PATH.findall(text) if not (ROOT / path).exists()])
+
+
+def test_a_path_that_does_not_exist_would_be_found():
+    found = PATH.findall("see spectra/old.py, `qat/layers/` and docs/tour.md (not a/spectra/b.py nor spectra/trust)")
+    assert found == ["spectra/old.py", "qat/layers/", "docs/tour.md"]
+
+
+def test_the_tour_has_a_row_for_every_room():
+    told = set(re.findall(r"^\| `((?:spectra|qat)/[\w.]+/?)` \|", (ROOT / "docs/tour.md").read_text(), re.MULTILINE))
+    there = {f"spectra/{room}/" for room in ROOMS}
+    for path in (ROOT / "qat").iterdir():
+        if not path.name.startswith("__") and path.name != "py.typed":
+            there.add(named(path) + ("/" if path.is_dir() else ""))
     assert told == there
 
 

@@ -1,6 +1,6 @@
-"""The libraries compared with, each called as its own documentation says and with the settings that make it fastest.
+"""The other libraries, each called as its documentation says and with the settings that make it fastest.
 
-They are imported inside, so that one that is missing or broken is left out with its reason and nothing else fails.
+Each is imported where it is used, so that a missing or broken one is reported and the others are still measured.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from models import Case, Logits, targets
 from tools import ACCURACY, EIGENVALUES, LOOSE, TOLERANCES, Eigenvalues, Tool, Trace, Way
 from torch import nn
 
-ARPACK_BASIS = 2 * EIGENVALUES + 1  # vectors that it takes by default
-ROOMY = 4 * EIGENVALUES  # more of them
-RESTARTS = 100  # of ARPACK, far more than a search that converges takes
+ARPACK_BASIS = 2 * EIGENVALUES + 1  # Krylov vectors by default
+LARGE_BASIS = 4 * EIGENVALUES
+RESTARTS = 100  # of ARPACK; a search that converges takes far fewer
 LANCZOS_STEPS = (20, 40, 80, 160, 320)
 
 
 class PyHessian(Tool):
     """PyHessian 0.1. With a single batch it keeps the graph of the gradient, which is its fastest way.
 
-    It wants a module that returns plain logits and a criterion. Its density calls torch.eig, which torch has removed;
-    a stand-in for symmetric matrices takes its place. It knows power iteration alone, so of the eigenvalues it finds
-    the largest magnitudes and not both ends.
+    It takes a module that returns logits, and a criterion. Its density calls torch.eig, which torch has removed; the
+    benchmark supplies one for symmetric matrices. It has power iteration only, which finds the eigenvalues of largest
+    magnitude and not both ends.
     """
 
     def __init__(self, case: Case):
@@ -57,7 +57,7 @@ class PyHessian(Tool):
 
     def traces(self) -> dict[str, Callable[[int], Trace]]:
         def run(probes: int) -> Trace:
-            # it stops when its running mean stalls, and at once where that mean is negative; this keeps it going
+            # it would stop when its running mean stalls, and at once where that mean is negative
             samples = [float(sample) for sample in self.inner.trace(maxIter=probes, tol=-math.inf)]
             return Trace(float(np.mean(samples)), samples)
 
@@ -67,13 +67,13 @@ class PyHessian(Tool):
         def run() -> Eigenvalues:
             before, most = self.products, 100
             values, _ = self.inner.eigenvalues(maxIter=most, tol=ACCURACY, top_n=EIGENVALUES // 2)
-            # it does not say whether it converged; having used every iteration means that it did not
+            # it does not say whether it converged: it did not if it used every iteration
             return Eigenvalues(list(values), self.products - before < most * len(values), ends="magnitude")
 
         return {"eigenvalues": [run]}
 
     def close(self) -> None:
-        # the gradients that it left on the parameters hold the graph
+        # it left gradients on the parameters, and they hold the graph
         del self.inner
         super().close()
 
@@ -85,8 +85,10 @@ def _symmetric_eig(matrix: torch.Tensor, eigenvectors: bool = True) -> tuple[tor
 
 
 class HessianEigenthings(Tool):
-    """hessian-eigenthings 1.0.0a5, which rebuilds the graph at every product. Exact products (method="autograd", its
-    default): finite differences would cost less and are off by percents."""
+    """hessian-eigenthings 1.0.0a5, which rebuilds the graph at every product.
+
+    With exact products (method="autograd", its default): finite differences cost less, with errors of some percent.
+    """
 
     def __init__(self, case: Case):
         super().__init__(case)
@@ -167,7 +169,7 @@ def _sides(values: torch.Tensor) -> torch.Tensor:
 class Curvlinops(Tool):
     """curvlinops 3.0.1, forward over reverse with vmap over vectors.
 
-    Its products run under no_grad, where torch cannot differentiate SiLU forward, so its copy of the model spells
+    Its products run under no_grad, where torch has no forward derivative of SiLU, so its copy of the model computes
     SiLU as x sigmoid(x). The checks of its constructor are switched off except in the default call.
     """
 
@@ -198,7 +200,7 @@ class Curvlinops(Tool):
         from curvlinops.papyan2020traces.spectrum import approximate_boundaries
 
         def runs(probes: int, steps: int) -> Any:
-            # only the grid depends on the boundaries, so any will do for a time
+            # the boundaries set the grid only, not the time
             return self.library.lanczos_approximate_spectrum(self.op, steps, num_repeats=probes, boundaries=(-1.0, 1.0))
 
         return {
@@ -234,7 +236,7 @@ class PlainSiLU(nn.Module):
 
 
 def _with_plain_silu(model: nn.Module) -> nn.Module:
-    """A copy of the modules around the same parameters and buffers, so that others keep the model as it was."""
+    """A copy of the modules that shares parameters and buffers; the original is unchanged."""
     tensors = [*model.parameters(), *model.buffers()]
     model = copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
     for module in list(model.modules()):
@@ -245,7 +247,7 @@ def _with_plain_silu(model: nn.Module) -> nn.Module:
 
 
 def _arpack(multiply: Callable[[torch.Tensor], torch.Tensor], case: Case) -> dict[str, list[Callable[[], Eigenvalues]]]:
-    """SciPy's eigsh on a tool's products, in the precision of the model, both ends at once."""
+    """SciPy's eigsh on the products of a tool, in the precision of the model, both ends at once."""
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
     kind = np.dtype(str(case.dtype).removeprefix("torch."))
@@ -260,8 +262,8 @@ def _arpack(multiply: Callable[[torch.Tensor], torch.Tensor], case: Case) -> dic
 
     def attempt(ncv: int | None, tol: float) -> Callable[[], Eigenvalues]:
         def run() -> Eigenvalues:
-            if n * (ncv or ARPACK_BASIS) > 2**31:  # it would crash, and take this process with it
-                raise ValueError("ARPACK counts the numbers of its basis in 32 bits, which do not reach")
+            if n * (ncv or ARPACK_BASIS) > 2**31:  # it would crash this process
+                raise ValueError("the basis has more numbers than ARPACK's 32-bit indices can count")
             try:
                 values, _ = eigsh(matrix, EIGENVALUES, which="BE", ncv=ncv, tol=tol, v0=start, maxiter=RESTARTS)
                 return Eigenvalues(values.tolist(), True)
@@ -272,6 +274,6 @@ def _arpack(multiply: Callable[[torch.Tensor], torch.Tensor], case: Case) -> dic
 
     return {
         "eigsh": [attempt(None, tol) for tol in TOLERANCES],
-        f"eigsh, ncv={ROOMY}": [attempt(ROOMY, tol) for tol in TOLERANCES],
+        f"eigsh, ncv={LARGE_BASIS}": [attempt(LARGE_BASIS, tol) for tol in TOLERANCES],
         f"eigsh, tol={LOOSE:g}": [attempt(None, LOOSE)],
     }

@@ -1,4 +1,4 @@
-"""Time and memory: what a measurement waits for, what it holds at its peak, and where it was made."""
+"""Time, peak memory, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-MARK = "RESULT "  # before a line of a worker's own among what libraries print
+MARK = "RESULT "  # begins a worker's lines of results; libraries print other lines
 PACKAGES = {
     "torch": "torch",
     "transformers": "transformers",
@@ -30,7 +30,7 @@ PACKAGES = {
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, whose work is asynchronous."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -54,16 +54,16 @@ def _process_memory(field: str) -> int | None:
 
 
 def _highest_resident() -> int:
-    # ru_maxrss would start at the parent's size, since it survives fork and exec
+    # ru_maxrss survives fork and exec, so it would start at the size of the parent process
     highest = _process_memory("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if highest is None else highest
 
 
 class PeakMemory:
-    """Bytes held at the peak since `restart`, above what was held when this was made.
+    """Peak bytes since `restart`, above those held when the object was made.
 
-    CPU: the highest resident size of the process, which is lowered to the present one by `restart` where the kernel
-    allows that; elsewhere the peak counts from the start of the process. GPU: torch's own count.
+    CPU: the highest resident size of the process. `restart` resets it to the present size where the kernel allows it;
+    elsewhere the peak is that since the start of the process. GPU: the peak that torch's allocator counts.
     """
 
     def __init__(self, device: torch.device):
@@ -92,9 +92,9 @@ class PeakMemory:
 
 
 def release(device: torch.device) -> None:
-    """Let go of garbage, and on a CPU give freed memory back, so that a peak counts from what is really held.
+    """Collect garbage, and on a CPU return freed memory to the system, so that a peak starts from what is in use.
 
-    A GPU's allocator keeps what it has: the peak does not count it, and asking for it again would take time.
+    A GPU's allocator keeps its freed memory: the peak does not count it, and allocating it again would take time.
     """
     gc.collect()
     if device.type == "cpu":
@@ -103,13 +103,13 @@ def release(device: torch.device) -> None:
 
 
 def use_all_cores() -> None:
-    """Every core to this process, unless the caller has said how many."""
+    """Use every core, unless OMP_NUM_THREADS says how many."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions, threads and date: what a figure means nothing without."""
+    """Device, versions, threads and date of a measurement."""
     versions = {}
     for name, package in PACKAGES.items():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

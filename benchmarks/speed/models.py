@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-CHARACTERS = 4_000_000  # of text, plenty for every size
+CHARACTERS = 4_000_000  # of text
 
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama, the batch that its Hessian is measured on, and the training it gets first.
+    """A Llama, the shape of the batch that its Hessian is measured on, and its training beforehand.
 
-    Batches are large enough that arithmetic bounds from 1M parameters on (CPU) and from 124M on (GPU).
+    Batches are large enough that products are compute-bound from 1M parameters on (CPU) and from 124M on (GPU).
     """
 
     vocabulary: int
@@ -39,7 +39,7 @@ SIZES = {
     "10M": Size(256, 320, 864, 8, 5, 5, batch=4, length=64, training_steps=200),
     "12M": Size(4096, 384, 1024, 6, 6, 6, batch=8, length=128),
     "124M": Size(50304, 768, 2048, 12, 12, 12, batch=8, length=256, training_steps=100, learning_rate=3e-4),
-    # A state of this size costs more to write and read than the measurements take: its weights stay random.
+    # Writing and reading weights of this size takes longer than the measurements, so they stay random.
     "1.2B": Size(128256, 2048, 8192, 16, 32, 8, batch=4, length=256, training_steps=0),
 }
 
@@ -86,20 +86,20 @@ class Case:
         return [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
 
     def product(self, vector: torch.Tensor) -> torch.Tensor:
-        """H v with the graph of the gradient rebuilt: the plainest way, and the reference for all others. (n,)"""
+        """H v with the graph of the gradient rebuilt, (n,): the reference for every other product."""
         gradient = self.gradient(create_graph=True, materialize_grads=True)
         parts = torch.autograd.grad(gradient, self.parameters, self.split(vector), materialize_grads=True)
         return torch.cat([part.reshape(-1) for part in parts])
 
     def vector(self, seed: int = 0) -> torch.Tensor:
-        """A unit vector, the same for every tool and precision on one kind of device. (n,)"""
+        """A unit vector (n,), the same for every tool and precision on one kind of device."""
         source = torch.Generator(self.device).manual_seed(seed)
         v = torch.randn(self.dimension, generator=source, device=self.device).to(self.dtype)
         return v / torch.linalg.vector_norm(v, dtype=torch.float64).to(self.dtype)
 
 
 class Logits(nn.Module):
-    """The model as libraries for classifiers want it: token ids to (tokens, vocabulary), without anything around."""
+    """The model as a classifier, for libraries that expect one: token ids to logits (tokens, vocabulary)."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -110,12 +110,12 @@ class Logits(nn.Module):
 
 
 def targets(ids: torch.Tensor) -> torch.Tensor:
-    """For each token the next one, -100 (not counted) after the last of a row. (tokens,)"""
+    """For each token the next one, -100 (not counted) after the last of a row, (tokens,)."""
     return nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
 
 
 def build(name: str, bits: int, *, seed: int = 0) -> nn.Module:
-    """The Llama of this size with random weights, quantized below 16 bits, in evaluation mode: no downloads."""
+    """The Llama of this size with random weights, quantized below 16 bits, in evaluation mode; no downloads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     size = SIZES[name]
@@ -143,7 +143,7 @@ def build(name: str, bits: int, *, seed: int = 0) -> nn.Module:
 
 
 def text_tokens(vocabulary: int) -> torch.Tensor:
-    """The interpreter's standard library as token ids: a byte each, or two where the vocabulary has room for that."""
+    """Source code of Python's standard library as token ids of one byte, or of two for a large vocabulary."""
     from qat.text.corpus import standard_library
 
     parts: list[str] = []
@@ -158,7 +158,7 @@ def text_tokens(vocabulary: int) -> torch.Tensor:
 
 
 def random_rows(ids: torch.Tensor, size: Size, *, seed: int) -> Iterator[torch.Tensor]:
-    """Batches (batch, length) from random places of the text, without end."""
+    """An endless sequence of batches (batch, length) from random places of the text."""
     source = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(ids) - size.length, (size.batch, 1), generator=source)
@@ -166,12 +166,14 @@ def random_rows(ids: torch.Tensor, size: Size, *, seed: int) -> Iterator[torch.T
 
 
 def train(case: Case, rows: Iterator[torch.Tensor], size: Size) -> float | None:
-    """A short training in place, so that the spectrum is one of a model that has learned something. The last loss,
-    None without training."""
+    """Train in place for a few steps, so that the spectrum is that of a trained model.
+
+    Returns the last loss, None without training.
+    """
     if not size.training_steps:
         return None
     optimizer = torch.optim.AdamW(case.parameters, lr=size.learning_rate, weight_decay=0.0)
-    # up over the first twentieth and down to zero: without, a single direction of huge curvature is all there is
+    # warmup over the first twentieth, then decay to zero: without them one eigenvalue dominates the spectrum
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / (size.training_steps / 20)) * (1 - step / size.training_steps)
     )
@@ -193,7 +195,7 @@ def state_path(folder: Path, name: str, bits: int) -> Path:
 
 
 def prepare(name: str, bits: int, folder: Path, device: torch.device) -> float | None:
-    """Train, and leave weights and batch in `folder` for the processes that measure. The last training loss."""
+    """Train, and save weights and batch in `folder` for the processes that measure. Returns the last training loss."""
     size = SIZES[name]
     model = build(name, bits).to(device)
     tokens = text_tokens(size.vocabulary)
@@ -206,7 +208,7 @@ def prepare(name: str, bits: int, folder: Path, device: torch.device) -> float |
 
 
 def load(name: str, bits: int, folder: Path, device: torch.device, dtype: str) -> Case:
-    """The model and batch that `prepare` left."""
+    """The model and batch that `prepare` saved."""
     kept = torch.load(state_path(folder, name, bits), weights_only=True)
     model = build(name, bits)
     if kept["state"] is not None:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The GPU tables of docs/speed.md: bash benchmarks/speed/on_gpus.sh FOLDER [SECONDS]
 #
-# Every GPU has cores of its own and takes the next benchmark when it is free, so that none disturbs another; two GPUs or
-# more are also timed together. Nothing is started after SECONDS (default 560) from the start of this script; called
-# again with the same FOLDER it goes on with the benchmarks that have not begun.
+# Each GPU gets CPU cores of its own and takes the next benchmark when it is free. With two GPUs or more, two are also
+# timed together. No benchmark is started later than SECONDS (default 560) after the script. Called again with the same
+# FOLDER, it goes on with the benchmarks that have not been started.
 set -u
 folder=${1:?a folder for the results is expected}
 limit=${2:-560}
@@ -23,7 +23,7 @@ bench() { # gpu name options...
 }
 
 others=spectra,pyhessian,paper,hessian-eigenthings,spectra:precision=tf32,spectra:precision=bfloat16
-queue() { # on GPU $1, every benchmark that no GPU has begun; the longest come first
+queue() { # run on GPU $1 every benchmark that no GPU has started, the longest first
   local name options
   while read -r name options; do
     [ "$SECONDS" -lt "$limit" ] && mkdir "$folder/$name" 2>/dev/null || continue

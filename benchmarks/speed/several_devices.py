@@ -1,9 +1,10 @@
-"""How much faster are several devices? The same density and the same product, by one rank alone and by all together.
+"""Speedup of several devices: the same density and the same product, by one rank alone and by all together.
 
     torchrun --nproc-per-node 2 benchmarks/speed/several_devices.py [--device cpu|cuda] [--model 124M] [--out FILE]
 
-Alone, every rank does the whole work beside the others, on its own device; together they share the probes of a density
-or the batches of a product. Both take turns. The gain is the ratio of the medians; the slowest rank counts.
+Alone, every rank does the whole work on its own device, all at the same time. Together, the ranks share the probe
+vectors of a density, or the batches of a product. The two take turns. A time is that of the slowest rank, and the gain
+is the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ def random_case(name: str, device: torch.device) -> Case:
 def in_turns(
     alone: Callable[[], torch.Tensor], together: Callable[[], torch.Tensor], *, repeats: int, device: torch.device
 ) -> Row:
-    """Medians over the repeats of the slowest rank's seconds, their ratio, and how far the results are apart."""
+    """The medians of the slowest rank's seconds, their ratio, and the relative difference of the results."""
     found, seconds = [alone(), together()], ([], [])
     for _ in range(repeats):
         for run, samples in zip((alone, together), seconds, strict=True):
-            distributed.all_gather(None)  # start together
+            distributed.all_gather(None)  # all ranks start at the same time
             samples.append(max(distributed.all_gather(timed(run, device)[0])))
     one, many = map(median, seconds)
     difference = torch.linalg.norm(found[0] - found[1]) / torch.linalg.norm(found[0])
@@ -49,7 +50,7 @@ def in_turns(
 
 
 def over_probes(case: Case, *, probes: int, steps: int, repeats: int) -> Row:
-    """A density whose probes are shared out. The difference is that of the nodes."""
+    """A density whose probe vectors are divided among the ranks. The difference is that of the nodes."""
     with spectra.HessianOperator(case.model, case.batches(), engine="reverse") as op:
 
         def density(spread: str) -> Callable[[], torch.Tensor]:
@@ -60,7 +61,7 @@ def over_probes(case: Case, *, probes: int, steps: int, repeats: int) -> Row:
 
 
 def over_batches(case: Case, *, batches: int, repeats: int) -> Row:
-    """A product over `batches` batches that are shared out."""
+    """A product over `batches` batches that are divided among the ranks."""
     vector = case.vector()
     whole = spectra.HessianOperator(case.model, case.batches(batches), engine="reverse")
     part = spectra.HessianOperator(case.model, case.batches(batches), engine="reverse", spread="batches")
@@ -106,7 +107,7 @@ def main() -> None:
             options.out.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
     distributed.stop()
     sys.stdout.flush()
-    os._exit(0)  # now and then torch with gloo aborts while the interpreter is torn down, long after all is done
+    os._exit(0)  # torch with gloo sometimes aborts while the interpreter shuts down, after all work is done
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How the cost grows: time against probes, steps and batches, memory against steps, for this project's tool."""
+"""How the cost of `spectra` grows: time against probe vectors, Lanczos steps and batches, memory against steps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tools import Spectra, Tool
 
 import spectra
 
-PROBES = 2  # while the steps grow
+PROBES = 2  # probe vectors while the Lanczos steps grow
 
 
 def slopes(bench: Bench) -> list[Row]:
-    """A row for each thing that grows, with its `sizes`, what was measured at each, and the slope in log-log."""
+    """A row for each size that grows: the `sizes`, what was measured at each, and the log-log slope."""
     if not bench.ours:
         return []
     doublings = [2**i for i in range(bench.effort.slope_points)]
@@ -41,7 +41,7 @@ def slopes(bench: Bench) -> list[Row]:
 
 
 def _grown(bench: Bench, way: str, what: str, sizes: Sequence[int], options: Callable[[int], dict[str, Any]]) -> Row:
-    """`slq` at each size, on one operator."""
+    """Measure `slq` at each size, on one operator."""
 
     def run() -> Row:
         with bench.tool() as (tool, gauge):
@@ -61,7 +61,7 @@ def _grown(bench: Bench, way: str, what: str, sizes: Sequence[int], options: Cal
 
 
 def _batches(bench: Bench, counts: Sequence[int]) -> Row:
-    """One product over more and more batches of the same size."""
+    """Time one product over more and more batches of the same size."""
     values = []
     for count in counts:
         with bench.tool(count=count) as (tool, _):

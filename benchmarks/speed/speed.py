@@ -1,10 +1,11 @@
-"""How fast? Products, densities, traces, eigenvalues and shares by this project and by others, side by side.
+"""Time Hessian-vector products, densities, traces, eigenvalues and shares, by this project and by other libraries.
 
     python benchmarks/speed/speed.py [--device cpu|cuda] [--models 1M,10M] [--bits 16,2] [--tasks ...] [--tools ...]
 
-Every tool gets the same model, batch, parameters and number of products, in a process of its own; tools take turns
-within each repeat. The tables come last, as Markdown, and are kept in --out with every sample. A tool is named with
-options of its operator like this: spectra:engine=batched+precision=float64.
+A "product" is a Hessian-vector product throughout. Every tool gets the same model, batch, parameters and number of
+products, in a process of its own. The tools take turns within each repeat. The tables are printed at the end as
+Markdown, and kept in --out with every sample. A tool may be named with options of its operator, as in
+spectra:engine=batched+precision=float64.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ QUICK = {"models": "tiny", "bits": "16", "repeats": 1, "products_scale": 0.01}
 
 @dataclass
 class Benchmark:
-    """A run: what is asked for, how a worker is started, and what has come back."""
+    """A run: its options, how a worker process is started, and the results so far."""
 
     options: argparse.Namespace
     launch: Callable[[dict[str, Any], float | None], Iterator[dict[str, Any]]]
@@ -53,7 +54,7 @@ class Benchmark:
     started: float = field(default_factory=time.monotonic)
 
     def run(self) -> str:
-        """Everything, and the table of it. What has been measured is kept after every process."""
+        """Measure everything and return the tables. Results are written after every process."""
         with tempfile.TemporaryDirectory() as folder:
             for model in self.options.models.split(","):
                 for bits in map(int, self.options.bits.split(",")):
@@ -61,7 +62,7 @@ class Benchmark:
         return self._keep()
 
     def _case(self, case: dict[str, Any]) -> None:
-        """One model: prepared once, then every tool in every repeat."""
+        """Prepare one model, then measure it with every tool in every repeat."""
         tasks = self.options.tasks.split(",")
         self._process({**case, "tool": "prepare", "repeat": 0, "tasks": tasks})
         if not self.results or "error" in self.results[-1]:
@@ -84,7 +85,7 @@ class Benchmark:
         return True
 
     def _groups(self, tasks: Sequence[str]) -> list[list[str]]:
-        """A process a task keeps their memory apart; a process a tool is quicker where starting one costs more."""
+        """Split tasks into processes: one each, so that peak memory is its own, or all in one, which starts once."""
         if not tasks:
             return []
         return [[task] for task in tasks] if self.options.processes == "task" else [list(tasks)]
@@ -114,7 +115,7 @@ class Benchmark:
         return effort | (QUICK_EFFORT if self.options.quick else {})
 
     def _keep(self) -> str:
-        """Write what there is into --out, and return the table."""
+        """Write the results so far into --out, and return the tables."""
         effort, options = self._effort(), self.options
         settings = {**vars(options), "scale": options.products_scale, **effort, "out": str(options.out or "")}
         text = table(self.results, settings, self.environment)
@@ -127,19 +128,19 @@ class Benchmark:
 
 
 def subprocess_results(spec: dict[str, Any], limit: float | None) -> Iterator[dict[str, Any]]:
-    """Start this script again as a worker and pass on its results as they come; a death is a result too."""
+    """Start this script again as a worker and yield its results as they come. A crash is yielded as an error."""
     command = [sys.executable, __file__, "--worker", json.dumps(spec)]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
             assert process.stdout is not None
             deadline = None if limit is None else time.monotonic() + limit
-            watch = _stop_at(process, deadline)
+            cancel = _stop_at(process, deadline)
             for line in process.stdout:
                 if line.startswith(MARK):
                     yield json.loads(line.removeprefix(MARK))
             process.wait()
-            late = watch()
+            late = cancel()
         finally:
             if process.poll() is None:
                 process.kill()
@@ -152,7 +153,7 @@ def subprocess_results(spec: dict[str, Any], limit: float | None) -> Iterator[di
 
 
 def _stop_at(process: subprocess.Popen, deadline: float | None) -> Callable[[], bool]:
-    """Kill the process when the time comes. The function returned ends the watch and says whether it did."""
+    """Kill the process at the deadline. The returned function cancels that, and says whether it was too late."""
     if deadline is None:
         return lambda: False
     timer = threading.Timer(max(deadline - time.monotonic(), 0), process.kill)
@@ -176,19 +177,19 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tools", default=TOOLS, help=f"of {TOOLS} (default all); spectra:NAME=VALUE+... sets options")
     made.add_argument("--repeats", type=int, help="default 3")
     made.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    made.add_argument("--products-scale", type=float, help="shrink probes x steps of the density, for every tool")
-    made.add_argument("--auto-only", action="store_true", help="do not time every engine by name as well")
-    made.add_argument("--trace-limit", type=int, default=480, help="products to try at most for a trace to 2 %%")
+    made.add_argument("--products-scale", type=float, help="scale the products of a density, for every tool")
+    made.add_argument("--auto-only", action="store_true", help='time engine="auto" alone, not every engine by name')
+    made.add_argument("--trace-limit", type=int, default=480, help="the largest number of products for a trace to 2 %%")
     made.add_argument("--processes", choices=("task", "tool"), help="one for each task (CPU) or for each tool (GPU)")
     made.add_argument("--time-limit", type=float, help="seconds after which nothing more is started")
-    made.add_argument("--quick", action="store_true", help="everything on the tiny model, once")
+    made.add_argument("--quick", action="store_true", help="every task on the tiny model, one repeat")
     made.add_argument("--out", type=Path, help="folder for speed.json and speed.md")
     made.add_argument("--worker", help=argparse.SUPPRESS)
     return made
 
 
 def completed(options: argparse.Namespace) -> argparse.Namespace:
-    """Defaults that depend on other options."""
+    """The options, with defaults that depend on other options filled in."""
     usual = {"models": MODELS[options.device], "bits": "16,2", "repeats": 3, "products_scale": 1.0}
     for name, value in (usual | (QUICK if options.quick else {})).items():
         if getattr(options, name) is None:

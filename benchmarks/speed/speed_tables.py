@@ -1,4 +1,4 @@
-"""The results as Markdown: medians over the repeats, and ratios to this project's own row of the same task.
+"""The results as Markdown: medians over the repeats, and ratios to the first row of `spectra` for the same task.
 
 python benchmarks/speed/speed_tables.py RESULTS.json [MORE.json ...]
 """
@@ -25,7 +25,7 @@ def flattened(results: Iterable[dict[str, Any]]) -> list[Row]:
 
 
 def middle(group: Group, key: str) -> Any:
-    """The median over the repeats; a value that is no number as it is; None where there is none."""
+    """The median over the repeats, the first value where they are not numbers, None where there is none."""
     values = [row[key] for row in group if row.get(key) is not None]
     if not values:
         return None
@@ -46,8 +46,8 @@ def number(value: Any, digits: int = 3) -> str:
 def seconds(group: Group, scale: float = 1.0) -> str:
     """The median, and the range where there are several repeats."""
     values = [row["seconds"] * scale for row in group if "seconds" in row]
-    spread = f" ({number(min(values))} to {number(max(values))})" if len(values) > 1 else ""
-    return number(median(values)) + spread if values else ""
+    value_range = f" ({number(min(values))} to {number(max(values))})" if len(values) > 1 else ""
+    return number(median(values)) + value_range if values else ""
 
 
 def mebibytes(group: Group) -> str:
@@ -63,9 +63,9 @@ def _of(key: str, digits: int = 3) -> Callable[[Group, Group | None], str]:
 
 
 def ratio(group: Group, ours: Group | None) -> float | None:
-    """Seconds over those of our first row of the task, medians over the same repeats."""
-    mine, theirs = middle(ours or [], "seconds"), middle(group, "seconds")
-    return theirs / mine if mine and theirs else None
+    """Seconds over those of the first row of `spectra` for the task, medians over the same repeats."""
+    reference, seconds_of_group = middle(ours or [], "seconds"), middle(group, "seconds")
+    return seconds_of_group / reference if reference and seconds_of_group else None
 
 
 def _interval(group: Group, ours: Group | None) -> str:
@@ -102,28 +102,28 @@ COLUMNS: dict[str, tuple[str, list[Column]]] = {
         ],
     ),
     "trace": (
-        "The trace from 30 products, and the products that a 95 % interval of 2 % takes",
+        "The trace from 30 products, and the products needed for a 95 % interval of 2 %",
         [SECONDS, PRODUCTS, RATIO, ("trace", _of("value", 4)), ("products for 2 %", _of("needed", 4)), MEMORY],
     ),
     "topk": (
-        "Five eigenvalues at each end, to a true relative error of 1e-3 and said to be converged",
+        "Five eigenvalues at each end, reported as converged and with a true relative error below 1e-3",
         [
             SECONDS,
             PRODUCTS,
             RATIO,
             ("true error", _of("true error", 2)),
             ("says converged", _of("converged")),
-            ("true error when it first said so", _of("first said converged at", 2)),
+            ("true error when first converged", _of("first said converged at", 2)),
             ("ends", _of("ends")),
             MEMORY,
         ],
     ),
     "share": (
-        "The share of negative eigenvalues to a half-width; no other tool gives one",
+        "The share of negative eigenvalues to a half-width; no other tool has an interval for it",
         [SECONDS, PRODUCTS, ("share", _interval), ("resolved", _of("resolved")), MEMORY],
     ),
     "slopes": (
-        "How the cost grows: slope in log-log, 1 for proportional and 0 for constant",
+        "How the cost grows: log-log slope, 1 for proportional and 0 for constant",
         [("sizes", _of("sizes")), ("slope", _of("slope", 2))],
     ),
 }
@@ -134,7 +134,7 @@ def _percent(value: float | None) -> str:
 
 
 def table(results: Sequence[dict[str, Any]], settings: dict[str, Any], environment: dict[str, Any]) -> str:
-    """The whole report. results: what the worker gave, each with model, bits, tool and repeat."""
+    """The whole report. results: those of the workers, each with model, bits, tool and repeat."""
     lines = [*_head(settings, environment), ""]
     rows = flattened(results)
     cases = list(dict.fromkeys((result["model"], result["bits"]) for result in results))
@@ -155,7 +155,8 @@ def _head(settings: dict[str, Any], environment: dict[str, Any]) -> list[str]:
         "",
         f"{environment.get('date', '')}, {environment.get('threads', '?')} CPU threads, {settings['dtype']}, medians "
         f"of {settings['repeats']} interleaved repeats (their range in brackets), each tool in a process of its own.",
-        f"{settings['probes']} probes x {settings['steps']} steps for the density"
+        "A product is a Hessian-vector product. "
+        f"{settings['probes']} probe vectors x {settings['steps']} steps for the density"
         + (f", {settings['scale']:g} of the usual products for every tool" if settings["scale"] != 1 else "")
         + ". MiB: the peak above model and batch. Times ours: seconds over those of our first row.",
         f"Python {environment.get('python', '?')}, {versions}.",
@@ -163,7 +164,7 @@ def _head(settings: dict[str, Any], environment: dict[str, Any]) -> list[str]:
 
 
 def _notes(results: Sequence[dict[str, Any]]) -> list[str]:
-    """What was measured, how far the tools agree, and who was left out."""
+    """What was measured, how far each tool's H v is off the reference, and which tools failed."""
     notes, agreed = [], {}
     for result in results:
         if result["task"] == "prepare" and "dimension" in result:
@@ -188,7 +189,7 @@ def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
     used = [
         (title, cells)
         for title, cell in columns
-        if any(cells := [cell(group, ours) for group in groups.values()])  # a column that says nothing is left out
+        if any(cells := [cell(group, ours) for group in groups.values()])  # empty columns are left out
     ]
     lines = [
         "| " + " | ".join(["tool", "way", *(title for title, _ in used)]) + " |",
@@ -204,7 +205,7 @@ def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
 
 
 def main(paths: Sequence[str]) -> None:
-    """Print the tables of runs that were kept."""
+    """Print the tables of saved runs."""
     for path in paths:
         kept = json.loads(Path(path).read_text())
         print(table(kept["results"], kept["settings"], kept["environment"]))

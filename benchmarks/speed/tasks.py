@@ -1,7 +1,7 @@
-"""The tasks that are timed. Each returns rows, one for each way of a tool to do the task.
+"""The tasks that are timed. Each returns rows, one for each function of a tool that does the task (its `way`).
 
-A row holds `way`, `seconds`, `products`, `memory` (bytes at the peak above model and batch) and what the task adds;
-or `way` and `error`, where the tool could not do it.
+A row holds `way`, `seconds`, `products` (Hessian-vector products), `memory` (peak bytes above model and batch) and what
+the task adds. Where the tool failed it holds `way` and `error`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ BLOCKS = (1, 4, 10)  # vectors multiplied at once
 TRACE_PROBES = 30
 TRACE_TARGET = 0.02  # half-width of the 95 % interval over the trace
 TRACE_LADDER = (30, 42, 60, 84, 120, 168, 240, 336, 480)
-LARGEST_FOR_ACCURACY = {"cpu": 2_000_000, "cuda": 20_000_000}  # parameters; the ladder holds hundreds of vectors
+LARGEST_FOR_ACCURACY = {"cpu": 2_000_000, "cuda": 20_000_000}  # parameters; the traces below hold hundreds of vectors
 BASIS = 3 * EIGENVALUES + 11  # vectors that topk holds
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much of everything, the same for every tool."""
+    """How much is measured, the same for every tool."""
 
     probes: int = 10
     steps: int = 100
@@ -44,14 +44,14 @@ class Effort:
     budget: int = 1500
     slope_points: int = 4  # sizes, each twice the one before
     slope_steps: int = 20  # the fewest
-    accuracy: bool = True  # look for the products that a trace to 2 % takes
-    trace_limit: int = 480  # products to try at most for it
+    accuracy: bool = True  # find the number of products for a trace to 2 %
+    trace_limit: int = 480  # the largest number of products tried for it
     engines: bool = True  # time every engine by name as well
 
 
 @dataclass
 class Bench:
-    """A case, a tool with its options, and what is known to be true."""
+    """A case, a tool with its options, and the reference eigenvalues."""
 
     case: Case
     kind: type[Tool]
@@ -65,7 +65,7 @@ class Bench:
 
     @contextmanager
     def tool(self, **more: Any) -> Iterator[tuple[Tool, PeakMemory]]:
-        """A fresh tool that has multiplied twice, and a memory gauge set before it was made."""
+        """A new tool that has multiplied twice, and a memory gauge started before it was made."""
         gauge = PeakMemory(self.case.device)
         tool = self.kind(self.case, **{**self.options, **more})
         try:
@@ -81,10 +81,10 @@ class Bench:
 
 
 def attempt(way: str, run: Callable[[], Row]) -> Row:
-    """The row of one way. A failure is a row too, with its reason, so that the rest goes on."""
+    """The row of one way. A failure gives a row with its reason, and the other ways go on."""
     try:
         return {"way": way, **run()}
-    except Exception as error:  # other people's code, and devices that run out of memory
+    except Exception as error:  # in another library, or out of memory
         return {"way": way, "error": reason(error)}
 
 
@@ -103,7 +103,7 @@ def measured(bench: Bench, tool: Tool, gauge: PeakMemory, run: Callable[[], Any]
 
 
 def product(bench: Bench) -> list[Row]:
-    """One Hessian-vector product, and for our tool blocks of them and every engine; `seconds` are per vector."""
+    """One product, and for `spectra` also blocks of products and every engine; `seconds` are per vector."""
     rows = [attempt("one vector", lambda: _products(bench, 0))]
     if not bench.ours:
         return rows
@@ -117,8 +117,10 @@ def product(bench: Bench) -> list[Row]:
 
 
 def _products(bench: Bench, k: int, **options: Any) -> Row:
-    """A block of k vectors (0: a plain vector) and an eager gradient, in turns, so that a machine that slows down slows
-    both. `first` is the call that compiles or chooses, where there is anything to compile or choose."""
+    """A block of k vectors (0: a plain vector) and an eager gradient, in turns, so that a slower machine slows both.
+
+    `first` is the first call, which compiles code or chooses an engine where that is necessary.
+    """
     case, device = bench.case, bench.case.device
     vectors = torch.stack([case.vector(i) for i in range(k)], dim=1) if k else case.vector()
     gradients: list[float] = []
@@ -144,7 +146,7 @@ def _products(bench: Bench, k: int, **options: Any) -> Row:
 
 
 def density(bench: Bench) -> list[Row]:
-    """A spectral density from probes x steps products."""
+    """A spectral density from `probes` x `steps` products."""
     effort, rows = bench.effort, []
     with bench.tool() as (tool, gauge):
         for way, how in tool.densities().items():
@@ -171,7 +173,7 @@ def density(bench: Bench) -> list[Row]:
 
 
 def _gradient_seconds(bench: Bench) -> list[float]:
-    """A few gradients beside a long measurement, since the speed of a machine drifts from one process to the next."""
+    """A few gradients beside a long measurement, since the speed of a machine drifts."""
     return [timed(bench.case.gradient, bench.case.device)[0] for _ in range(3)]
 
 
@@ -187,7 +189,7 @@ def outside_products(tool: Spectra, run: Callable[[], Any]) -> float:
     def watched(multiply: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         def call(vectors: torch.Tensor) -> torch.Tensor:
             nonlocal inside, depth
-            if depth:  # one of them calls another
+            if depth:  # called by another of these methods, which counts the time
                 return multiply(vectors)
             depth += 1
             synchronize(device)
@@ -212,7 +214,7 @@ def outside_products(tool: Spectra, run: Callable[[], Any]) -> float:
 
 
 def trace(bench: Bench) -> list[Row]:
-    """The trace from 30 products, and how many a 95 % interval of 2 % takes."""
+    """The trace from 30 products, and how many are needed for a 95 % interval of 2 %."""
     rows = []
     with bench.tool() as (tool, gauge):
         for way, run in tool.traces().items():
@@ -230,11 +232,13 @@ def trace(bench: Bench) -> list[Row]:
 
 
 def _products_needed(found: Trace, run: Callable[[int], Trace], limit: int) -> float | str | None:
-    """Products for an interval of 2 %: by the variance where the error falls with the root of the products, else by
-    trying."""
+    """Products for an interval of 2 %.
+
+    Computed from the variance where the error falls with the root of the products, else found by trying.
+    """
     if found.samples is not None:
-        spread = np.std(found.samples, ddof=1)
-        return float((1.96 * spread / (TRACE_TARGET * abs(found.value))) ** 2) if found.value else None
+        deviation = np.std(found.samples, ddof=1)
+        return float((1.96 * deviation / (TRACE_TARGET * abs(found.value))) ** 2) if found.value else None
     if found.half_width is None:
         return None
     if found.as_root:
@@ -249,7 +253,7 @@ def _products_needed(found: Trace, run: Callable[[int], Trace], limit: int) -> f
 
 
 def topk(bench: Bench) -> list[Row]:
-    """Five eigenvalues at each end. Each way tries harder until it says it has converged and is right to 1e-3."""
+    """Five eigenvalues at each end. A way is tried with growing effort until it has converged and is right to 1e-3."""
     needed = BASIS * bench.case.dimension * bench.case.dtype.itemsize
     if bench.truth is None or needed > memory.available(bench.case.device):
         return [{"way": "topk", "error": f"no reference: {BASIS} vectors of this size do not fit in memory"}]
@@ -262,7 +266,7 @@ def topk(bench: Bench) -> list[Row]:
                 found.append(row)
                 if "error" not in row and row["converged"] and row["true error"] <= ACCURACY:
                     break
-            # what it took to be right, and what the first answer that it called converged was worth
+            # the attempt that was right, and the true error of the first one that was reported as converged
             said = next((row for row in found if row.get("converged")), None)
             answered = [row for row in found if "error" not in row] or found
             rows.append(answered[-1] | {"first said converged at": said and said["true error"], "tries": len(found)})
@@ -287,7 +291,7 @@ def true_error(found: Eigenvalues, truth: list[float]) -> float:
 
 
 def share(bench: Bench) -> list[Row]:
-    """The share of negative eigenvalues to a half-width, which no other tool gives."""
+    """The share of negative eigenvalues to a half-width, for which no other tool has an interval."""
     if not bench.ours:
         return []
     effort = bench.effort

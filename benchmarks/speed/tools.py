@@ -1,4 +1,4 @@
-"""What every tool is asked for, and the two that need no other library: ours and the paper's recipe."""
+"""The interface of a tool, and two tools without other libraries: `spectra` and the procedure of the WinQ paper."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ import spectra
 
 EIGENVALUES = 10  # five at each end
 ACCURACY = 1e-3  # relative, of each
-TOLERANCES = (ACCURACY, ACCURACY / 10)  # of residuals, which then vouch for the accuracy
-# An eigenvalue's error goes with the square of its residual, so this may do, but nothing in the answer tells.
+TOLERANCES = (ACCURACY, ACCURACY / 10)  # of residuals, which bound the errors
+# An eigenvalue's error is of the order of its squared residual: often accurate enough, which the answer does not show.
 LOOSE = 0.03
 
 
 @dataclass(frozen=True)
 class Way:
-    """One of a tool's ways to compute a density, run(probes, steps). on_top_of: what comes first, by its name, where
-    this is only what another call of the tool adds to it."""
+    """One of a tool's functions for a density, run(probes, steps).
+
+    on_top_of: the name of another way whose time is added, where this one is only an additional part.
+    """
 
     run: Callable[[int, int], Any]
     on_top_of: str | None = None
@@ -30,9 +32,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace, with the samples whose mean it is or the half-width of the tool's own 95 % interval, if it has them.
+    """A trace, with the samples that it is the mean of, or the half-width of the tool's own 95 % interval.
 
-    as_root: whether that half-width falls with the root of the products.
+    as_root: whether the half-width falls with the root of the number of products.
     """
 
     value: float
@@ -43,8 +45,10 @@ class Trace:
 
 @dataclass(frozen=True)
 class Eigenvalues:
-    """What an eigenvalue search returned. converged: what the tool itself says. ends: "both", or "magnitude" for a
-    tool that knows the largest magnitudes only."""
+    """What an eigenvalue search returned.
+
+    converged: what the tool itself reports. ends: "both", or "magnitude" for a tool that finds the largest magnitudes.
+    """
 
     values: list[float]
     converged: bool
@@ -54,8 +58,8 @@ class Eigenvalues:
 class Tool:
     """A tool on a case. `products` counts every vector that it multiplied with the Hessian.
 
-    A method returns {way: how to run it}. `eigenvalues` gives each way as attempts of growing effort, to be tried
-    until one says it has converged and is right.
+    A method returns {name of a way: function}. `eigenvalues` returns several functions of growing effort for each way;
+    they are tried until one has converged and is right.
     """
 
     products = 0
@@ -77,7 +81,7 @@ class Tool:
         return {}
 
     def close(self) -> None:
-        """Let go of what the tool attached to the model."""
+        """Remove what the tool attached to the model."""
         self.case.model.zero_grad(set_to_none=True)
 
 
@@ -132,8 +136,11 @@ class Spectra(Tool):
 
 
 class Paper(Tool):
-    """The recipe of the WinQ paper as its text tells it: the graph is rebuilt at every product, the three-term
-    recurrence keeps no basis, batches come one after the other, all in the precision of the model."""
+    """The procedure that the text of the WinQ paper (arXiv 2605.17471) describes.
+
+    The graph is rebuilt at every product, the three-term recurrence keeps no basis, batches are processed one by one,
+    and everything is in the precision of the model.
+    """
 
     def product(self, vector: torch.Tensor) -> torch.Tensor:
         self.products += 1
@@ -174,6 +181,6 @@ class Paper(Tool):
 
 
 def engines(device: str) -> tuple[str, ...]:
-    """The engines to time by name beside "auto". "forward" compiles for minutes: --tools spectra:engine=forward."""
+    """The engines to time by name beside "auto". "forward" takes minutes to compile: --tools spectra:engine=forward."""
     captured = ("captured", "captured batched") if device == "cuda" else ()
     return ("reverse", "batched", *captured)

@@ -1,4 +1,4 @@
-"""What runs in a process of its own: preparing a case, or one tool's tasks on it. A result is a dict, one a task."""
+"""The worker process: it prepares a case, or runs the tasks of one tool. A result is a dict, one for each task."""
 
 from __future__ import annotations
 
@@ -51,14 +51,13 @@ def work(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     folder = Path(spec["folder"])
     kept = torch.load(folder / reference_name(spec), weights_only=True)
     case = load(spec["model"], spec["bits"], folder, device, spec["dtype"])
-    with standing_objects_uncollected():
+    with existing_objects_uncollected():
         yield from measured_tasks(spec, case, kept)
 
 
 @contextlib.contextmanager
-def standing_objects_uncollected() -> Iterator[None]:
-    """The garbage collector leaves alone what exists now: modules by the hundred thousand, which would take a third of
-    a second at every collection."""
+def existing_objects_uncollected() -> Iterator[None]:
+    """The garbage collector skips the objects that exist now: they take a third of a second at every collection."""
     gc.freeze()
     try:
         yield
@@ -84,13 +83,13 @@ def measured_tasks(spec: dict[str, Any], case: Case, kept: dict[str, Any]) -> It
         started = time.perf_counter()
         try:
             rows = TASKS[name](bench)
-        except Exception as failure:  # one task that fails leaves the others
+        except Exception as failure:  # the other tasks go on
             rows = [{"way": name, "error": tasks.reason(failure)}]
         yield {"task": name, "rows": rows, "took": time.perf_counter() - started}
 
 
 def parse_tool(text: str) -> tuple[str, dict[str, Any]]:
-    """ "spectra:engine=batched+microbatch=4" to its kind and options; digits alone are a number."""
+    """Kind and options of a tool named like "spectra:engine=batched+microbatch=4"; digits alone are a number."""
     kind, _, rest = text.partition(":")
     pairs = [part.split("=", 1) for part in rest.split("+") if part]
     return kind, {name: int(value) if value.isdigit() else value for name, value in pairs}
@@ -123,11 +122,11 @@ def _prepared(spec: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def _reference_eigenvalues(case: Case) -> dict[str, Any]:
-    """By a search far tighter than what is asked of the tools; none where its basis does not fit."""
+    """Eigenvalues from a search with a far smaller tolerance than the tools'; None where its basis does not fit."""
     try:
         with spectra.HessianOperator(case.model, case.batches()) as op:
             pairs = spectra.topk(op, tools.EIGENVALUES, which="BE", tol=SEARCH_TOLERANCE, max_products=1000)
-    except (torch.OutOfMemoryError, RuntimeError) as failure:  # a CPU's allocator raises the latter
+    except (torch.OutOfMemoryError, RuntimeError) as failure:  # the CPU's allocator raises RuntimeError
         return {"eigenvalues": None, "no eigenvalues": tasks.reason(failure)}
     worst = float((pairs.residuals / abs(pairs.values)).max())
     return {"eigenvalues": pairs.values.tolist(), "worst residual": worst, "reference products": pairs.products}

@@ -1,8 +1,8 @@
-"""What is measured: spectra known by construction, and exact ones of language models, with the truth about each.
+"""The cases: spectra known by construction, and exact spectra of language models, with the true value of each quantity.
 
-An estimate's distribution depends on the eigenvalues alone, because probes are uniform on the sphere, so every case is
-diag(eigenvalues). One thing does depend on the coordinates: zeros are noticed in the first product where they are
-coordinates, as clipped weights are. Those of the language models were exact zeros of the matrix too.
+Probe vectors are uniform on the sphere, so the distribution of an estimate depends on the eigenvalues alone, and every
+case is diag(eigenvalues). Only zero eigenvalues differ: those along coordinates show in the first Hessian-vector
+product, as clipped weights do. The zeros of the language models were along coordinates too.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Case:
         return f"{self.family}, R {self.radius:g}, {self.zeros:.0%} zeros, n {self.dimension:.0e}".replace("e+0", "e")
 
     def values(self, seed: int) -> np.ndarray:
-        """The eigenvalues: (dimension,). A bulk is drawn anew for each seed, a language model's stay."""
+        """The eigenvalues, (dimension,). Those of a bulk are drawn for each seed, those of a model are fixed."""
         if self.radius is None:
             return _language_models()[self.family].eigenvalues
         assert self.zeros is not None
         return eigenvalues(self.family, n=self.dimension, radius=self.radius, zeros=self.zeros, seed=seed)
 
     def probe_seed(self, seed: int) -> int:
-        """A seed for the probes that no other case shares."""
+        """The seed of the probe vectors, different for every case and seed."""
         return zlib.crc32(f"{self.label} {seed}".encode())
 
 
@@ -61,7 +61,7 @@ def language_model_cases() -> list[Case]:
 
 
 def truths(values: np.ndarray) -> dict[str, float]:
-    """Every quantity, from the eigenvalues themselves."""
+    """Every quantity, computed from the eigenvalues."""
     squares, sizes, negative = values**2, np.abs(values), values < 0
     return {
         "negative_share": float(negative.mean()),

@@ -1,13 +1,13 @@
-"""Do the intervals cover? Every quantity, on every family of spectra and on language models, over many seeds.
+"""Coverage of the intervals of every quantity, on every family of spectra and on language models, over many seeds.
 
     python benchmarks/trust/coverage.py [--seeds 20] [--dimension 1e4,1e5] [--processes 16] [--out FILE]
     python benchmarks/trust/coverage.py --read FILE [FILE ...] [--figure FILE]
 
-For each case: the truth, our estimate, its interval and the products it took; and the negative share from a hard count
-on quadrature nodes, from PyHessian and from curvlinops, each with the same products and with the recipe of the WinQ
-paper (20 probes of 60 steps, no reorthogonalisation, float32).
+For each case: the truth, our estimate, its interval and the Hessian-vector products (HVPs) spent. Beside it, the
+negative share as the weight of quadrature nodes below zero, from PyHessian and from curvlinops, each with the same
+number of HVPs and with the recipe of the WinQ paper (20 probe vectors of 60 steps, no reorthogonalisation, float32).
 
---out is written as results come, a line a case and seed, so a run that is cut off leaves what it has to --read.
+--out gets a line for each case and seed as results come. A run that was interrupted can be read with --read.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LANGUAGE_MODELS = "language-models"
 
 
 def result_of(job: Job) -> dict[str, Any]:
-    """What is found of one case with one seed, and the seconds of processor time it took."""
+    """The rows of one case with one seed, and the seconds of processor time they took."""
     started = time.process_time()
     case, seed, ways = job
     found = measure(case.values(seed), case.probe_seed(seed), ways)
@@ -51,7 +51,7 @@ def result_of(job: Job) -> dict[str, Any]:
 
 
 def results(jobs: list[Job], processes: int) -> Iterator[dict[str, Any]]:
-    """The result of each job as they come, from a pool where there is more than one process."""
+    """Yield the result of each job when it is done, from a pool where there is more than one process."""
     if processes == 1:
         torch.set_num_threads(1)
         yield from map(result_of, jobs)
@@ -64,7 +64,7 @@ def results(jobs: list[Job], processes: int) -> Iterator[dict[str, Any]]:
 
 
 def gather(jobs: list[Job], processes: int, out: Path | None) -> list[Row]:
-    """All rows, with a line printed for every tenth part of the work, and a line of `out` a job."""
+    """All rows. Prints a line after every tenth of the work, and writes a line to `out` for every job."""
     rows: list[Row] = []
     started, every, spent = time.perf_counter(), max(len(jobs) // 10, 1), 0.0
     with open(out or os.devnull, "w", encoding="utf-8") as file:
@@ -80,7 +80,7 @@ def gather(jobs: list[Job], processes: int, out: Path | None) -> list[Row]:
 
 
 def in_order(rows: list[Row]) -> list[Row]:
-    """The bulks first, then the language models, whatever was done first."""
+    """The rows sorted: bulks first, then language models."""
     bulks = list(BULKS)
 
     def place(row: Row) -> tuple[Any, ...]:
@@ -102,7 +102,7 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
     if LANGUAGE_MODELS in options.families.split(","):
         cases += language_model_cases()
     ways = frozenset(options.ways.split(","))
-    cases.sort(key=lambda case: -case.dimension)  # the long ones first, so that no process ends with one
+    cases.sort(key=lambda case: -case.dimension)  # the long ones first, so that processes end at about the same time
     return [
         (case, seed, ways if seed < options.peer_seeds else ways - {"peers"})
         for seed, case in itertools.product(range(options.seeds), cases)
@@ -110,7 +110,7 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """The rows of earlier --out files; those that end in .gz are unpacked."""
+    """The rows of earlier --out files, also of compressed ones that end in .gz."""
     rows = []
     for path in paths:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
@@ -119,21 +119,26 @@ def read(paths: Iterable[Path]) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Whether the intervals cover, and what hard counts and other libraries give."
-    )
+    parser = argparse.ArgumentParser(description="Coverage of the intervals, beside node counts and other libraries.")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument(
-        "--peer-seeds", type=int, default=1, help="the other libraries see only the first so many seeds"
+        "--peer-seeds", type=int, default=1, help="measure other libraries with the first so many seeds only"
     )
     parser.add_argument("--dimension", default="1e4", help="sizes of the constructed spectra, comma-separated")
     parser.add_argument("--families", default=",".join([*BULKS, LANGUAGE_MODELS]))
     parser.add_argument("--radii", default="27,1000", help="their largest outliers")
     parser.add_argument("--zeros", default="0,0.43", help="their shares of exact zeros")
     parser.add_argument("--ways", default=",".join(WAYS))
-    parser.add_argument("--processes", type=int, default=available_cores(), help="a case with a seed at a time in each")
-    parser.add_argument("--read", type=Path, nargs="+", help="take the rows from earlier --out files, measure nothing")
-    parser.add_argument("--out", type=Path, help="every row, as lines of JSON, written as they come")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=available_cores(),
+        help="processes; each measures one case with one seed at a time",
+    )
+    parser.add_argument(
+        "--read", type=Path, nargs="+", help="read the rows from earlier --out files instead of measuring"
+    )
+    parser.add_argument("--out", type=Path, help="file for every row, as lines of JSON")
     parser.add_argument("--figure", type=Path, help="draw the negative shares, as a PNG or PDF")
     options = parser.parse_args()
     if options.read:

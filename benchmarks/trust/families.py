@@ -1,7 +1,7 @@
 """Spectra that are known by construction: outliers, a bulk, and zeros, on a diagonal operator.
 
-Probes are uniform on the sphere, so an estimate's distribution depends on the eigenvalues alone and a diagonal
-operator stands for every operator with its spectrum.
+Probe vectors are uniform on the sphere, so the distribution of an estimate depends on the eigenvalues alone, and a
+diagonal operator stands for every operator with its spectrum.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BULK_RMS = 5e-3
 
 
 def _log_uniform(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Sizes over four decades, as evenly on each, 40 % negative."""
+    """Magnitudes uniform in their logarithm over four decades, 40 % negative."""
     return 10 ** rng.uniform(-4, 0, size=n) * np.where(rng.random(n) < 0.4, -1, 1)
 
 
@@ -32,12 +32,14 @@ BULKS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "log-normal": _log_normal,
     "log-uniform": _log_uniform,
 }
-ORDINARY = ("gauss", "laplace", "student", "gamma")  # the bulks that have to be resolved
+ORDINARY = ("gauss", "laplace", "student", "gamma")  # the bulks whose negative share has to be resolved
 
 
 def eigenvalues(bulk: str, *, n: int, radius: float, zeros: float, seed: int) -> np.ndarray:
-    """n eigenvalues: `zeros` of them exactly 0, 40 outliers from .3 to `radius` of which every eighth is negative and
-    smaller, the rest from the bulk at a root mean square of .005."""
+    """n eigenvalues: a share `zeros` exactly 0, 40 outliers, the rest from the bulk at a root mean square of .005.
+
+    The magnitudes of the outliers go from .3 to `radius`; every eighth is negative, with .3 times the magnitude.
+    """
     rng = np.random.default_rng(seed)
     values = BULKS[bulk](rng, n)
     values *= BULK_RMS / np.sqrt(np.mean(values**2))

@@ -1,4 +1,4 @@
-"""The negative shares in one figure: the truth, our interval, and what counts and other libraries give."""
+"""The figure of docs/trust.md: the true negative share, our interval, node counts and other libraries."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from ways import RECIPE, RESOLVE, SAME, Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette, told apart by all kinds of colour vision; shapes tell the same.
+# From the palette of Okabe and Ito (Color Universal Design, 2008). The shapes differ too.
 INTERVAL, TRUTH = "#0072B2", "#000000"
 OTHERS = {
-    f"hard count, {SAME}": ("hard count on the nodes", "o", "#D55E00"),
+    f"hard count, {SAME}": ("node count", "o", "#D55E00"),
     f"PyHessian, {SAME}": ("PyHessian", "s", "#009E73"),
     f"curvlinops, {SAME}": ("curvlinops", "^", "#CC79A7"),
-    f"hard count, {RECIPE}": ("paper's recipe (20 x 60)", "D", "#E69F00"),
+    f"hard count, {RECIPE}": ("WinQ paper's recipe (20 x 60)", "D", "#E69F00"),
 }
 TRUE, RESOLVED, UNRESOLVED = "truth", "spectra.resolve", "spectra.resolve (unresolved)"
 LEGEND = (TRUE, RESOLVED, UNRESOLVED, *(label for label, _, _ in OTHERS.values()))
-STEP = 0.16  # between the points of one row, so that they do not hide each other
+STEP = 0.16  # between the points of one row, so that they do not overlap
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """A row a family: on the left bulks with their smallest radius at their largest size, a panel a share of zeros; on
-    the right the language models. The interval is the mean over seeds; points are means over seeds, their bars one
-    standard deviation."""
+    """Draw a row for each family: bulks on the left, a panel for each share of zeros, language models on the right.
+
+    Of the bulks, those with the smallest radius and the largest size are drawn. Intervals and points are means over
+    seeds; the bars of the points are one standard deviation.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,10 +1,11 @@
-"""Does rounding without reorthogonalisation bias a share? The same probes, with and without it, beside the truth.
+"""Shares with and without reorthogonalisation, by the same probe vectors, beside the truth.
 
     python benchmarks/trust/finite_precision.py [--steps 400] [--dimension 4000] [--seeds 5]
 
-A probe's own mass below zero is known on a diagonal operator, so its bracket can be checked without sampling error.
-Lanczos in finite precision acts like exact Lanczos on a larger matrix whose eigenvalues lie within rounding of the true
-ones (Greenbaum, Linear Algebra Appl. 113, 1989): copies of converged eigenvalues come, and share the weight among them.
+On a diagonal operator the mass of a probe vector below zero is known, so its bracket is checked without sampling
+error. Lanczos in finite precision acts like exact Lanczos on a larger matrix whose eigenvalues lie within rounding
+error of the true ones (Greenbaum, Linear Algebra Appl. 113, 1989): converged eigenvalues get copies, which share their
+weight.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from spectra.estimates.quadrature import gauss_rule
 
 @dataclass(frozen=True)
 class Comparison:
-    """One probe's mass below zero, its brackets with and without reorthogonalisation, and how many Ritz values lie at
-    the largest eigenvalue, within 1e-6 of it, without: itself and its copies."""
+    """The mass of one probe vector below zero, and its brackets with and without reorthogonalisation.
+
+    copies: without reorthogonalisation, the number of Ritz values within a relative 1e-6 of the largest eigenvalue.
+    """
 
     truth: float
     full: Bracket
@@ -36,11 +39,11 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """Between the brackets' middles."""
+        """The distance of the middles of the brackets."""
         return abs(self.full.below + self.full.at / 2 - self.none.below - self.none.at / 2)
 
     def holds(self, found: Bracket) -> bool:
-        """Whether the bracket holds the probe's own mass, give or take the sum's rounding."""
+        """Whether the bracket contains the mass, up to the rounding error of the sum."""
         return found.below - 1e-10 <= self.truth <= found.below + found.at + 1e-10
 
 
@@ -85,8 +88,10 @@ def main() -> None:
     parser.add_argument("--radius", type=float, default=27.0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{options.steps} steps, n = {options.dimension:,}, R = {options.radius:g}, {options.seeds} probes a bulk")
-    for title, first in (("with 40 outliers", 0), ("the outliers taken out, as `resolve` does", OUTLIERS)):
+    print(
+        f"{options.steps} steps, n = {options.dimension:,}, R = {options.radius:g}, {options.seeds} probe vectors each"
+    )
+    for title, first in (("with 40 outliers", 0), ("without the outliers, which `resolve` deflates", OUTLIERS)):
         found: dict[str, list[Comparison]] = {}
         for family, seed in itertools.product(BULKS, range(options.seeds)):
             values = eigenvalues(family, n=options.dimension, radius=options.radius, zeros=0.0, seed=seed)

@@ -2,10 +2,10 @@
 
     python benchmarks/trust/language_models.py [--bits full,1,1.58,2,3,4] [--out FILE]
 
-A tiny Llama with a token a byte is trained in full precision on the source of the standard library, quantized, trained
-on, and reset (W moved by alpha = .4 toward Q(W)). Before and after the reset the whole Hessian of its linear layers is
-formed from n products in float64 and diagonalised. Only the eigenvalues are kept. An operator's estimates depend on its
-eigenvalues, so diag(eigenvalues) stands for the Hessian from then on.
+A tiny Llama whose tokens are bytes is trained in full precision on the source of the standard library, quantized,
+trained further, and reset (W moved by alpha = .4 toward Q(W)). Before and after the reset, the Hessian of its linear
+layers is formed from n Hessian-vector products in float64 and diagonalised. Only the eigenvalues are kept: estimates
+depend on nothing else, so diag(eigenvalues) stands for the Hessian.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ QUANTIZED = TrainConfig(
 
 @dataclass(frozen=True)
 class Spectrum:
-    """All eigenvalues (n,) of one Hessian, ascending, and what was measured beside them."""
+    """All eigenvalues (n,) of one Hessian, ascending, and facts about it, such as the loss."""
 
     eigenvalues: np.ndarray
     facts: dict[str, Any]
 
 
 def byte_blocks(documents: tuple[str, ...], size: int) -> Blocks:
-    """The first `size` bytes of the documents, a token a byte, in blocks."""
+    """The first `size` bytes of the documents in blocks; each byte is a token."""
     data = "\n".join(documents).encode()[:size]
     return Blocks(torch.frombuffer(bytearray(data), dtype=torch.uint8).long(), LENGTH)
 
@@ -65,8 +65,8 @@ def byte_blocks(documents: tuple[str, ...], size: int) -> Blocks:
 def exact_spectrum(op: spectra.HessianOperator) -> Spectrum:
     """Every eigenvalue of the operator, from its products with the columns of the identity.
 
-    Rows that are exactly zero (clipped weights) are zero eigenvalues without rounding, and stay out of the eigensolver.
-    The facts say how asymmetric the products were, and how far the largest eigenvalue is from what topk finds.
+    Rows that are exactly zero (clipped weights) are zero eigenvalues, and are left out of the eigensolver. The facts
+    hold the asymmetry of the matrix, and the difference of the largest eigenvalue from the one that topk finds.
     """
     n = op.shape[0]
     matrix = np.empty((n, n))
@@ -89,7 +89,7 @@ def exact_spectrum(op: spectra.HessianOperator) -> Spectrum:
 
 def spectra_of(bits: str) -> Iterator[tuple[str, Spectrum]]:
     """The Hessians of one bit-width by name, such as "2bit-ste-after-reset", or "full"."""
-    from qat.training.train import train  # seconds to load, for making the fixture alone
+    from qat.training.train import train  # takes seconds to import, and is needed only here
 
     text = load_text()
     blocks, validation = byte_blocks(text.train, 4_000_000), byte_blocks(text.validation, 200_000)
@@ -110,10 +110,7 @@ def spectra_of(bits: str) -> Iterator[tuple[str, Spectrum]]:
     before = copy.deepcopy(model)
     qat.interpolate_(model, alpha=ALPHA)
     for mode in ("ste", "latent"):
-        first, second = (
-            qat.hessian_operator(at, batches, mode, precision="float64")  # one of the two that hessian_operator gives
-            for at in (before, model)
-        )
+        first, second = (qat.hessian_operator(at, batches, mode, precision="float64") for at in (before, model))
         name = f"{bits}bit-{mode}"
         yield f"{name}-before-reset", with_facts(first, losses)
         if same_products(first, second):
@@ -129,8 +126,10 @@ def with_facts(op: Any, facts: dict[str, Any]) -> Spectrum:
 
 
 def same_products(first: Any, second: Any) -> bool:
-    """Whether two operators agree on a random vector, bit for bit: a reset that moves no weight across a clipping bound
-    leaves the ste Hessian as it was."""
+    """Whether the products of two operators with a random vector are equal, bit for bit.
+
+    They are for the ste Hessian if the reset moved no weight across a clipping bound.
+    """
     vector = torch.randn(first.shape[0], dtype=first.dtype, generator=torch.Generator().manual_seed(SEED))
     return bool(torch.equal(first @ vector, second @ vector))
 

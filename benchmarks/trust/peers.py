@@ -1,8 +1,8 @@
-"""The negative share as a user of PyHessian 0.1 or curvlinops 3.0.1 gets it, from the density that each gives.
+"""The negative share from the densities of PyHessian 0.1 and curvlinops 3.0.1, as a user would read it.
 
-Both get a model in float32 whose Hessian is diag(values). They run with their default settings but for the number of
-probes and steps. PyHessian's probes are random signs, which have no sampling error on a diagonal matrix: what error it
-shows here is that of its quadrature alone, and on another matrix with this spectrum sampling comes on top.
+Both get a model in float32 whose Hessian is diag(values), and run with their default settings except for the numbers of
+probe vectors and steps. PyHessian's probe vectors are random signs, which have no sampling error on a diagonal matrix.
+Its error here is that of the quadrature alone; on another matrix with this spectrum, a sampling error is added.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 
 @functools.cache
 def missing(package: str) -> str:
-    """Why a peer cannot be used, in a line, or nothing."""
+    """Why a library cannot be used, in a line; "" where it can."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -50,7 +50,7 @@ class Quadratic(nn.Module):
 
 
 def pyhessian(values: np.ndarray, *, probes: int, steps: int, seed: int) -> float:
-    """The negative share as the weights of PyHessian's nodes below zero, over all weights."""
+    """The weights of PyHessian's nodes below zero, over the sum of all weights."""
     from pyhessian import hessian
 
     torch.manual_seed(seed)
@@ -59,15 +59,16 @@ def pyhessian(values: np.ndarray, *, probes: int, steps: int, seed: int) -> floa
         measured = hessian(Quadratic(values), lambda loss, _: loss, data=(unused, unused), cuda=False)
         nodes, weights = (np.array(part) for part in measured.density(iter=steps, n_v=probes))
     for parameter in measured.params:
-        parameter.grad = None  # it leaves a cycle with the graph
+        parameter.grad = None  # it refers to the graph, which refers to it
     return float(weights[nodes < 0].sum() / weights.sum())
 
 
 def curvlinops(values: np.ndarray, *, probes: int, steps: int, seed: int) -> float:
-    """The negative share as the part of curvlinops' density below zero, by the trapezoid rule over its grid.
+    """The part of curvlinops' density below zero, by the trapezoid rule over its grid.
 
-    The density is a sum of Gauss kernels whose width is the spectrum's over the number of steps (kappa = 3), on 1,024
-    points. It finds the spectrum's ends with SciPy first, whose start vector has no seed, to a hundredth.
+    The density is a sum of Gaussian kernels on 1,024 points; their width is that of the spectrum over the number of
+    steps (kappa = 3). The ends of the spectrum are found first, to a hundredth, with SciPy, whose start vector has no
+    seed.
     """
     module = importlib.import_module("curvlinops")
     torch.manual_seed(seed)
@@ -86,7 +87,7 @@ PEERS: dict[str, tuple[str, Callable[..., float]]] = {
 
 
 def _diagonal_class(module: ModuleType) -> Any:
-    """diag(values) as one of curvlinops' operators: it works on lists of tensors, with the vectors last."""
+    """diag(values) as an operator of curvlinops, which works on lists of tensors with the vectors last."""
     base: Any = importlib.import_module(f"{module.__name__}._torch_base").PyTorchLinearOperator
 
     class Diagonal(base):
@@ -112,7 +113,7 @@ def _diagonal_class(module: ModuleType) -> Any:
 
 @contextlib.contextmanager
 def torch_eig() -> Iterator[None]:
-    """A stand-in for torch.eig, which PyHessian 0.1 calls and torch now refuses."""
+    """Supply torch.eig, which PyHessian 0.1 calls and torch has removed."""
 
     def eig(matrix: torch.Tensor, eigenvectors: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Eigenvalues (n, 2), real and imaginary part, and eigenvectors (n, n), real for a symmetric matrix."""
@@ -125,7 +126,7 @@ def torch_eig() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings of gradients that keep their graph."""
+    """Suppress the warnings about gradients that keep their graph."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

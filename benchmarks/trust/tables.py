@@ -14,22 +14,22 @@ from scipy.special import betaincinv
 from ways import RECIPE, RESOLVE, SAME, Row
 
 Key = TypeVar("Key", bound=Hashable)
-LEAST, LEAST_RESOLVED = 0.90, 0.95  # of all intervals, and of those marked resolved
+COVERED, COVERED_RESOLVED = 0.90, 0.95  # wanted of all intervals, and of those marked resolved
 SAMPLED = ("trace", "rms", "frobenius", "negative_energy_share", "negative_magnitude_share")
-NOMINAL = (0.93, 0.99)  # where 95 % intervals whose width is sampling error should lie
+NOMINAL = (0.93, 0.99)  # coverage wanted of 95 % intervals whose width is sampling error
 BAND = 0.95  # of the binomial bands
 OTHERS = [f"{name}, {how}" for name in ("hard count", *PEERS) for how in (SAME, RECIPE)]
 
 
 def covered(row: Row) -> bool:
-    """Whether the interval holds the truth; an end that is not finite is stored as None."""
+    """Whether the interval contains the truth; an end that is not finite is stored as None."""
     low = -math.inf if row["low"] is None else row["low"]
     high = math.inf if row["high"] is None else row["high"]
     return low <= row["truth"] <= high
 
 
 def coverage(rows: Sequence[Row]) -> str:
-    """How often each way's intervals hold the truth, a table a quantity."""
+    """How often the intervals of each way contain the truth: a table for each quantity."""
     with_interval = [row for row in rows if "low" in row]
     header = [
         "way",
@@ -69,9 +69,9 @@ def coverage_line(group: Sequence[Row]) -> list[str]:
 
 
 def by_family(rows: Sequence[Row]) -> str:
-    """How often the intervals hold the truth by family, pooled over the rest, a table a way to measure.
+    """How often the intervals contain the truth, by family: a table for each way to measure.
 
-    ? marks what lies below the bars, ! what lies outside them with the whole of its binomial 95 % band.
+    ? marks a coverage below what is wanted, ! one whose binomial 95 % band lies wholly outside what is wanted.
     """
     with_interval = [row for row in rows if "low" in row]
     parts = []
@@ -109,20 +109,26 @@ def cell(group: Sequence[Row]) -> str:
 
 
 def against_bars(group: Sequence[Row]) -> list[tuple[str, int, int, str]]:
-    """For each bar that a group of intervals for one quantity has to pass: its name, how many intervals it concerns and
-    how many of them cover; then a mark, ? below the bar, ! outside it with the whole binomial band."""
+    """Compare the coverage of one quantity with what is wanted of it.
+
+    For each range that is wanted: its name, how many intervals it concerns, how many of them cover, and a mark: ? below
+    the range, ! where the binomial band lies wholly outside it.
+    """
     resolved = [row for row in group if row["resolved"]]
-    bars = [(f"all {LEAST}", group, LEAST, 1.0), (f"resolved {LEAST_RESOLVED}", resolved, LEAST_RESOLVED, 1.0)]
+    bars = [
+        (f"all {COVERED}", group, COVERED, 1.0),
+        (f"resolved {COVERED_RESOLVED}", resolved, COVERED_RESOLVED, 1.0),
+    ]
     if group[0]["quantity"] in SAMPLED:
         bars.append((f"{NOMINAL[0]} to {NOMINAL[1]}", group, *NOMINAL))
     found = []
-    for name, of_bar, least, most in bars:
+    for name, of_bar, lower, upper in bars:
         if not of_bar:
             continue
         hits = sum(map(covered, of_bar))
         low, high = band(hits, len(of_bar))
         share = hits / len(of_bar)
-        mark = "!" if high < least or low > most else "?" if share < least else ""
+        mark = "!" if high < lower or low > upper else "?" if share < lower else ""
         found.append((name, len(of_bar), hits, mark))
     return found
 
@@ -136,7 +142,7 @@ def band(hits: int, tries: int) -> tuple[float, float]:
 
 
 def outside(rows: Sequence[Row]) -> str:
-    """Every group of intervals of one quantity that lies outside a bar, by family and, beyond noise alone, by case."""
+    """Every family with a coverage outside what is wanted, and every case where chance does not explain it."""
     with_interval = [row for row in rows if "low" in row]
     lines = []
     for (way, quantity), group in grouped(with_interval, lambda row: (row["way"], row["quantity"])).items():
@@ -150,12 +156,12 @@ def outside(rows: Sequence[Row]) -> str:
                     low, high = band(hits, tries)
                     line = [way, quantity.replace("_", " "), name, bar, f"{hits} of {tries}", f"{hits / tries:.3f}"]
                     lines.append([*line, f"{low:.3f} to {high:.3f}", "yes" if mark == "!" else "no"])
-    header = ["way", "quantity", "family or case", "bar", "covered", "share", "95 % band", "beyond noise"]
-    return "\noutside the bars\n\n" + (markdown(header, lines) if lines else "none")
+    header = ["way", "quantity", "family or case", "wanted", "covered", "share", "95 % band", "beyond chance"]
+    return "\noutside what is wanted\n\n" + (markdown(header, lines) if lines else "none")
 
 
 def errors(rows: Sequence[Row]) -> str:
-    """The mean absolute error of the negative share by family and size, averaged over the rest."""
+    """The mean absolute error of the negative share, by family and size."""
     shares = [row for row in rows if row["quantity"] == "negative_share"]
     found = {row["way"] for row in shares}
     others = [way for way in OTHERS if way in found]
@@ -182,7 +188,7 @@ def error(group: Sequence[Row]) -> str:
 
 
 def ordinary(rows: Sequence[Row]) -> str:
-    """What `resolve` reaches on the bulks that have to be resolved."""
+    """The resolved share and the error of `resolve` on the bulks that have to be resolved."""
     group = [
         row
         for row in rows
@@ -198,7 +204,7 @@ def ordinary(rows: Sequence[Row]) -> str:
 
 
 def grouped(rows: Sequence[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
-    """By key, in the order in which the keys first occur."""
+    """The rows by key, in the order in which the keys first occur."""
     groups: dict[Key, list[Row]] = defaultdict(list)
     for row in rows:
         groups[key(row)].append(row)

@@ -1,4 +1,4 @@
-"""The ways to measure that are compared: ours with intervals, hard counts on quadrature nodes, and other libraries."""
+"""The ways to measure that are compared: ours with intervals, counts of quadrature nodes, and other libraries."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from spectra.estimates.quantities import summarize
 WAYS = ("slq", "resolve", "rotated", "trace", "counts", "peers")
 RESOLVE = "resolve"
 ROTATED = ", rotated"
-SAME, RECIPE = "same products", "paper's recipe"
+SAME, RECIPE = "same products", "paper's recipe"  # Hessian-vector products
 BUDGET = 1500
-PROBES = 10  # of the counts with as many products as `resolve` took
+PROBES = 10  # probe vectors of the counts that spend as many products as `resolve` did
 PAPER = {"probes": 20, "steps": 60}  # the WinQ paper: no reorthogonalisation, counted on the nodes
 
 Row = dict[str, Any]
 
 
 class RotatedOperator(spectra.DiagonalOperator):
-    """H diag(values) H with the reflection H = I - 2 u u', u random: the same eigenvalues to rounding, and zeros along
-    directions that are no coordinates, so that no product shows them."""
+    """H diag(values) H with the reflection H = I - 2 u u', u random.
+
+    It has the same eigenvalues, up to rounding error, but its zeros do not lie along coordinates.
+    """
 
     def __init__(self, values: np.ndarray, *, seed: int):
         super().__init__(values)
@@ -59,8 +61,10 @@ def measure(values: np.ndarray, seed: int, ways: frozenset[str]) -> list[Row]:
 
 
 def estimates(values: np.ndarray, seed: int, ways: frozenset[str]) -> dict[str, dict[str, spectra.Estimate]]:
-    """By way of measuring: the default call, a deflated one, the adaptive shares, and the three traces. Rotated, where
-    some eigenvalues are zero, the default call and the adaptive shares again."""
+    """Estimates by way of measuring: the default call, a deflated one, the adaptive shares, and the three traces.
+
+    Where some eigenvalues are zero, also the default call and the adaptive shares on a reflected operator.
+    """
     found: dict[str, dict[str, spectra.Estimate]] = {}
     if "slq" in ways:
         found["slq 10 x 100"] = of_density(spectra.DiagonalOperator(values), seed)
@@ -93,8 +97,10 @@ def of_resolve(op: spectra.LinearOperator, seed: int) -> dict[str, spectra.Estim
 
 
 def counts(values: np.ndarray, seed: int, ways: frozenset[str], *, products: int) -> dict[str, tuple[float, int]]:
-    """The negative share without an interval, and its products, by way: once with the given number of products, once
-    with the paper's recipe."""
+    """Negative shares without an interval, and their products, by way of measuring.
+
+    Each with the given number of products, and with the recipe of the WinQ paper.
+    """
     same = {"probes": PROBES, "steps": max(products // PROBES, 2)}
     found: dict[str, float] = {}
     if "counts" in ways:

@@ -96,6 +96,7 @@ def quantize_model(model: nn.Module, config: QuantConfig | None = None) -> Conve
             if id(child) in replacements:
                 setattr(parent, name, replacements[id(child)])
     _declare_tied_scales(model)
+    _call_every_layer(model)
 
     latent = set(weight_names(model))
     return ConversionReport(
@@ -126,6 +127,7 @@ def _check_fresh(model: nn.Module) -> None:
 def _choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The modules to swap by name, and for each other module that holds a matrix the reason to leave it."""
     heads, embeddings = _output_heads(model), _token_embeddings(model)
+    of_attention = {id(c) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for c in m.children()}
     _check_globs(model, config)
     chosen: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
@@ -135,6 +137,7 @@ def _choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, nn.Module]
         reason = (
             _skip_pattern(name, config)
             or _reason_by_class(module)
+            or ("nn.MultiheadAttention reads its weight without calling it" if id(module) in of_attention else "")
             or _reason_by_role(module, config, heads=heads, embeddings=embeddings)
             or _reason_by_weight(module)
         )
@@ -291,6 +294,15 @@ def _declare_tied_scales(model: nn.Module) -> None:
             shared[f"{name}.scale"] = f"{first[id(layer.scale)]}.scale"
     if shared:
         model._tied_weights_keys = {**tied, **shared}  # type: ignore[assignment]
+
+
+def _call_every_layer(model: nn.Module) -> None:
+    """Keep torch's encoder layers from their fused inference path, which reads weights past the quantized layers."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and quant_layers(module):
+            module.activation_relu_or_gelu = 0  # the code of an activation that the fused path does not know
+        if isinstance(module, nn.TransformerEncoder) and quant_layers(module):
+            module.use_nested_tensor = False  # which only the fused path can read
 
 
 def _notes(model: nn.Module, upcast: dict[int, nn.Parameter]) -> tuple[str, ...]:

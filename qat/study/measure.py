@@ -14,11 +14,13 @@ from qat.layers.convert import quantize_model
 from qat.layers.linear import weight_names
 from qat.study.config import StudyConfig
 from qat.study.presentation import REFERENCE_LABEL, presentation
+from qat.study.resume import PLANNED_RECORDS, check_same, start_again
 from qat.study.start import Start
 from qat.training.evaluate import Evaluation, evaluate
 from qat.training.progress import MeasuringBar
 from spectra.backend.errors import NonFiniteError
 from spectra.operators.hessian.operator import HessianOperator
+from spectra.runs.folder import Run, is_recorded
 from spectra.runs.probe import SpectrumProbe
 
 
@@ -61,11 +63,14 @@ def study_probe(
         seed=config.train.seed,
         config=settings,
         progress=MeasuringBar(name),
+        strict=True,  # a study without one of its spectra is not finished
     )
 
 
 def measure_full_precision(start: Start, config: StudyConfig, folder: Path) -> Evaluation:
     """Measure the full-precision model's Hessian in the weights that will be quantized: the study's reference.
+
+    A folder that holds this spectrum already is kept.
 
     Args:
         start: The model and the batches.
@@ -75,10 +80,22 @@ def measure_full_precision(start: Start, config: StudyConfig, folder: Path) -> E
     Returns:
         The model's validation loss.
     """
+    model = copy.deepcopy(start.model).to(start.device)
+    settings = {"method": REFERENCE_LABEL, **start.facts, PLANNED_RECORDS: 1}
+    check_same(folder, settings)
+    if not (is_recorded(folder) and Run(folder).records):
+        start_again(folder)
+        _measure_reference(model, start, config, folder, settings)
+    return evaluate(model, start.validation, batch_size=config.train.batch_size)
+
+
+def _measure_reference(
+    model: nn.Module, start: Start, config: StudyConfig, folder: Path, settings: Mapping[str, Any]
+) -> None:
+    """The one spectrum of the full-precision model."""
     quantized = copy.deepcopy(start.model)
     quantize_model(quantized, config.quantization(config.bits[0]))
     names = frozenset(weight_names(quantized))
-    model = copy.deepcopy(start.model).to(start.device)
     probe = study_probe(
         model,
         start,
@@ -86,11 +103,10 @@ def measure_full_precision(start: Start, config: StudyConfig, folder: Path) -> E
         folder,
         name=REFERENCE_LABEL,
         modes={"full": HessianOperator},
-        settings={"method": REFERENCE_LABEL, **start.facts, "presentation": presentation()},
+        settings={**settings, "presentation": presentation()},
         params=lambda name, parameter: name in names,
     )
     probe.measure(0, "start")
-    return evaluate(model, start.validation, batch_size=config.train.batch_size)
 
 
 class MeasuringCallback(TrainerCallback):

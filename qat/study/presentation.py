@@ -70,7 +70,7 @@ def presentation(*, bits: float | str | None = None, method: str | None = None) 
     Example:
         A probe that is attached by hand to a quantized model::
 
-            SpectrumProbe(model, batches, out="runs/mine",
+            SpectrumProbe(model, batches, out="runs/study",
                           config={"presentation": presentation(bits=2, method="winq")})
 
         >>> shown = presentation(bits=2, method="winq")

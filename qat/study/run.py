@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,22 @@ from qat.layers.linear import quant_layers
 from qat.study.config import StudyConfig
 from qat.study.measure import MeasuringCallback, study_probe
 from qat.study.presentation import presentation, run_label
+from qat.study.resume import (
+    PLANNED_RECORDS,
+    Curve,
+    check_same,
+    is_finished,
+    planned_records,
+    start_again,
+    validation_curve,
+)
 from qat.study.start import Start
 from qat.study.table import Row, spectrum_columns
 from qat.training.callback import WinQCallback
-from qat.training.evaluate import evaluate
+from qat.training.evaluate import perplexity_of
 from qat.training.telemetry import Telemetry
-from qat.training.train import TrainResult, train
+from qat.training.train import train
+from spectra.runs.folder import Run, is_recorded
 
 NOISE_DRAWS = 4
 
@@ -33,20 +44,24 @@ class Outcome:
     """What came of one run.
 
     Attributes:
-        model: The trained model; None where it stayed in a worker's process.
-        result: How the training went.
         row: Its row of the table, but for `steps_to_baseline_loss`.
+        curve: Pairs (training step, validation loss), from step 0 to the last.
         spectra: How many spectra were measured.
+        seconds: How long the training took; NaN for a run that an earlier call has finished.
+        model: The trained model; None where it stayed in a worker's process, and for a run that was finished earlier.
     """
 
-    model: nn.Module | None
-    result: TrainResult
     row: Row
+    curve: Curve
     spectra: int
+    seconds: float = math.nan
+    model: nn.Module | None = None
 
 
 def train_method(start: Start, config: StudyConfig, bits: float, method: str, folder: Path) -> Outcome:
     """Quantize a copy of the full-precision model, train it, and measure spectra along the way.
+
+    What an interrupted run has left in the folder is removed first.
 
     Args:
         start: The model, the text and the measured batches.
@@ -61,6 +76,7 @@ def train_method(start: Start, config: StudyConfig, bits: float, method: str, fo
     Raises:
         NonFiniteError: A loss or a Hessian-vector product held NaN or infinity; what was recorded is kept.
     """
+    start_again(folder)
     model = copy.deepcopy(start.model)
     converted = quantize_model(model, config.quantization(bits))
     model.to(start.device)
@@ -69,7 +85,12 @@ def train_method(start: Start, config: StudyConfig, bits: float, method: str, fo
         mode: partial(hessian_operator, mode=mode, sigma=config.winq.sigma or None, draws=NOISE_DRAWS)
         for mode in config.modes
     }
-    settings = _settings(start, config, bits, method, converted)
+    settings = {
+        **run_settings(config, bits, method),
+        **_conversion_facts(converted),
+        **start.facts,
+        "presentation": presentation(bits=bits, method=method),
+    }
     probe = study_probe(model, start, config, folder, name=name, modes=modes, settings=settings)
     measure = MeasuringCallback(probe, config.measuring_steps())
     callbacks: list[TrainerCallback] = [measure]
@@ -88,18 +109,89 @@ def train_method(start: Start, config: StudyConfig, bits: float, method: str, fo
         device=start.device.type,
     )
     measure(config.train.steps, "end")
-    final = evaluate(model, start.validation, batch_size=config.train.batch_size)
+    assert probe.run is not None
+    outcome = outcome_of(probe.run, config, bits, method)
+    return replace(outcome, seconds=result.seconds, model=model)
+
+
+def outcome_of(run: Run, config: StudyConfig, bits: float, method: str) -> Outcome:
+    """What came of a finished run, read from its folder.
+
+    Args:
+        run: The run.
+        config: The study's settings.
+        bits: The bit-width of the quantized weights.
+        method: "baseline" or "winq".
+
+    Returns:
+        The outcome, without a model.
+    """
+    records, curve = run.records, validation_curve(run)
+    loss = curve[-1][1]
     row = {
         "label": run_label(bits, method),
         "bits": bits,
         "method": method,
-        "validation_loss": final.loss,
-        "perplexity": final.perplexity,
-        "steps": result.steps,
+        "validation_loss": loss,
+        "perplexity": perplexity_of(loss),
+        "steps": config.train.steps,
         "mode": config.modes[0],
-        **spectrum_columns(probe.records),
+        **spectrum_columns(records),
     }
-    return Outcome(model, result, row, len(probe.records))
+    return Outcome(row, curve, len(records))
+
+
+def finished_outcome(start: Start, config: StudyConfig, bits: float, method: str, folder: Path) -> Outcome | None:
+    """What came of a run that an earlier call has finished; None where the run is not there or not finished.
+
+    Args:
+        start: What the study's runs start from.
+        config: The study's settings.
+        bits: The bit-width of the quantized weights.
+        method: "baseline" or "winq".
+        folder: The folder of the run.
+
+    Returns:
+        The outcome, without a model.
+
+    Raises:
+        InputError: The folder holds a run with other settings.
+    """
+    check_same(folder, {**run_settings(config, bits, method), **start.facts})
+    if not is_recorded(folder):
+        return None
+    run = Run(folder)
+    return outcome_of(run, config, bits, method) if is_finished(run, config, method) else None
+
+
+def run_settings(config: StudyConfig, bits: float, method: str) -> dict[str, Any]:
+    """The entries of a run's config.json that follow from the study's settings alone.
+
+    Args:
+        config: The study's settings.
+        bits: The bit-width of the quantized weights.
+        method: "baseline" or "winq".
+
+    Returns:
+        Plain values by name.
+    """
+    return {
+        "bits": bits,
+        "method": method,
+        "quantizer": config.quantization(bits).scheme,
+        **asdict(config.train),
+        **(asdict(config.winq) if method == "winq" else {}),
+        **({"measured_sigma": config.winq.sigma} if "noisy" in config.modes else {}),
+        "modes": list(config.modes),
+        "skip": list(config.skip),
+        "length": config.length,
+        "validation_sequences": config.validation_sequences,
+        "measure_sequences": config.measure_sequences,
+        "probes": config.probes,
+        "lanczos_steps": config.lanczos_steps,
+        "deflated": config.deflate,
+        PLANNED_RECORDS: planned_records(config, method),
+    }
 
 
 def dequantized(trained: nn.Module, full_precision: nn.Module) -> nn.Module:
@@ -121,19 +213,9 @@ def dequantized(trained: nn.Module, full_precision: nn.Module) -> nn.Module:
     return model
 
 
-def _settings(
-    start: Start, config: StudyConfig, bits: float, method: str, converted: ConversionReport
-) -> dict[str, Any]:
-    """What the run's config.json says of how it was trained, and how it is to be shown."""
+def _conversion_facts(converted: ConversionReport) -> dict[str, Any]:
+    """What the run's config.json says of the quantized weights."""
     return {
-        "bits": bits,
-        "method": method,
-        "quantizer": converted.quantizer,
         "quantized_weights": converted.weight_count,
         "quantized_modules": len(converted.swapped),
-        **asdict(config.train),
-        **(asdict(config.winq) if method == "winq" else {}),
-        "length": config.length,
-        **start.facts,
-        "presentation": presentation(bits=bits, method=method),
     }

@@ -15,6 +15,7 @@ from qat.study.config import StudyConfig, choose_device
 from qat.study.models import check_fit, small_llama, tokenizer_for, trained_small_llama
 from qat.text.corpus import Blocks, Text, load_text, make_blocks, trained_tokenizer
 from spectra.integrations.loading import load_model, quiet_transformers
+from spectra.runs.provenance import fingerprint
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def prepare(config: StudyConfig, *, say: Callable[[str], None] = print) -> Start
         "train_tokens": blocks.blocks.numel(),
         "validation_tokens": validation.blocks.numel(),
         "measured_on": "training sequences",
+        "text_fingerprint": fingerprint([blocks.blocks, validation.blocks]),
+        "model_fingerprint": fingerprint([tensor.reshape(-1) for tensor in model.state_dict().values()]),
     }
     return Start(
         model=model.eval(),

@@ -10,6 +10,7 @@ from typing import Any
 
 from spectra.estimates.estimate import Estimate
 from spectra.estimates.quantities import ESTIMATES
+from spectra.runs.folder import PARTIAL
 from spectra.runs.jsonlines import plain
 from spectra.runs.record import SpectrumRecord
 
@@ -100,8 +101,15 @@ def write_table(rows: Sequence[Row], folder: Path, *, heading: str = "") -> None
         heading: What table.md says above the table.
     """
     text = json.dumps([plain(_in_order(row)) for row in rows], indent=2, allow_nan=False)
-    (folder / "table.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(markdown(rows, heading=heading), encoding="utf-8")
+    _replace(folder / "table.json", text + "\n")
+    _replace(folder / "table.md", markdown(rows, heading=heading))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file under another name first, so that an interrupt leaves the old one or the new one."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def markdown(rows: Sequence[Row], *, heading: str = "") -> str:

@@ -13,9 +13,11 @@ import multiprocessing
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,11 @@ _shared: Any = None  # in a worker's process, the first argument of every job
 
 def run_jobs(
     job: Callable[..., Any], shared: Any, arguments: Sequence[tuple[Any, ...]], *, workers: int
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """Run jobs one after the other, or in parallel processes.
 
-    After an error no further job is started. Those that run are completed, and then the error is raised.
+    After an error no further job is started. Those that run are completed, and then the error is raised. An interrupt
+    ends the processes at once, and so does the end of this process, however it ends.
 
     Args:
         job: Called as job(shared, *arguments[i]); a function that can be pickled.
@@ -55,10 +58,15 @@ def run_jobs(
             yield index, job(shared, *given)
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit locks that threads of libraries hold
-    setup = (pickle.dumps(shared), context.RLock(), context.Value("i", 0))
-    with ProcessPoolExecutor(min(workers, len(arguments)), context, initializer=_set_up, initargs=setup) as pool:
-        futures = {pool.submit(_in_worker, job, given): index for index, given in enumerate(arguments)}
+    parent_lives, lifeline = context.Pipe(duplex=False)  # the system closes `lifeline` when this process ends
+    setup = (pickle.dumps(shared), context.RLock(), context.Value("i", 0), parent_lives)
+    with (
+        lifeline,
+        ProcessPoolExecutor(min(workers, len(arguments)), context, initializer=_set_up, initargs=setup) as pool,
+    ):
         try:
+            with _interrupts_held():  # the processes inherit this, and leave an interrupt to this one
+                futures = {pool.submit(_in_worker, job, given): index for index, given in enumerate(arguments)}
             while futures:
                 done, _ = wait(futures, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -67,6 +75,9 @@ def run_jobs(
             raise InputError(
                 "a worker process was killed, most likely for want of memory: run one at a time with --workers 1"
             ) from error
+        except (KeyboardInterrupt, GeneratorExit):
+            lifeline.close()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -120,16 +131,37 @@ def _quota(cgroups: Path) -> tuple[int | None, int]:
         return None, 1
 
 
-def _set_up(shared: bytes, lock: Any, counter: Any) -> None:
-    """Prepare a new worker: one thread, its own line for progress bars, and no traceback when the user interrupts."""
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold interrupts back inside, where the system can; one that came meanwhile is raised on exit."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _set_up(shared: bytes, lock: Any, counter: Any, parent_lives: Connection) -> None:
+    """Prepare a new worker: one thread, its own line for progress bars, and an end with its parent."""
     global _shared
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent_lives,), daemon=True).start()
     torch.set_num_threads(1)
     with counter.get_lock():
         os.environ[POSITION] = str(counter.value)
         counter.value += 1
     tqdm.set_lock(lock)
     _shared = pickle.loads(shared)
+
+
+def _end_with(parent_lives: Connection) -> None:
+    """Wait until the parent closes its end of the pipe, or the system does because the parent has ended; then end."""
+    with contextlib.suppress(EOFError, OSError):
+        parent_lives.recv_bytes()
+    os._exit(130)
 
 
 def _in_worker(job: Callable[..., Any], given: tuple[Any, ...]) -> Any:

@@ -12,8 +12,8 @@ import numpy as np
 
 from spectra.algorithms.slq import slq
 from spectra.backend.errors import InputError
-from spectra.estimates.estimate import CONFIDENCE, RESOLVED_HALF_WIDTH, Estimate
-from spectra.estimates.quantities import NEAR_ZERO, describe, summarize
+from spectra.estimates.estimate import CONFIDENCE, RESOLVED_HALF_WIDTH, Estimate, judged_by_size, unresolved
+from spectra.estimates.quantities import NEAR_ZERO, Kind, describe, summarize
 from spectra.operators.base import LinearOperator
 from spectra.operators.derived import MeanOperator
 from spectra.operators.hessian.batches import as_batches, rows_between, rows_in
@@ -94,6 +94,7 @@ def batch_noise(
             loss, or if the loss is a sum over the data instead of a mean.
     """
     parts = _divide(as_batches(batches), groups)
+    reasons: list[str] = []  # why an operator's numbers cannot be relied on
 
     def measure(operator: LinearOperator) -> dict[str, Estimate]:
         try:
@@ -102,13 +103,15 @@ def batch_noise(
             close = getattr(operator, "close", None)
             if close is not None:
                 close()
+        reasons.append(density.origin.unverified)
         return summarize(density, near_zero_tol)
 
     whole = build(list(itertools.chain(*parts)))
     weights = _check_weights(_group_weights(whole, parts), groups)
     full = measure(whole) if full is None else full
     left_out = [measure(build(list(itertools.chain(*parts[:j], *parts[j + 1 :])))) for j in range(groups)]
-    return jackknife(full, left_out, weights)
+    splits, reason = jackknife(full, left_out, weights), next(filter(None, reasons), "")
+    return {name: replace(split, total=unresolved(split.total, reason)) for name, split in splits.items()}
 
 
 def jackknife(
@@ -173,6 +176,8 @@ def _split_one(name: str, estimate: Estimate, left_out: np.ndarray, weights: np.
         total = replace(
             total, resolved=False, reason=f"the choice of batches leaves +-{half:.2f}: measure more of them"
         )
+    if quantity.kind in (Kind.SUM, Kind.NORM) and half > 0:
+        total = judged_by_size(total)
     return NoiseSplit(estimate, estimate.half_width, half, bias, total)
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import scipy
 import torch
 
+from spectra.algorithms.basis_size import MEMORY_PART
 from spectra.algorithms.missed import MAX_STEPS, rules_out_eigenvalues_beyond
+from spectra.backend import memory
 from spectra.backend.errors import NonFiniteError
 from spectra.backend.random_vectors import gaussian
 from spectra.backend.vectors import norm, orthogonalize_, row_dots
@@ -16,6 +18,7 @@ from spectra.operators.base import LinearOperator
 
 START_PERTURBATION = 1e-2  # norm of the random vector added to a guess, so that no eigenvector is orthogonal to it
 STRICT = 0.1  # of the tolerance: residual at which an extreme Ritz value counts as the end of the spectrum
+SLICE_BYTES = 1 << 26  # of a basis that is rotated in slices of columns, where memory holds no second basis
 ROUNDING = 10  # units of rounding error, relative to the norm of A, below which a residual counts as zero
 
 
@@ -244,8 +247,9 @@ class KrylovSearch:
         shifts = others.residuals**2 / distances
         order = np.argsort(shifts)
         harmless = order[np.cumsum(shifts[order]) <= slack.min()]
-        more = self._ritz_vectors(others.coefficients[:, harmless])
-        basis = torch.cat([vectors, more], out=self._basis[: len(vectors) + len(more)])
+        self._rotate_in_place(others.coefficients[:, harmless], first=len(vectors))
+        self._basis[: len(vectors)] = vectors
+        basis = self._basis[: len(vectors) + len(harmless)]
         before, steps = self.op.products, min(MAX_STEPS, self.max_products - self.products)
         answer = rules_out_eigenvalues_beyond(
             self.op, basis, low, high, seed=self.seed, stream="topk trial", max_steps=steps
@@ -264,15 +268,38 @@ class KrylovSearch:
 
     def _ritz_vectors(self, coefficients: np.ndarray) -> torch.Tensor:
         """Ritz vectors in rows (j, n), normalized, from coefficients (m, j) for the first m basis vectors."""
-        rotation = torch.as_tensor(coefficients.T, dtype=self.op.dtype, device=self.op.device)
-        vectors = rotation @ self._basis[: len(coefficients)]
-        return vectors.div_(row_dots(vectors, vectors).sqrt()[:, None].to(vectors.dtype))
+        vectors = self._rotation(coefficients) @ self._basis[: len(coefficients)]
+        return _normalized_(vectors)
+
+    def _rotate_in_place(self, coefficients: np.ndarray, *, first: int = 0) -> None:
+        """Write the Ritz vectors of coefficients (m, j) over the basis vectors from row `first` on.
+
+        Where memory holds no second basis, this is done in slices of columns.
+        """
+        m, count = coefficients.shape
+        if not count:
+            return
+        rotation, n = self._rotation(coefficients), self.op.shape[0]
+        target = self._basis[first : first + count]
+        fits = count * self.op.vector_bytes <= MEMORY_PART * memory.available(self._basis.device)
+        columns = n if fits else max(SLICE_BYTES // (m * self._basis.element_size()), 1)
+        for start in range(0, n, columns):
+            target[:, start : start + columns] = rotation @ self._basis[:m, start : start + columns]
+        _normalized_(target)
+
+    def _rotation(self, coefficients: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(coefficients.T, dtype=self.op.dtype, device=self.op.device)
 
     def _restart(self, projection: _Projection, ritz: RitzValues, k: int, which: str) -> None:
         """Shrink the basis to the most extreme Ritz vectors, somewhat more than the k wanted, and the newest vector."""
         size = len(ritz.values)
         kept = np.sort(select(ritz.values, min(k + max((size - k) // 3, 1), size - 1), which))
         newest = self._basis[size].clone()
-        self._basis[: len(kept)] = self._ritz_vectors(ritz.coefficients[:, kept])
+        self._rotate_in_place(ritz.coefficients[:, kept])
         self._basis[len(kept)] = newest
         projection.restart(ritz.values[kept], ritz.coefficients[:, kept])
+
+
+def _normalized_(vectors: torch.Tensor) -> torch.Tensor:
+    """Divide each row by its norm, in place."""
+    return vectors.div_(row_dots(vectors, vectors).sqrt()[:, None].to(vectors.dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from spectra.algorithms.basis_size import Basis, choose_basis
 from spectra.algorithms.block_size import VECTORS_PER_PROBE, probe_block_size
 from spectra.algorithms.lanczos import choose_reorthogonalization
 from spectra.algorithms.topk import default_basis_size
@@ -30,6 +31,8 @@ class MemoryPlan:
         pieces: How many microbatches there are.
         rows: Of the largest microbatch.
         together: How many probe vectors are advanced at once.
+        basis: How many Krylov basis vectors that search holds at once; fewer than usual where memory is short.
+        host: Bytes of the search in host memory, where the device is too small for it.
     """
 
     graphs: int
@@ -41,6 +44,8 @@ class MemoryPlan:
     pieces: int
     rows: int
     together: int
+    basis: int = 0
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -51,9 +56,11 @@ class MemoryPlan:
         parts = {name: getattr(self, name) for name in ("graphs", "product", "recurrence", "deflation", "search")}
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         graphs = "all graphs kept" if self.kept == self.pieces else f"{self.kept} of {self.pieces} graphs kept"
+        search = f", {self.basis} Krylov basis vectors" if self.basis else ""
+        search += f" in {format_bytes(self.host)} of host memory" if self.host else ""
         return (
             f"{format_bytes(self.peak)} at most beside the model ({listed}); {graphs}, {self.rows} rows at a time, "
-            f"{self.together} probes together"
+            f"{self.together} probes together{search}"
         )
 
 
@@ -76,7 +83,8 @@ def plan(
         The `MemoryPlan`; print it for one line of text.
 
     Raises:
-        InputError: If `reorthogonalize` has an unknown value.
+        InputError: If `reorthogonalize` has an unknown value, or there is no memory to search for that many
+            eigenvalues.
     """
     vector = op.vector_bytes
     basis_size = steps if choose_reorthogonalization(op, steps, reorthogonalize) == "full" else 0
@@ -85,16 +93,20 @@ def plan(
     rows = layout.objective.rows
     graphs = sum(footprint.graph(count) for count in rows[: layout.kept])
     transient = footprint.product(max(rows)) + (footprint.graph(max(rows)) if layout.kept < len(rows) else 0)
+    basis = choose_basis(op, deflate, default_basis_size(deflate)) if deflate else Basis(0, 0)
+    search = basis.vectors * vector if deflate else 0
     return MemoryPlan(
         graphs=graphs + vector,
         product=transient + together * vector,
         recurrence=together * (VECTORS_PER_PROBE - 1 + basis_size) * vector,
         deflation=deflate * vector,
-        search=(default_basis_size(deflate) + 1 + deflate + 2) * vector if deflate else 0,
+        search=0 if basis.on_host else search,
         kept=layout.kept,
         pieces=len(rows),
         rows=max(rows),
         together=together,
+        basis=basis.size,
+        host=search if basis.on_host else 0,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -40,7 +41,10 @@ class ProbeSpace:
     def __init__(self, op: LinearOperator, pairs: Eigenpairs | None, *, seed: int):
         self.pairs, self.seed = pairs, seed
         # a recurrence that starts orthogonal to the deflated vectors stays so: only images need projecting
-        self.op = op if pairs is None else DeflatedOperator(op, pairs.vectors, inputs="orthogonal")
+        self.op = op
+        if pairs is not None:
+            self.op = deflated = DeflatedOperator(op, pairs.vectors, inputs="orthogonal")
+            self.pairs = replace(pairs, vectors=deflated.vectors)  # does not keep a second copy of the vectors
         self.zero_count = 0
         self._zeros: torch.Tensor | None = None  # mask (n,) of the coordinates that the operator maps to zero
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import scipy
@@ -12,14 +13,16 @@ import torch
 
 from spectra.algorithms.block_size import max_vectors_in_memory
 from spectra.algorithms.lanczos import LanczosRecurrence
+from spectra.algorithms.origin import unverified
 from spectra.algorithms.probe_space import DEFLATION_TOLERANCE, ProbeSpace
+from spectra.algorithms.progress import Callback, Progress
 from spectra.algorithms.slq import slq
 from spectra.algorithms.topk import Eigenpairs
 from spectra.backend.errors import InputError
 from spectra.backend.float32 import in_float32
 from spectra.backend.random_vectors import gaussian
 from spectra.estimates.density import SpectralDensity
-from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, normal_quantile
+from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, normal_quantile, unresolved
 from spectra.operators.base import LinearOperator
 
 SHARES = ("negative", "near_zero", "between")
@@ -49,6 +52,7 @@ def resolve(
     half_width: float = RESOLVED_HALF_WIDTH,
     budget: int = 1500,
     seed: int = 0,
+    progress: Callback | None = None,
 ) -> Estimate:
     """A share of the eigenvalues to a wanted half-width, for a limited number of products.
 
@@ -66,6 +70,8 @@ def resolve(
         half_width: The half-width of the 95 % interval to reach, between 0 and 0.5.
         budget: The largest number of products, at least 20.
         seed: Seed of the random vectors.
+        progress: Called as progress(products done, products in total). The total is the budget until less turns out to
+            be enough.
 
     Returns:
         The `Estimate`, with the products spent. `resolved` says whether the half-width was reached, and `reason` why
@@ -87,18 +93,30 @@ def resolve(
         raise InputError(f"the half-width must lie between 0 and 0.5, got {half_width}")
     if budget < FEWEST_PRODUCTS:
         raise InputError(f"a budget of at least {FEWEST_PRODUCTS} products is expected, got {budget}")
+    before, count = op.products, Progress(progress, min(budget, op.shape[0]))
+    estimate = _measure(op, target, budget, seed, count)
+    count.finish()
+    estimate = _compare_with_target(estimate, target, op.products - before, budget)
+    return unresolved(estimate, unverified(op))
+
+
+def _measure(op: LinearOperator, target: _Target, budget: int, seed: int, progress: Progress) -> Estimate:
+    """The share as the density gives it, exact where the budget allows that."""
     n, before = op.shape[0], op.products
     if n <= budget:
-        density = slq(op, probes=1, steps=n, seed=seed)
-        return _compare_with_target(target.read(density), target, op.products - before, budget)
-    pairs = find_outliers(op, products=_search_products(op, budget), seed=seed)
+        return target.read(slq(op, probes=1, steps=n, seed=seed, progress=lambda done, _: progress.reach(done)))
+    wanted = _search_products(op, budget)
+    pairs = find_outliers(op, products=wanted, seed=seed, on_step=partial(progress.add, 1))
     spent = op.products - before
     first_look = int(FIRST_PART * budget) - spent
-    estimate = _advance_until(target, op, pairs, max_products=budget - spent, first_look=first_look, seed=seed)
-    return _compare_with_target(estimate, target, op.products - before, budget)
+    return _advance_until(
+        target, op, pairs, max_products=budget - spent, first_look=first_look, seed=seed, progress=progress
+    )
 
 
-def find_outliers(op: LinearOperator, *, products: int, seed: int = 0) -> Eigenpairs | None:
+def find_outliers(
+    op: LinearOperator, *, products: int, seed: int = 0, on_step: Callable[[], None] | None = None
+) -> Eigenpairs | None:
     """The eigenpairs that converge in one Lanczos run with full reorthogonalization.
 
     Eigenvalues far from all others converge first, and those are the ones that deflation gains most from. A pair counts
@@ -108,6 +126,7 @@ def find_outliers(op: LinearOperator, *, products: int, seed: int = 0) -> Eigenp
         op: A, a symmetric operator (n, n).
         products: Lanczos steps, each of which costs one product and stores one basis vector.
         seed: Seed of the start vector.
+        on_step: Called after each step.
 
     Returns:
         The converged pairs, or None if there are none.
@@ -116,7 +135,7 @@ def find_outliers(op: LinearOperator, *, products: int, seed: int = 0) -> Eigenp
         return None
     start = gaussian(op, seed=seed, index=0, stream="outliers")
     recurrence = LanczosRecurrence(op, start, basis_size=products)
-    recurrence.advance(products)
+    recurrence.advance(products, on_step=on_step)
     found = recurrence.tridiagonals()[0]
     assert found.basis is not None
     values, coefficients = scipy.linalg.eigh_tridiagonal(found.alphas, found.betas[:-1])
@@ -141,7 +160,14 @@ def _search_products(op: LinearOperator, budget: int) -> int:
 
 
 def _advance_until(
-    target: _Target, op: LinearOperator, pairs: Eigenpairs | None, *, max_products: int, first_look: int, seed: int
+    target: _Target,
+    op: LinearOperator,
+    pairs: Eigenpairs | None,
+    *,
+    max_products: int,
+    first_look: int,
+    seed: int,
+    progress: Progress,
 ) -> Estimate:
     """Advance probe vectors until the share is as narrow as the target, or `max_products` are spent.
 
@@ -158,7 +184,7 @@ def _advance_until(
     first_steps = max(FIRST_STEPS, math.ceil(first_look / probes))
     while True:
         next_steps = min(max(first_steps, steps + steps // 2), max_steps)
-        recurrence.advance(next_steps - steps)
+        recurrence.advance(next_steps - steps, on_step=partial(progress.add, probes))
         steps = next_steps
         results = recurrence.tridiagonals()
         density = space.density(results, probes=probes, steps=max(result.steps for result in results))

@@ -13,7 +13,9 @@ import torch
 
 from spectra.algorithms.block_size import probe_block_size
 from spectra.algorithms.lanczos import Tridiagonal, choose_reorthogonalization
+from spectra.algorithms.origin import origin_of
 from spectra.algorithms.probe_space import DEFLATION_TOLERANCE, ProbeSpace
+from spectra.algorithms.progress import Callback, Progress
 from spectra.algorithms.topk import Eigenpairs, topk
 from spectra.backend import ranks
 from spectra.backend.errors import InputError
@@ -55,11 +57,12 @@ def slq(
             the result of `topk`. They are projected out of the recurrences and enter the density with exact weights.
             This saves many steps wherever a few eigenvalues lie far from the others.
         reorthogonalize: "full", "none" (see `spectra.lanczos`), or "auto": full while the basis is small.
-        rounding_error: How far arithmetic may have moved an eigenvalue, in the units of the eigenvalues. By default
+        rounding_error: How far rounding may have moved an eigenvalue, in the units of the eigenvalues. By default
             the operator's relative `rounding` times the norm of T; measuring it costs three products for a Hessian.
         spread: "probes" distributes the probe vectors over the ranks of torch.distributed (`spectra.distributed`).
             Every rank gets the whole density, which does not depend on the number of ranks.
-        progress: Called as progress(products done, products in total).
+        progress: Called as progress(products done, products in total), those of deflation among them. How many that
+            takes is not known in advance, so the total may change until it is done.
 
     Returns:
         The `SpectralDensity`, from which shares, sums and extremes are read with their intervals.
@@ -78,32 +81,66 @@ def slq(
     if probes < 1 or steps < 1:
         raise InputError(f"probes and steps must be at least 1, got probes={probes}, steps={steps}")
     ranks.check_spread(spread, ("none", "probes"))
+    if isinstance(deflate, int) and deflate < 0:
+        raise InputError(f"deflate must be a number of eigenvalues or the result of topk, got {deflate}")
+    count = Progress(progress, 0)
+    density = _measure(op, probes, steps, seed, deflate, reorthogonalize, rounding_error, spread, count)
+    count.finish()
+    return density.with_origin(origin_of(op))
+
+
+def _measure(
+    op: LinearOperator,
+    probes: int,
+    steps: int,
+    seed: int,
+    deflate: int | Eigenpairs,
+    reorthogonalize: str,
+    rounding_error: float | None,
+    spread: str,
+    progress: Progress,
+) -> SpectralDensity:
+    """The density, with its products counted."""
     reorthogonalize = choose_reorthogonalization(op, steps, reorthogonalize)
     n = op.shape[0]
     if steps >= n:
         return _exact(op, probes, steps, progress)
-    pairs = _pairs_to_deflate(op, deflate, seed)
+    pairs = _pairs_to_deflate(op, deflate, seed, progress.part(probes * steps))
     if pairs is not None and len(pairs.values) + steps >= n:
         return _exact(op, probes, steps, progress)
-    space = ProbeSpace(op, pairs, seed=seed)
+    space = _probe_space(op, pairs, seed)
+    del pairs  # whose vectors the space has in a form of its own
     indices = list(range(probes))
     if spread == "probes":
         if probes < ranks.rank_count():
             raise InputError(f"at least one probe a rank is expected, got {probes} for {ranks.rank_count()} ranks")
         indices = ranks.items_of_rank(indices)
     basis_size = steps if reorthogonalize == "full" else 0
-    results = _tridiagonals(space, indices, steps, basis_size, _Progress(progress, len(indices) * steps))
+    results = _tridiagonals(space, indices, steps, basis_size, progress)
     if spread == "probes":
         gathered = [result for part in ranks.all_gather(results) for result in part]
         results = sorted(gathered, key=lambda result: result[0])
     return space.density([found for _, found in results], probes=probes, steps=steps, rounding_error=rounding_error)
 
 
+def _probe_space(op: LinearOperator, pairs: Eigenpairs | None, seed: int) -> ProbeSpace:
+    try:
+        return ProbeSpace(op, pairs, seed=seed)
+    except torch.OutOfMemoryError:
+        count = 0 if pairs is None else len(pairs.values)
+    raise InputError(
+        f"there is no memory left to deflate {count} eigenvectors of {op.shape[0]:,} numbers each: deflate fewer, or "
+        "measure fewer parameters (params=)"
+    )
+
+
 def _tridiagonals(
-    space: ProbeSpace, indices: Sequence[int], steps: int, basis_size: int, progress: _Progress
+    space: ProbeSpace, indices: Sequence[int], steps: int, basis_size: int, progress: Progress
 ) -> list[tuple[int, Tridiagonal]]:
     """The index and the Jacobi matrix of each of these probe vectors, computed in blocks that fit in memory."""
     results: list[tuple[int, Tridiagonal]] = []
+    before = progress.done
+    progress.total = before + len(indices) * steps
     block_size = probe_block_size(space.op, basis_size, deflated=space.pairs is not None)
     for first in range(0, len(indices), block_size):
         block = indices[first : first + block_size]
@@ -112,22 +149,29 @@ def _tridiagonals(
             break
         recurrence.advance(steps - space.zero_nodes, on_step=partial(progress.add, len(block)))
         results += zip(block, (replace(t, basis=None) for t in recurrence.tridiagonals()), strict=True)
-        progress.reach((first + len(block)) * steps)
+        progress.reach(before + (first + len(block)) * steps)
     return results
 
 
-def _pairs_to_deflate(op: LinearOperator, deflate: int | Eigenpairs, seed: int) -> Eigenpairs | None:
+def _pairs_to_deflate(
+    op: LinearOperator, deflate: int | Eigenpairs, seed: int, progress: Callback
+) -> Eigenpairs | None:
     """The eigenpairs that the option `deflate` asks for, None if there are none."""
     if isinstance(deflate, Eigenpairs):
         return deflate if len(deflate.values) else None
-    if deflate < 0:
-        raise InputError(f"deflate must be a number of eigenvalues or the result of topk, got {deflate}")
     if deflate == 0:
         return None
-    return largest_eigenpairs(op, deflate, seed=seed)
+    return largest_eigenpairs(op, deflate, seed=seed, progress=progress)
 
 
-def largest_eigenpairs(op: LinearOperator, k: int, *, seed: int = 0, start: torch.Tensor | None = None) -> Eigenpairs:
+def largest_eigenpairs(
+    op: LinearOperator,
+    k: int,
+    *,
+    seed: int = 0,
+    start: torch.Tensor | None = None,
+    progress: Callback | None = None,
+) -> Eigenpairs:
     """The eigenpairs of largest magnitude, to the accuracy that deflation needs.
 
     Missed copies of repeated eigenvalues are not searched for. The recurrences see and count them all the same.
@@ -137,37 +181,23 @@ def largest_eigenpairs(op: LinearOperator, k: int, *, seed: int = 0, start: torc
         k: How many pairs; n at most are returned.
         seed: Seed of the random vectors.
         start: (n, j), guesses of the eigenvectors, as in `topk`.
+        progress: Called as progress(products done, products expected in total).
 
     Returns:
         The pairs, with their residuals.
     """
     k = min(k, op.shape[0])
-    return topk(op, k, which="LM", tol=DEFLATION_TOLERANCE, seed=seed, verify=False, start=start)
+    return topk(op, k, which="LM", tol=DEFLATION_TOLERANCE, seed=seed, verify=False, start=start, progress=progress)
 
 
-def _exact(op: LinearOperator, probes: int, steps: int, progress: Callable[[int, int], Any] | None) -> SpectralDensity:
+def _exact(op: LinearOperator, probes: int, steps: int, progress: Progress) -> SpectralDensity:
     """The density of all eigenvalues of the matrix, formed with n products."""
-    matrix = op.to_dense(on_products=_Progress(progress, op.shape[0]).reach).cpu().double().numpy()
+    before = progress.done
+    progress.total = before + op.shape[0]
+    matrix = op.to_dense(on_products=lambda done: progress.reach(before + done)).cpu().double().numpy()
     nonzero = matrix.any(axis=1)  # the other rows and columns are zero eigenvalues, free of rounding error
     eigenvalues = np.zeros(len(matrix))
     if nonzero.any():
         eigenvalues[nonzero] = scipy.linalg.eigvalsh(matrix[np.ix_(nonzero, nonzero)])
     rounding_error = op.rounding() * float(np.abs(eigenvalues).max())
     return SpectralDensity.from_eigenvalues(eigenvalues, probes=probes, steps=steps, rounding_error=rounding_error)
-
-
-class _Progress:
-    """Counts products toward a total and reports them to a callback, if there is one."""
-
-    def __init__(self, callback: Callable[[int, int], Any] | None, total: int):
-        self.callback, self.total, self.done = callback, total, 0
-
-    def add(self, products: int) -> None:
-        """Count more products."""
-        self.reach(self.done + products)
-
-    def reach(self, done: int) -> None:
-        """Set the number of products done, which never decreases."""
-        if self.callback is not None and done > self.done:
-            self.callback(done, self.total)
-        self.done = max(done, self.done)

@@ -8,7 +8,12 @@ import numpy as np
 import scipy
 import torch
 
+from spectra.algorithms.basis_size import Basis, choose_basis, no_memory
 from spectra.algorithms.krylov_search import KrylovSearch, select
+from spectra.algorithms.origin import unverified
+from spectra.algorithms.progress import Callback, Progress
+from spectra.algorithms.wrapped import CountingOperator, HostOperator
+from spectra.backend import memory
 from spectra.backend.errors import InputError
 from spectra.backend.float32 import in_float32
 from spectra.operators.base import LinearOperator
@@ -27,6 +32,7 @@ class Eigenpairs:
         residuals: (k,) the residual norms ||A x - lambda x||.
         converged: (k,) whether each residual met the tolerance.
         products: Products spent on them.
+        unverified: Why the operator's numbers cannot be relied on; empty where nothing speaks against them.
     """
 
     values: np.ndarray
@@ -34,6 +40,12 @@ class Eigenpairs:
     residuals: np.ndarray
     converged: np.ndarray
     products: int
+    unverified: str = ""
+
+    @property
+    def resolved(self) -> np.ndarray:
+        """(k,) whether each pair has converged, and nothing speaks against the operator's numbers."""
+        return self.converged & (not self.unverified)
 
 
 @in_float32
@@ -48,6 +60,7 @@ def topk(
     max_products: int | None = None,
     verify: bool = True,
     start: torch.Tensor | None = None,
+    progress: Callback | None = None,
 ) -> Eigenpairs:
     """The k most extreme eigenvalues of a symmetric operator, with eigenvectors.
 
@@ -71,18 +84,21 @@ def topk(
             Residuals include the error of products in a lower precision ("tf32", "bfloat16"), so a tolerance below
             that error is not met.
         seed: Seed of the random vectors.
-        basis: Krylov basis vectors held at once, at least k + 2; by default max(3 k + 10, 40).
+        basis: Krylov basis vectors held at once, at least k + 2; by default max(3 k + 10, 40). Where memory is short
+            there are fewer, or they are kept in host memory (`spectra.plan`), and the search takes more products.
         max_products: Products after which the search ends and marks what has not converged; by default 100 times the
             basis.
         verify: Whether to search for missed copies of repeated eigenvalues.
         start: (n, j), guesses of eigenvectors, such as those of an earlier checkpoint. The search starts from their
             sum.
+        progress: Called as progress(products done, products expected in total). The expectation grows while the search
+            goes on.
 
     Returns:
-        The `Eigenpairs`, ascending.
+        The `Eigenpairs`, ascending, with vectors on the operator's device unless they fit in host memory only.
 
     Raises:
-        InputError: If k, `which`, `tol` or `basis` is out of range.
+        InputError: If k, `which`, `tol` or `basis` is out of range, or memory is too short for the search.
         NonFiniteError: If a product is not finite.
 
     Example:
@@ -94,25 +110,82 @@ def topk(
     """
     n = op.shape[0]
     _check(k, n, which, tol)
+    counted = CountingOperator(op, Progress(progress, n))
     if n <= max(4 * k, 64):
-        return _dense(op, k, which)
+        pairs = _dense(counted, k, which)
+        return replace(pairs, unverified=unverified(op))
     basis_size = min(basis or default_basis_size(k), n)
     if basis_size < k + 2:
         raise InputError(f"the basis must hold at least k + 2 = {k + 2} vectors, got {basis_size}")
     dense_allowed = max_products is None and n <= DENSE_LIMIT
     limit = max_products or (n if dense_allowed else 100 * basis_size)  # beyond n products a dense matrix costs less
-    search = KrylovSearch(op, basis_size, tol, seed, max_products=limit)
+    counted.progress.total = min(basis_size, limit)
+    pairs = _search_in_memory(
+        counted, choose_basis(op, k, basis_size), which, tol, seed, max_products=limit, verify=verify, start=start
+    )
+    if dense_allowed and pairs.products >= limit:
+        pairs = replace(_dense(counted, k, which), products=pairs.products + n)
+    counted.progress.finish()
+    return replace(pairs, unverified=unverified(op))
+
+
+def _search_in_memory(
+    op: CountingOperator,
+    basis: Basis,
+    which: str,
+    tol: float,
+    seed: int,
+    *,
+    max_products: int,
+    verify: bool,
+    start: torch.Tensor | None,
+) -> Eigenpairs:
+    """The pairs from the largest basis that fits, beginning with the one given."""
+    spent = 0
+    while True:
+        before = op.products
+        try:
+            pairs = _search(op, basis, which, tol, seed, max_products=max_products - spent, verify=verify, start=start)
+            return replace(pairs, products=pairs.products + spent)
+        except torch.OutOfMemoryError:
+            if op.spread != "none":  # the other ranks go on with the basis that they have
+                raise
+        spent = min(spent + op.products - before, max_products - 1)
+        smaller = basis.smaller()
+        if smaller is None:
+            raise no_memory(op, basis.k)
+        basis = smaller
+        if op.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _search(
+    op: CountingOperator,
+    basis: Basis,
+    which: str,
+    tol: float,
+    seed: int,
+    *,
+    max_products: int,
+    verify: bool,
+    start: torch.Tensor | None,
+) -> Eigenpairs:
+    """The pairs that a search with this basis finds."""
+    k = basis.k
+    used = HostOperator(op) if basis.on_host else op
+    search = KrylovSearch(used, basis.size, tol, seed, max_products=max_products)
     values, vectors, residuals = search.find(k, which, start=start)
     if verify and not search.out_of_products and not search.rules_out_missed(vectors, _bounds(values, which)):
         values, vectors, residuals = _search_for_missed(search, k, which, values, vectors, residuals)
-    if dense_allowed and search.out_of_products:
-        return replace(_dense(op, k, which), products=search.products + n)
     order = np.argsort(values)
     residuals = np.hypot(residuals, op.precision_error() * np.abs(values))
-    converged = residuals <= search.tolerances(values)
-    return Eigenpairs(
-        values[order], vectors[torch.as_tensor(order)].T, residuals[order], converged[order], search.products
-    )
+    converged, products = residuals <= search.tolerances(values), search.products
+    del search  # and its basis, before the vectors are copied into their order
+    if (order != np.arange(k)).any():
+        vectors = vectors[torch.as_tensor(order)]
+    if vectors.device != op.device and 2 * k * op.vector_bytes <= memory.available(op.device):
+        vectors = vectors.to(op.device)
+    return Eigenpairs(values[order], vectors.T, residuals[order], converged[order], products)
 
 
 def _check(k: int, n: int, which: str, tol: float) -> None:
@@ -161,8 +234,8 @@ def _search_for_missed(
         kept = select(merged_values, k, which, margin=margin)
         if set(kept) == set(range(k)):
             break
-        merged = torch.cat([vectors, found[1]])
-        values, vectors, residuals = merged_values[kept], merged[torch.as_tensor(kept)], merged_residuals[kept]
+        vectors = torch.stack([vectors[i] if i < k else found[1][i - k] for i in kept])
+        values, residuals = merged_values[kept], merged_residuals[kept]
     return values, vectors, residuals
 
 

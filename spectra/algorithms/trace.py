@@ -10,11 +10,21 @@ import numpy as np
 import torch
 
 from spectra.algorithms.block_size import max_vectors_in_memory, probe_block_size
+from spectra.algorithms.origin import unverified
+from spectra.algorithms.progress import Callback, Progress
+from spectra.algorithms.wrapped import CountingOperator
 from spectra.backend.errors import InputError
 from spectra.backend.float32 import in_float32
 from spectra.backend.random_vectors import gaussian, probe_vector
 from spectra.backend.vectors import inner_products, orthonormal_rows, project_out_, row_dots
-from spectra.estimates.estimate import Estimate, certain, sampling_interval, student_interval
+from spectra.estimates.estimate import (
+    Estimate,
+    certain,
+    judged_by_size,
+    sampling_interval,
+    student_interval,
+    unresolved,
+)
 from spectra.operators.base import LinearOperator
 
 METHODS = ("hutchinson", "hutch++", "xtrace")
@@ -29,7 +39,14 @@ NEGLIGIBLE = 1e3  # units of rounding error, relative to ||A||, below which a di
 
 
 @in_float32
-def trace(op: LinearOperator, *, method: str = "hutchinson", probes: int = 30, seed: int = 0) -> Estimate:
+def trace(
+    op: LinearOperator,
+    *,
+    method: str = "hutchinson",
+    probes: int = 30,
+    seed: int = 0,
+    progress: Callback | None = None,
+) -> Estimate:
     """The trace of a symmetric operator with a 95 % interval.
 
     * "hutchinson": tr A is n times the mean of v . A v over random unit vectors v (Hutchinson, Commun. Stat. 18, 1989).
@@ -49,9 +66,11 @@ def trace(op: LinearOperator, *, method: str = "hutchinson", probes: int = 30, s
         method: "hutchinson", "hutch++" or "xtrace".
         probes: How many products to spend. With n or more the trace is the exact sum of the diagonal, from n products.
         seed: Seed of the random vectors.
+        progress: Called as progress(products done, products in total).
 
     Returns:
-        The `Estimate`, with the products spent.
+        The `Estimate`, with the products spent. It is unresolved where the interval holds zero or is longer than half
+        of the value.
 
     Raises:
         InputError: If the method is unknown, or `probes` is too small for it.
@@ -68,17 +87,23 @@ def trace(op: LinearOperator, *, method: str = "hutchinson", probes: int = 30, s
         raise InputError(f"the method must be one of {', '.join(METHODS)}, got {method!r}")
     if probes < FEWEST_PRODUCTS[method]:
         raise InputError(f"{method} needs at least {FEWEST_PRODUCTS[method]} products, got probes={probes}")
+    counted = CountingOperator(op, Progress(progress, min(probes, op.shape[0])))
     if probes >= op.shape[0]:
-        return _exact(op)
-    estimate = {"hutchinson": _hutchinson, "hutch++": _hutch_plus_plus, "xtrace": _xtrace}[method]
-    return estimate(op, probes, seed)
+        estimate = _exact(counted)
+    else:
+        sample = {"hutchinson": _hutchinson, "hutch++": _hutch_plus_plus, "xtrace": _xtrace}[method]
+        estimate = judged_by_size(sample(counted, probes, seed))
+    counted.progress.finish()
+    return unresolved(estimate, unverified(op))
 
 
 def _exact(op: LinearOperator) -> Estimate:
     """The sum of the diagonal, uncertain by rounding error alone."""
     diagonal = op.diagonal(products=op.shape[0]).value
-    rounding = 100 * torch.finfo(op.dtype).eps * float(np.abs(diagonal).sum())
-    return replace(certain(float(diagonal.sum()), rounding=rounding), products=op.shape[0])
+    size = float(np.abs(diagonal).sum())
+    rounding = 100 * torch.finfo(op.dtype).eps * size
+    exact = replace(certain(float(diagonal.sum()), rounding=rounding), products=op.shape[0])
+    return judged_by_size(exact, scale=size)
 
 
 def _hutchinson(op: LinearOperator, probes: int, seed: int) -> Estimate:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
 from spectra.backend.errors import InputError
 from spectra.backend.extras import EXTRA_OF, missing
+
+INTERRUPTED = 130  # as shells count it: 128 and the number of the signal
 
 Main = Callable[[Sequence[str] | None], int | None]
 
@@ -22,13 +25,14 @@ def run_command(main: Main, *, name: str | None = None) -> Callable[..., int]:
 
     Returns:
         A function that returns the exit code: that of `main` (None counts as 0), or 2 for an InputError, an OSError,
-        an optional package that is not installed, an interrupt, or arguments that argparse refuses. Other exceptions
-        are errors of the program and keep their traceback.
+        an optional package that is not installed, or arguments that argparse refuses; 130 for an interrupt. Other
+        exceptions are errors of the program and keep their traceback.
     """
     program = name or main.__module__.partition(".")[0]
 
     @functools.wraps(main)
     def command(arguments: Sequence[str] | None = None) -> int:
+        code = 2
         try:
             return main(arguments) or 0
         except SystemExit as stop:  # argparse has printed its usage and its line already
@@ -44,10 +48,11 @@ def run_command(main: Main, *, name: str | None = None) -> Callable[..., int]:
             message = str(missing(error.name))
         except OSError as error:
             message = _message(error)
-        except KeyboardInterrupt:
-            message = "interrupted; what was recorded so far is kept"
-        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
-        return 2
+        except KeyboardInterrupt as interrupt:
+            message, code = str(interrupt) or "interrupted; what was recorded so far is kept", INTERRUPTED
+        words = re.sub(r"\bout=", "--out", " ".join(message.split()))  # functions take what commands have as an option
+        print(f"{program}: error: {words}", file=sys.stderr)
+        return code
 
     return command
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from spectra.backend.errors import InputError
-from spectra.cli.tables import aligned, quantity_name
-from spectra.estimates.changes import compare
+from spectra.cli.tables import aligned, known_digits, quantity_name
+from spectra.estimates.changes import OTHER_BATCHES, Change, compare
+from spectra.estimates.origin import other_batches
 from spectra.runs.folder import Run
 from spectra.runs.record import SpectrumRecord
 from spectra.runs.series import modes, select
+
+# entries of config.json in which two runs have to agree, and what they are called
+SAME = {"model": "models", "params": "parameters", "training": "modes (training)"}
 
 
 def add_parser(commands: Any) -> None:
@@ -23,22 +30,63 @@ def add_parser(commands: Any) -> None:
     add("--from", dest="start", type=int, metavar="STEP", help="training step before (default: the first)")
     add("--to", dest="end", type=int, metavar="STEP", help="training step after (default: the last)")
     add("--mode", help="which Hessian, where a run has several (default: the first)")
+    add("--json", action="store_true", help="print JSON instead of a table")
 
 
 def run(options: argparse.Namespace) -> None:
     """Print each quantity before and after, and how far it changed."""
     (first, before), (second, after) = _two_records(options)
-    changes = compare(first.density(before), second.density(after), near_zero_tol=after.near_zero_tol)
+    _check_alike(first, second)
+    densities = first.density(before), second.density(after)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the batches, which a note tells of
+        changes = compare(*densities, near_zero_tol=after.near_zero_tol)
     paired = all(change.paired for change in changes.values())
+    others = _other_batches(first.config, second.config) or other_batches(*(each.origin for each in densities))
+    notes = [OTHER_BATCHES] if others else []
+    if options.json:
+        places = {"before": _place(first, before), "after": _place(second, after)}
+        print(json.dumps({**places, "paired": paired, "notes": notes, "changes": _plain(changes)}, indent=2))
+        return
     print(f"{_place(first, before)} -> {_place(second, after)}, {'the same' if paired else 'different'} probes")
+    for note in notes:
+        print(f"note: {note}")
     rows = [("quantity", "before", "after", "change")]
     for key, change in changes.items():
-        numbers = f"{change.before.value:.4g}", f"{change.after.value:.4g}"
+        numbers = known_digits(change.before), known_digits(change.after)
         rows.append((quantity_name(key, after), *numbers, change.verdict))
     for line in aligned(rows, "<>><"):
         print(line)
-    if first.config.get("batches") != second.config.get("batches"):
-        print("note: the two runs measured different batches, so part of a change is a difference of the batches")
+
+
+def _check_alike(first: Run, second: Run) -> None:
+    """Raise an InputError that names what the two runs measured differently, as far as config.json says it."""
+    one, other = first.config, second.config
+    for key, name in SAME.items():
+        if key in one and key in other and one[key] != other[key]:
+            raise InputError(
+                f"two runs of the same {name} are expected, got {key}: {_in_words(one[key])} in {first.folder} and "
+                f"{_in_words(other[key])} in {second.folder}: measure both alike"
+            )
+
+
+def _other_batches(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.get("batches") != other.get("batches")
+
+
+def _in_words(value: Any) -> str:
+    if value is None:
+        return "all"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _plain(changes: Mapping[str, Change]) -> dict[str, Any]:
+    """Every change in types that JSON has."""
+    return {
+        key: {name: getattr(change, name).to_dict() for name in ("before", "after", "difference", "ratio")}
+        | {"verdict": change.verdict}
+        for key, change in changes.items()
+    }
 
 
 def _two_records(options: argparse.Namespace) -> list[tuple[Run, SpectrumRecord]]:

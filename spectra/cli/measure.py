@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from spectra.backend.errors import InputError
 from spectra.cli.command_line import on_terminal
 from spectra.cli.tables import aligned, quantity_name
 from spectra.operators.hessian.parameters import ParameterSpace
@@ -57,14 +60,30 @@ def add_parser(commands: Any) -> None:
         help="precision of the products; the last two are faster, and the intervals allow for their error",
     )
     add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    add("--json", action="store_true", help="print the record as JSON instead of a table")
     add("--trust-remote-code", action="store_true", help="run the code that a hub model brings")
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, write the run folder, and print the record as a table."""
+    try:
+        record = _measure(options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted before the spectrum was complete; nothing is kept") from None
+    if options.json:
+        print(json.dumps({"out": options.out, **record.to_dict()}, indent=2))
+        return
+    for line in _record_lines(record):
+        print(line)
+    folder = shlex.quote(options.out)
+    print(f"written to {options.out}; next: spectra plot {folder}, or spectra report {folder}")
+
+
+def _measure(options: argparse.Namespace) -> SpectrumRecord:
+    """Measure and write the run folder."""
     from spectra.integrations.loading import quiet_transformers
 
-    check_free(options.out)  # before the minutes that loading a model may take
+    _check(options)  # before the minutes that loading a model may take
     settings = MeasurementSettings(
         probes=options.probes,
         steps=options.steps,
@@ -74,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     )
     model, batches = _load(options)
     ParameterSpace(model, options.params)  # refuses a glob that matches nothing before a folder is made
-    config = {key: value for key, value in vars(options).items() if key not in ("command", "model")}
+    config = {key: value for key, value in vars(options).items() if key not in ("command", "model", "json")}
     config |= {"checkpoint": options.model, "length": batches[0]["input_ids"].shape[1]}
     with quiet_transformers(), _progress_bar() as progress:
         probe = SpectrumProbe(
@@ -85,11 +104,18 @@ def run(options: argparse.Namespace) -> None:
             settings=settings,
             config=config,
             progress=progress,
+            strict=True,
         )
-        record = _measure_once(probe)
-    for line in _record_lines(record):
-        print(line)
-    print(f"written to {options.out}; next: spectra plot {options.out}, or spectra report {options.out}")
+        return _measure_once(probe)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise an InputError for options that cannot be used, whatever the model."""
+    check_free(options.out)
+    for name, least in (("sequences", 1), ("batch_size", 1), ("length", 2)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 def _load(options: argparse.Namespace) -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
@@ -115,6 +141,8 @@ def _measure_once(probe: SpectrumProbe) -> SpectrumRecord:
         return probe.measure(0)[0]
     finally:
         run = probe.run
+        if run is not None:
+            run.close()
         if run is not None and not run.records:
             for name in (CONFIG, RECORDS):
                 (run.folder / name).unlink(missing_ok=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from spectra.estimates.digits import rounded
+from spectra.estimates.estimate import Estimate
 from spectra.estimates.quantities import describe
 from spectra.runs.record import SpectrumRecord
 
@@ -25,6 +27,11 @@ def aligned(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     formats = list(zip(alignments, widths, strict=True))
     return ["  ".join(f"{cell:{a}{w}}" for cell, (a, w) in zip(row, formats, strict=True)).rstrip() for row in rows]
+
+
+def known_digits(estimate: Estimate) -> str:
+    """The value in the digits that its interval knows, with a question mark where it is unresolved."""
+    return rounded(estimate)[0] + ("" if estimate.resolved else "?")
 
 
 def quantity_name(key: str, record: SpectrumRecord) -> str:

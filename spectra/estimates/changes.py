@@ -19,13 +19,16 @@ Student's interval alone falls to 80 %.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 
 from spectra.backend.errors import InputError
 from spectra.estimates import moments
 from spectra.estimates.density import SEED_BITS, SpectralDensity
-from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, negated
+from spectra.estimates.digits import rounded
+from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, negated, unresolved
+from spectra.estimates.origin import check_comparable, other_batches
 from spectra.estimates.paired import (
     Limits,
     PairedMeans,
@@ -34,6 +37,8 @@ from spectra.estimates.paired import (
     mean_over_probes,
 )
 from spectra.estimates.quantities import NEAR_ZERO, Kind, describe, summarize
+
+OTHER_BATCHES = "the two spectra were measured on different batches, so part of a change is a difference of the batches"
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,9 @@ class Change:
     @property
     def verdict(self) -> str:
         """What happened to the quantity, such as "rose by 31 % [27, 35]"."""
+        return self._what_happened() + ("" if self.difference.resolved else " (unresolved)")
+
+    def _what_happened(self) -> str:
         difference, percent = self.difference, self._percent()
         if difference.low == difference.high == 0:
             return "did not change"
@@ -94,7 +102,9 @@ class Change:
 def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NEAR_ZERO) -> dict[str, Change]:
     """Tell what changed from one spectrum to another, for each quantity that a record keeps.
 
-    With the same seed, number of probe vectors and dimension, the trace, the norms and the energy and magnitude shares
+    Both spectra must be of the same parameters. Where they were measured on different batches, a warning says so.
+
+    With the same seed and number of probe vectors, the trace, the norms and the energy and magnitude shares
     get paired intervals (see `spectra.estimates.changes`). A ratio r is in its interval if 0 is in that of
     after - r * before (Fieller, J. R. Stat. Soc. B 16, 1954).
 
@@ -112,7 +122,8 @@ def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NE
         A `Change` for each quantity, by key.
 
     Raises:
-        InputError: Unless both are densities and the tolerance is positive.
+        InputError: Unless both are densities of the same parameters, as far as that is known, and the tolerance is
+            positive.
 
     Example:
         >>> import numpy as np
@@ -126,6 +137,9 @@ def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NE
             raise InputError(
                 f"two densities are expected, got {type(density).__name__}: use slq, or Run.density(record)"
             )
+    check_comparable(a.origin, b.origin, (a.dimension, b.dimension))
+    if other_batches(a.origin, b.origin):
+        warnings.warn(OTHER_BATCHES, stacklevel=2)
     paired = _same_probes(a, b)
     before, after = summarize(a, near_zero_tol), summarize(b, near_zero_tol)
     changes = {}
@@ -134,6 +148,8 @@ def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NE
         difference = _difference(key, before[key], after[key], limits)
         ratio = _ratio(before[key], after[key], ratio_limits)
         difference, ratio = _made_consistent(difference, ratio, before[key])
+        unverified = a.origin.unverified or b.origin.unverified
+        difference, ratio = unresolved(difference, unverified), unresolved(ratio, unverified)
         changes[key] = Change(key, before[key], after[key], difference, ratio, paired)
     return changes
 
@@ -211,8 +227,7 @@ def _same_probes(a: SpectralDensity, b: SpectralDensity) -> bool:
         return True
     if a.seed is None or b.seed is None or (a.seed - b.seed) & SEED_BITS:
         return False
-    same_count = len(a.alphas) == len(b.alphas) and len(a.measure.rules) == len(b.measure.rules)
-    return a.dimension == b.dimension and same_count
+    return len(a.alphas) == len(b.alphas) and len(a.measure.rules) == len(b.measure.rules)
 
 
 def _independent(a: SpectralDensity, b: SpectralDensity) -> bool:
@@ -223,11 +238,6 @@ def _independent(a: SpectralDensity, b: SpectralDensity) -> bool:
 
 
 def _with_interval(estimate: Estimate, unit: str = "", sign: str = "") -> str:
-    """Write value and interval in as many digits as the interval warrants."""
-    half = estimate.half_width
-    style = "z.4g"
-    if half > 0 and math.isfinite(half) and max(abs(estimate.low), abs(estimate.high)) < 1e6:
-        exponent = math.floor(math.log10(half))
-        decimals = max(0, (half < 3.55 * 10**exponent) - exponent)
-        style = f"z.{decimals}f" if decimals <= 4 else style
-    return f"{estimate.value:{sign}{style}}{unit} [{estimate.low:{style}}, {estimate.high:{style}}]"
+    """Value and interval in as many digits as the interval warrants."""
+    value, low, high = rounded(estimate, sign=sign)
+    return f"{value}{unit} [{low}, {high}]"

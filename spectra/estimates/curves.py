@@ -22,7 +22,7 @@ def kernel_widths(nodes: np.ndarray) -> np.ndarray:
 
 
 def smoothed_density(nodes: np.ndarray, weights: np.ndarray, widths: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Spread each node by a Gauss kernel and average over rules and over the cell of each grid point.
+    """Spread each node by a Gaussian kernel and average over rules and over the cell of each grid point.
 
     Each cell holds the mass that falls into it, so the trapezoid rule over a grid that holds the spectrum gives 1 for
     any grid spacing.

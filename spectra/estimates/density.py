@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from spectra.backend.errors import InputError
 from spectra.estimates import curves, ends, moments
-from spectra.estimates.estimate import Estimate, scaled, square_root
+from spectra.estimates.estimate import Estimate, judged_by_size, scaled, square_root, unresolved
 from spectra.estimates.measure import JacobiMatrices, KnownEigenvalues, SpectralMeasure, no_numbers
+from spectra.estimates.origin import Origin
 from spectra.estimates.quadrature import GaussRule
 from spectra.estimates.shares import share_inside
 
@@ -36,15 +37,18 @@ class SpectralDensity:
             outliers, and the zeros of directions that the operator never touches.
         counts: (a,) multiplicity of each.
         atom_residuals: (a,) bounds on their errors.
-        rounding_error: How far arithmetic may have moved an eigenvalue, in the units of the eigenvalues.
+        rounding_error: How far rounding may have moved an eigenvalue, in the units of the eigenvalues.
         exact: Whether nothing was sampled, so that every eigenvalue is in `atoms`.
         seed: Seed of the probe vectors, None where it is unknown. Two densities from one seed can be compared in pairs
             (`spectra.compare`).
+        origin: The parameters and batches that were measured, as far as they are known. Where its `unverified` gives a
+            reason, every estimate is marked as unresolved with it.
 
     Attributes:
         measure: The Jacobi matrices and the known eigenvalues as one value.
         exact: As above.
         seed: As above.
+        origin: As above.
 
     Example:
         >>> density = SpectralDensity.from_eigenvalues(np.array([-1.0, 1.0, 3.0, 5.0]))
@@ -55,6 +59,7 @@ class SpectralDensity:
     measure: SpectralMeasure
     exact: bool
     seed: int | None
+    origin: Origin
 
     def __init__(
         self,
@@ -68,12 +73,14 @@ class SpectralDensity:
         rounding_error: float = 0.0,
         exact: bool = False,
         seed: int | None = None,
+        origin: Origin | None = None,
     ) -> None:
         atoms, counts, errors = (no_numbers() if a is None else a for a in (atoms, counts, atom_residuals))
         known = KnownEigenvalues(atoms, counts, errors)
         jacobi = JacobiMatrices(alphas, betas, lengths)
         measure = SpectralMeasure(jacobi, dimension - known.total, known, rounding_error)
-        for name, value in (("measure", measure), ("exact", exact), ("seed", seed)):
+        fields = {"measure": measure, "exact": exact, "seed": seed, "origin": origin or Origin()}
+        for name, value in fields.items():
             object.__setattr__(self, name, value)  # the class is frozen
 
     @classmethod
@@ -95,6 +102,25 @@ class SpectralDensity:
         n, errors = len(values), np.where(values == 0, 0.0, rounding_error)
         empty, lengths = np.zeros((probes, steps or n)), np.zeros(probes, dtype=int)
         return cls(n, empty, empty, lengths, values, np.ones(n), errors, rounding_error=rounding_error, exact=True)
+
+    def with_origin(self, origin: Origin) -> SpectralDensity:
+        """Return the same density with another origin."""
+        return self._changed(self.measure.known, origin)
+
+    def _changed(self, known: KnownEigenvalues, origin: Origin) -> SpectralDensity:
+        return SpectralDensity(
+            self.measure.sampled_dimension + known.total,
+            self.alphas,
+            self.betas,
+            self.lengths,
+            known.values,
+            known.counts,
+            known.errors,
+            rounding_error=self.rounding_error,
+            exact=self.exact,
+            seed=self.seed,
+            origin=origin,
+        )
 
     # -- what was measured
 
@@ -135,7 +161,7 @@ class SpectralDensity:
 
     @property
     def rounding_error(self) -> float:
-        """How far arithmetic may have moved an eigenvalue."""
+        """How far rounding may have moved an eigenvalue."""
         return self.measure.rounding_error
 
     # -- the density as a curve
@@ -195,7 +221,7 @@ class SpectralDensity:
         return np.linspace((self.nodes - margin).min(), (self.nodes + margin).max(), points)
 
     def density(self, grid: np.ndarray, bandwidth: float | None = None) -> np.ndarray:
-        """Return the density smoothed by a Gauss kernel, at each grid point the mean over its cell.
+        """Return the density smoothed by a Gaussian kernel, at each grid point the mean over its cell.
 
         The trapezoid rule over a grid that holds the spectrum gives 1.
 
@@ -222,7 +248,7 @@ class SpectralDensity:
 
     def negative_share(self) -> Estimate:
         """Estimate the share of eigenvalues below zero, #{lambda < 0} / n."""
-        return share_inside(self.measure, -math.inf, 0.0)
+        return self._share(-math.inf, 0.0)
 
     def near_zero_share(self, tol: float, *, relative: bool = False) -> Estimate:
         """Estimate the share of eigenvalues with |lambda| < tol.
@@ -240,7 +266,7 @@ class SpectralDensity:
         if not tol > 0:
             raise InputError(f"the tolerance must be positive, got {tol}")
         bound = tol * self.measure.radius if relative else tol
-        return share_inside(self.measure, -bound, bound)
+        return self._share(-bound, bound)
 
     def share_between(self, low: float, high: float) -> Estimate:
         """Estimate the share of eigenvalues with low < lambda < high.
@@ -257,7 +283,7 @@ class SpectralDensity:
         """
         if not low < high:
             raise InputError(f"an interval with low < high is expected, got [{low}, {high}]")
-        return share_inside(self.measure, low, high)
+        return self._share(low, high)
 
     def zero_share(self) -> float:
         """Return the share of eigenvalues known to be exactly zero.
@@ -277,51 +303,50 @@ class SpectralDensity:
             InputError: Where every eigenvalue is known to be zero.
         """
         known = self.measure.known.without_zeros()
-        dimension = self.measure.sampled_dimension + known.total
-        if dimension == 0:
+        if self.measure.sampled_dimension + known.total == 0:
             raise InputError("every eigenvalue is known to be zero: nothing else is left to look at")
-        return SpectralDensity(
-            dimension,
-            self.alphas,
-            self.betas,
-            self.lengths,
-            known.values,
-            known.counts,
-            known.errors,
-            rounding_error=self.rounding_error,
-            exact=self.exact,
-            seed=self.seed,
-        )
+        return self._changed(known, replace(self.origin, parameters=""))
 
     # -- sums over the eigenvalues, and the ends of the spectrum
 
     def trace(self) -> Estimate:
         """Estimate tr A, the sum of the eigenvalues."""
-        return self._sum(lambda eigenvalues: eigenvalues)
+        trace = self._sum(lambda eigenvalues: eigenvalues)
+        return self._verified(judged_by_size(trace, scale=self._sum(np.abs).value))
 
     def frobenius(self) -> Estimate:
         """Estimate ||A||_F, the square root of the sum of squared eigenvalues."""
-        return square_root(self._sum(np.square))
+        return self._verified(judged_by_size(self._frobenius()))
 
     def rms(self) -> Estimate:
         """Estimate the root-mean-square eigenvalue, ||A||_F / sqrt(n)."""
-        return scaled(self.frobenius(), 1 / math.sqrt(self.dimension))
+        return self._verified(judged_by_size(scaled(self._frobenius(), 1 / math.sqrt(self.dimension))))
 
     def negative_energy_share(self) -> Estimate:
         """Estimate the sum of lambda^2 over lambda < 0, divided by the sum of lambda^2."""
-        return moments.negative_part_share(self.measure, power=2)
+        return self._verified(moments.negative_part_share(self.measure, power=2))
 
     def negative_magnitude_share(self) -> Estimate:
         """Estimate the sum of |lambda| over lambda < 0, divided by the sum of |lambda|."""
-        return moments.negative_part_share(self.measure, power=1)
+        return self._verified(moments.negative_part_share(self.measure, power=1))
 
     def lambda_max(self) -> Estimate:
         """Estimate the largest eigenvalue: the largest node, with room above for what has not converged."""
-        return ends.largest_eigenvalue(self.measure)
+        return self._verified(ends.largest_eigenvalue(self.measure))
 
     def lambda_min(self) -> Estimate:
         """Estimate the smallest eigenvalue: the smallest node, with room below for what has not converged."""
-        return ends.smallest_eigenvalue(self.measure)
+        return self._verified(ends.smallest_eigenvalue(self.measure))
+
+    def _share(self, low: float, high: float) -> Estimate:
+        return self._verified(share_inside(self.measure, low, high))
+
+    def _frobenius(self) -> Estimate:
+        return square_root(self._sum(np.square))
+
+    def _verified(self, estimate: Estimate) -> Estimate:
+        """The estimate as every method returns it: unresolved where the operator's numbers cannot be relied on."""
+        return unresolved(estimate, self.origin.unverified)
 
     def _sum(self, function: moments.Function) -> Estimate:
         return moments.sum_over_eigenvalues(
@@ -341,6 +366,8 @@ class SpectralDensity:
         arrays["noise"] = np.array([self.rounding_error], dtype=np.float64)  # the key that older files have
         if self.seed is not None:
             arrays["seed"] = np.array([self.seed & SEED_BITS], dtype=np.uint64).view(np.int64)
+        if self.origin != Origin():
+            arrays["origin"] = self.origin.to_array()
         return arrays
 
     @classmethod
@@ -348,7 +375,7 @@ class SpectralDensity:
         """Build a density from what `to_arrays` returned.
 
         Args:
-            arrays: The arrays by name; "seed" may be missing, as in older files.
+            arrays: The arrays by name; "seed" and "origin" may be missing, as in older files.
 
         Returns:
             The density.
@@ -360,5 +387,6 @@ class SpectralDensity:
             rounding_error=float(arrays["noise"][0]),
             exact=bool(arrays["exact"][0]),
             seed=int(arrays["seed"][0]) if "seed" in arrays else None,
+            origin=Origin.from_array(arrays["origin"]) if "origin" in arrays else None,
             **real,
         )

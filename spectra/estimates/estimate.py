@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESOLVED_HALF_WIDTH = 0.05  # a share with a wider interval is called unresolved
+RESOLVED_SPAN = 0.5  # length of an interval, relative to the value, above which a sum or a norm is called unresolved
+NEGLIGIBLE = 1e-6  # half-width, relative to the sizes that were summed, up to which a sum is exact
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,36 @@ def with_margin(estimate: Estimate, margin: float, *, lower: float = -math.inf, 
     """Widen an interval by `margin` on each side, clipped to [lower, upper]."""
     low, high = max(estimate.low - margin, lower), min(estimate.high + margin, upper)
     return Estimate(estimate.value, low, high, estimate.resolved, estimate.reason, estimate.products)
+
+
+def unresolved(estimate: Estimate, reason: str) -> Estimate:
+    """Return the estimate marked as unresolved for a reason; as it is where the reason is empty."""
+    return replace(estimate, resolved=False, reason=reason) if reason else estimate
+
+
+def judged_by_size(estimate: Estimate, *, scale: float = 0.0) -> Estimate:
+    """Mark a sum or a norm as unresolved where its interval says too little about it. The interval stays.
+
+    It is unresolved where the interval holds zero, so that neither sign nor size is known, and where the interval is
+    longer than half of the value.
+
+    Args:
+        estimate: The sum or norm.
+        scale: The sum of the sizes of what was added up. A half-width up to 1e-6 of it is rounding error, so that a
+            sum which cancels is known to be zero.
+
+    Returns:
+        The estimate.
+    """
+    if not estimate.resolved or estimate.half_width <= NEGLIGIBLE * scale:
+        return estimate
+    span = estimate.high - estimate.low
+    if span > 0 and estimate.low <= 0 <= estimate.high:
+        return unresolved(estimate, "the interval holds zero, so not even the sign is known: use more probes")
+    if span > RESOLVED_SPAN * abs(estimate.value):
+        part = f"{span / abs(estimate.value):.0%}".replace("%", " %")
+        return unresolved(estimate, f"the interval spans {part} of the value: use more probes")
+    return estimate
 
 
 def square_root(square: Estimate) -> Estimate:

@@ -56,6 +56,11 @@ class KnownEigenvalues:
         """Return the same eigenvalues of -A."""
         return replace(self, values=-self.values)
 
+    @property
+    def any_deflated(self) -> bool:
+        """Whether eigenvalues other than exact zeros are known, so that more deflation is no new advice."""
+        return bool(np.any(self.values != 0))
+
     def without_zeros(self) -> KnownEigenvalues:
         """Return those that are not exactly zero."""
         kept = self.values != 0

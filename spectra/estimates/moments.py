@@ -15,11 +15,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
-from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, certain, sampling_interval, with_margin
+from spectra.estimates.estimate import (
+    RESOLVED_HALF_WIDTH,
+    Estimate,
+    certain,
+    sampling_interval,
+    unresolved,
+    with_margin,
+)
 from spectra.estimates.measure import FLOAT64_ERROR, SpectralMeasure
 
 Function = Callable[[np.ndarray], np.ndarray]  # eigenvalues (m,) -> values (m,)
@@ -123,7 +129,8 @@ def negative_part_share(measure: SpectralMeasure, power: int) -> Estimate:
     estimate = with_margin(estimate, _distance_to_limit(quarter, half, estimate.value), lower=0.0, upper=1.0)
     if max(estimate.high - estimate.value, estimate.value - estimate.low) <= RESOLVED_HALF_WIDTH:
         return estimate
-    return replace(estimate, resolved=False, reason=f"{len(measure.rules)} probes are too few: use more, or deflate")
+    remedy = "use more" if measure.known.any_deflated else "use more, or deflate"
+    return unresolved(estimate, f"{len(measure.rules)} probes are too few: {remedy}")
 
 
 def absolute_power(power: int) -> Function:

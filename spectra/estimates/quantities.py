@@ -9,7 +9,7 @@ from enum import Enum
 from spectra.estimates.density import SpectralDensity
 from spectra.estimates.estimate import Estimate
 
-NEAR_ZERO = 1.5e-3  # |lambda| under which the WinQ paper (arXiv 2605.17471) calls an eigenvalue near zero
+NEAR_ZERO = 1.5e-3  # |lambda| below which an eigenvalue is near zero, as in arXiv 2605.17471
 EIGENVALUE_UNIT = "loss per parameter²"
 
 

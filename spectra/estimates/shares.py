@@ -85,10 +85,8 @@ def _sampled_share(measure: SpectralMeasure, low: float, high: float) -> Estimat
     unplaced = (at_high.high - at_high.low + at_low.high - at_low.low) / 2
     if unplaced > sampling_error:
         steps = max(len(alphas) for alphas, _ in measure.jacobi.used)
-        reason = (
-            f"{steps} steps leave {min(2 * unplaced, 1):.2f} of the mass near the bounds unplaced: "
-            "use more steps, or deflate"
-        )
+        remedy = "use more steps" if measure.known.any_deflated else "use more steps, or deflate"
+        reason = f"{steps} steps leave {min(2 * unplaced, 1):.2f} of the mass near the bounds unplaced: {remedy}"
     else:
         reason = f"{probes} probes of {n} eigenvalues leave +-{sampling_error:.2f}: use more probes"
     return Estimate(value, max(lower - sampling_error, 0.0), min(upper + sampling_error, 1.0), reason=reason)

@@ -134,6 +134,8 @@ def read_texts(files: Sequence[str | Path]) -> list[str]:
     """
     texts = []
     for file in map(Path, files):
+        if file.is_dir():
+            raise InputError(f"expected a text file, but {file} is a folder: name the files in it")
         if not file.is_file():
             raise InputError(f"expected a text file, but there is no file {file}: check the path")
         try:

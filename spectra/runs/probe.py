@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import hashlib
+import inspect
+import numbers
 import os
+import re
 import time
-from collections.abc import Callable, Mapping
+import types
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from spectra.algorithms.batch_noise import batch_noise
 from spectra.algorithms.block_size import max_vectors_in_memory
 from spectra.algorithms.lanczos import choose_reorthogonalization
+from spectra.algorithms.progress import Callback, Progress
 from spectra.algorithms.slq import largest_eigenpairs, slq
 from spectra.algorithms.topk import Eigenpairs, default_basis_size
 from spectra.backend import ranks
-from spectra.backend.errors import InputError
+from spectra.backend.errors import InputError, NonFiniteError
 from spectra.backend.vectors import norm
 from spectra.estimates.density import SpectralDensity
 from spectra.estimates.estimate import Estimate
 from spectra.estimates.quantities import summarize
 from spectra.operators.base import HasLoss, LinearOperator
 from spectra.operators.hessian.batches import as_batches
-from spectra.operators.hessian.isolation import random_states_kept, unwrap
+from spectra.operators.hessian.isolation import unwrap
 from spectra.operators.hessian.operator import HessianOperator
-from spectra.operators.hessian.parameters import Selection
+from spectra.operators.hessian.parameters import ParameterSpace, Selection
+from spectra.runs.checked import Checked, check, take_over
+from spectra.runs.failure import Failure, give_memory_back
 from spectra.runs.folder import Run
-from spectra.runs.provenance import device_name, fingerprint, versions
-from spectra.runs.record import SpectrumRecord
+from spectra.runs.kept import model_kept, randomness_kept
+from spectra.runs.provenance import device_name, fingerprint, fingerprint_of_weights, versions
+from spectra.runs.record import FAILED, SpectrumRecord
 from spectra.runs.settings import DEFLATED, MeasurementSettings
+from spectra.runs.unsaved import UnsavedRun
 
 SYMMETRIC = 1e-3  # a symmetry gap above this is noted in the record
+START, END = "start", "end"
+OCCASIONS = ("", START, END)  # labels that say when, not of which weights: a training step has one such spectrum
 
 OperatorBuilder = Callable[..., LinearOperator]
 
@@ -40,38 +54,54 @@ OperatorBuilder = Callable[..., LinearOperator]
 class SpectrumProbe:
     """Measure the Hessian spectrum of a model every so many training steps.
 
-        probe = SpectrumProbe(model, batches, every=200, out="runs/a")
-        for i, batch in enumerate(loader):
-            ...                       # forward, backward, optimizer
-            probe.step(i)
+        with SpectrumProbe(model, batches, every=200, out="runs/a") as probe:
+            for i, batch in enumerate(loader):
+                ...                       # forward, backward, optimizer
+                probe.step(i)
 
     The loss is taken over the same batches, with the same probe vectors, at every checkpoint, so that differences
     between checkpoints are paired. Weights, gradients, buffers, modes and random states are left bit for bit as they
     were: training with the probe ends with the same weights as training without it.
 
+    **Start and end.** The first call of `step` measures, whatever its training step, and so does `close`, or the end
+    of the `with` block, unless the last training step was measured. Without `close` the last spectrum is that of the
+    last multiple of `every`.
+
+    **A failure ends no training.** A measurement that fails, for NaN in the weights, for want of memory, on a full
+    disk, leaves a record with the status "failed", the reason and a remedy, and one warning for each reason. With
+    `strict` it raises. What is a mistake in how the probe was made is refused when it is made.
+
+    **A run goes on.** Where `out` holds a run with the same settings, on the same batches, of a model of the same
+    class and size, records are added to it, and a training step that it holds is not measured again.
+
     Args:
         model: The model that is trained.
         batches: What the loss is taken over: a list of batches as the model takes them, see `spectra.Objective`.
         every: Training steps between two measurements.
-        out: A run folder to make (`spectra.Run`). None: records are kept in `records` alone.
+        out: A run folder to make, or to go on with (`spectra.Run`). None: records are kept in memory.
         modes: Which Hessians to measure, {name: builder}. A builder is called as builder(model, batches, params=,
-            loss=, microbatch=), with engine=, precision= and spread= where they are set, and returns an operator
-            that has a loss: a HessianOperator, or a MeanOperator of them. None: {"full": HessianOperator}.
+            loss=, microbatch=), with engine=, precision=, spread= and training= where they are set, and returns an
+            operator that has a loss: a HessianOperator, or a MeanOperator of them. None: {"full": HessianOperator}.
         params: Which parameters, see `spectra.ParameterSpace`. None: all that are trained.
         loss: (outputs, targets) -> scalar, see `spectra.Objective`. None: the model's own loss.
         settings: How to measure. None: the defaults of `MeasurementSettings`.
         extras: Called with the model before a measurement; returns numbers to store beside the spectrum, by name.
-        config: Facts for the run's config.json. They take the place of the probe's own entries of the same name.
+            What it changes in the model, and the random numbers it draws, are put back.
+        config: Facts for the run's config.json. They take the place of the probe's own entries of the same name, and
+            have to be the same where a run goes on, but for the entries "presentation" and "facts".
         progress: Called as progress(products done, products in all) during a measurement.
+        strict: Whether a measurement that fails raises its error.
+        training: Whether to measure in training mode. By default the model is measured in evaluation mode.
         **options: Fields of `MeasurementSettings` (probes, steps, seed, deflate, ...) that differ from `settings`.
 
     Attributes:
-        records: The records so far.
+        records: The records so far, with those that the folder held.
         run: The run folder; None without `out`, and on all ranks of torch.distributed but the first. With
             spread="probes" or "batches" all ranks have to make the same calls.
 
     Raises:
-        InputError: If a setting is out of its range, `out` holds a run, or the operator refuses the model.
+        InputError: If a setting is out of its range, the batches or a mode cannot be used, or `out` holds a run with
+            other settings, is written by another process, or cannot be written.
     """
 
     def __init__(
@@ -88,25 +118,46 @@ class SpectrumProbe:
         extras: Callable[[nn.Module], Mapping[str, float]] | None = None,
         config: Mapping[str, Any] | None = None,
         progress: Callable[[int, int], Any] | None = None,
+        strict: bool = False,
+        training: bool = False,
         **options: Any,
     ):
-        if every < 1 or every != int(every):
-            raise InputError(f"every must be a whole number of training steps, at least 1, got {every}")
-        self.settings = dataclasses.replace(settings or MeasurementSettings(), **options)
+        if not isinstance(model, nn.Module):
+            raise InputError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(settings, MeasurementSettings | None):
+            raise InputError(f"settings must be MeasurementSettings, got {type(settings).__name__}")
+        self.settings = (settings or MeasurementSettings()).changed(**options)
         ranks.check_spread(self.settings.spread)
-        self.model, self.batches, self.every = model, as_batches(batches), every
-        self.modes: dict[str, OperatorBuilder] = {"full": HessianOperator} if modes is None else dict(modes)
+        self.model, self.every, self.strict, self.training = model, _check_every(every), strict, training
+        self.modes = _check_modes({"full": HessianOperator} if modes is None else modes, training=training)
         self.extras, self.progress = extras, progress
+        params = _check_params(model, params)
         self._operator_options = {"params": params, "loss": loss, **self.settings.operator_options()}
-        self.records: list[SpectrumRecord] = []
-        self._checks: dict[str, dict[str, float]] = {}  # by mode
+        if training:
+            self._operator_options["training"] = True
+        with randomness_kept():
+            self.batches = as_batches(batches)
+            self._try_modes()
+        self._checked: dict[str, Checked] = {}  # by mode
         self._outliers: dict[str, torch.Tensor] = {}  # by mode, the last checkpoint's deflated vectors
+        self._warned: set[str] = set()
+        self._last_step: int | None = None  # that `step` was called with
+        self._measured_steps: set[int] = set()
+        facts = {**self._facts(params), **self.settings.to_config(), **(config or {})}
         self.run: Run | None = None
-        if out is not None and ranks.rank() == 0:
-            self.run = Run.create(out, {**self._facts(), **self.settings.to_config(), **(config or {})})
+        self._earlier: list[SpectrumRecord] = []  # what the folder held, and is not measured again
+        if out is not None:
+            self._open(out, facts)
+        self._memory = UnsavedRun(facts)
+        self.records: list[SpectrumRecord] = [] if self.run is None else list(self._earlier)
+
+    # -- the life of a probe
 
     def step(self, i: int) -> list[SpectrumRecord]:
-        """Measure if training step i is a multiple of `every`; to be called once a training step.
+        """Tell the probe that training step i is done; to be called once a training step, in any loop.
+
+        It measures at the first call, if nothing was recorded yet, and where i is a multiple of `every`. A training
+        step is measured once: i counts the steps of the whole training, and does not start again with an epoch.
 
         Args:
             i: The training step.
@@ -114,38 +165,173 @@ class SpectrumProbe:
         Returns:
             The new records, one for each mode; none if it is not time.
         """
-        return self.measure(i) if i % self.every == 0 else []
+        i = int(i)
+        if self._last_step is not None and i < self._last_step:
+            self._warn(f"training step {i} comes after {self._last_step}: count the steps of the whole training")
+        self._last_step = i
+        first = not self._measured_steps and not any(record.is_measured for record in self._earlier)
+        if i in self._measured_steps or not (first or i % self.every == 0):
+            return []
+        return self._measure(i, START if first else "")[1]
+
+    def close(self) -> None:
+        """Measure the end, if `step` was called and its last training step was not measured; let others write."""
+        try:
+            if self._last_step is not None and self._last_step not in self._measured_steps:
+                self._measure(self._last_step, END)
+        finally:
+            if self.run is not None:
+                self.run.close()
+
+    def __enter__(self) -> SpectrumProbe:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: types.TracebackType | None) -> None:
+        if kind is not None:  # the training broke off: this is not its end
+            self._last_step = None
+        self.close()
 
     def measure(self, step: int, label: str = "") -> list[SpectrumRecord]:
         """Measure now, and append the records to the run.
+
+        A mode that the folder held at this training step when the probe was made is not measured again, unless `label`
+        names other weights: another label than "start" or "end" that the folder does not hold.
 
         Args:
             step: The training step that the records name.
             label: A name for the occasion, such as "start".
 
         Returns:
-            The new records, one for each mode.
+            The records, one for each mode: new ones, and those that the folder held.
 
         Raises:
-            InputError: If the operator refuses the model or the batches.
-            NonFiniteError: If a loss, a gradient or a Hessian-vector product holds NaN or infinity.
+            InputError: With `strict`, if the operator refuses the model or the batches.
+            NonFiniteError: With `strict`, if a loss, a gradient or a Hessian-vector product holds NaN or infinity.
         """
-        device = next(self.model.parameters()).device
-        extras = {}
-        with random_states_kept(device):
-            if self.extras is not None:
-                extras = {name: float(value) for name, value in self.extras(self.model).items()}
-            return [self._measure_mode(mode, step, label, extras) for mode in self.modes]
+        return self._measure(step, label)[0]
 
-    def _measure_mode(self, mode: str, step: int, label: str, extras: dict[str, float]) -> SpectrumRecord:
-        """Measure the spectrum of one mode and append its record."""
+    def density(self, record: SpectrumRecord) -> SpectralDensity:
+        """The spectral density of a record.
+
+        Args:
+            record: One of `records`.
+
+        Returns:
+            The density that its numbers were read from.
+
+        Raises:
+            InputError: If the measurement failed, or its file cannot be read.
+        """
+        return self.as_run().density(record)
+
+    def as_run(self) -> Run:
+        """The run with the records: that of the folder, or one in memory. Functions of `spectra.plots` take a probe."""
+        return self._memory if self.run is None else self.run
+
+    # -- measuring
+
+    def _measure(self, step: int, label: str) -> tuple[list[SpectrumRecord], list[SpectrumRecord]]:
+        """Measure the modes that the folder did not hold. Returns the record of every mode, and those that are new."""
+        self._measured_steps.add(step)
+        held = {mode: self._held(mode, step, label) for mode in self.modes}
+        records, new = [], []
+        with randomness_kept():
+            extras: dict[str, float] | Failure | None = None
+            for mode, record in held.items():
+                if record is None:
+                    extras = self._extras() if extras is None else extras
+                    record = self._record(mode, step, label, extras)
+                    new.append(record)
+                records.append(record)
+        return records, new
+
+    def _held(self, mode: str, step: int, label: str) -> SpectrumRecord | None:
+        """The record that the folder held of a mode at a training step; None if it is to be measured."""
+        for record in self._earlier:
+            same = record.label == label or label in OCCASIONS
+            if record.is_measured and (record.mode, record.step) == (mode, step) and same:
+                now = fingerprint_of_weights(self.model) if record.weights else ""
+                if now not in ("", record.weights) and self.run is not None:
+                    self._warn(
+                        f"{self.run.folder} keeps its record of training step {step}, which was measured at other "
+                        "weights: choose another out= for another training"
+                    )
+                return record
+        return None
+
+    def _extras(self) -> dict[str, float] | Failure:
+        """The numbers that are stored beside a spectrum, or why there are none."""
+        if self.extras is None:
+            return {}
+        try:
+            with model_kept(self.model):
+                return {str(name): float(value) for name, value in self.extras(self.model).items()}
+        except Exception as error:
+            if self.strict:
+                raise
+            return Failure.of(error, where="extras=")
+
+    def _record(self, mode: str, step: int, label: str, extras: dict[str, float] | Failure) -> SpectrumRecord:
+        """Measure a mode and append its record; a failure is recorded too, unless `strict`."""
         started = time.perf_counter()
+        if isinstance(extras, Failure):
+            return self._failed(mode, step, label, started, extras)
+        try:
+            record, density = self._measure_mode(mode, step, label, extras, started)
+            record = self.as_run().append(record, density)
+        except Exception as error:
+            if self.strict:
+                raise
+            failure = Failure.of(error)
+        else:
+            self.records.append(record)
+            return record
+        give_memory_back()  # now that the error is gone, with the tensors that its traceback held
+        return self._failed(mode, step, label, started, failure)
+
+    def _failed(self, mode: str, step: int, label: str, started: float, failure: Failure) -> SpectrumRecord:
+        """Append the record of a failed measurement to the run, if that can be written, and warn."""
+        record = SpectrumRecord(
+            step=step,
+            mode=mode,
+            loss=float("nan"),
+            gradient_norm=float("nan"),
+            dimension=0,
+            estimates={},
+            reorthogonalize="",
+            products=0,
+            seconds=time.perf_counter() - started,
+            label=label,
+            versions=versions(),
+            status=FAILED,
+            reason=failure.reason,
+            remedy=failure.remedy,
+            **self.settings.to_record(),
+        )
+        with contextlib.suppress(Exception):  # the disk is full, or the folder has another writer now
+            record = self.as_run().append(record)
+        self.records.append(record)
+        advice = f"; {failure.remedy}" if failure.remedy else ""
+        self._warn(f"no spectrum at training step {step} ({mode}): {failure.reason}{advice}", failure.reason)
+        return record
+
+    def _warn(self, message: str, reason: str | None = None) -> None:
+        """Warn once for each reason. Where warnings are errors, nothing is raised: the training is to go on."""
+        if (reason or message) not in self._warned:
+            self._warned.add(reason or message)
+            with contextlib.suppress(Warning):
+                warnings.warn(message, stacklevel=2)
+
+    def _measure_mode(
+        self, mode: str, step: int, label: str, extras: dict[str, float], started: float
+    ) -> tuple[SpectrumRecord, SpectralDensity]:
+        """The spectrum of one mode: its record and density."""
+        weights = fingerprint_of_weights(self.model)
         op = self._build(mode, self.batches)
         if not isinstance(op, HasLoss):
-            built = type(op).__name__
-            raise InputError(f"expected an operator with a loss for mode {mode!r}, got a {built}: use HessianOperator")
+            raise _no_loss(mode, op)
         try:
-            checks = self._check(op, mode)
+            checked = self._check(op, mode)
             loss, gradient_norm = op.loss(), norm(op.gradient())
             policy = choose_reorthogonalization(op, self.settings.steps, self.settings.reorthogonalize)
             with torch.no_grad():
@@ -167,51 +353,54 @@ class SpectrumProbe:
             seconds=time.perf_counter() - started,
             label=label,
             extras={**extras, "zero_share": density.zero_share()},
-            checks=checks,
+            checks=checked.figures,
             versions=versions(),
             dtype=str(op.dtype).removeprefix("torch."),
             device=device_name(op.device),
             engine=op.engine_used,
-            notes=_notes(op, checks),
+            notes=_notes(op, checked),
+            weights=weights,
             **self.settings.to_record(),
         )
-        if self.run is not None:
-            record = self.run.append(record, density)
-        self.records.append(record)
-        return record
+        return record, density
 
     def _build(self, mode: str, batches: list[Any]) -> LinearOperator:
         """The operator of a mode on some batches."""
         return self.modes[mode](self.model, batches, **self._operator_options)
 
-    def _check(self, op: HasLoss, mode: str) -> dict[str, float]:
-        """The operator's checks, by name; made once a run for each mode, as they cost a few products."""
-        if mode not in self._checks:
-            self._checks[mode] = dataclasses.asdict(op.preflight())
-        return self._checks[mode]
+    def _check(self, op: HasLoss, mode: str) -> Checked:
+        """What the checks found; made once a run for each mode, as they cost a few products, and for new parameters."""
+        known = self._checked.get(mode)
+        if known is None or not known.holds_for(self.model) or not take_over(op, known):
+            known = self._checked[mode] = check(op, self.model)
+        return known
 
     def _density(self, op: LinearOperator, mode: str, policy: str) -> SpectralDensity:
         """The spectral density, by stochastic Lanczos quadrature after deflation."""
+        count = Progress(self.progress, 0)
+        deflate = self._deflated(op, mode, count.part(self.settings.probes * self.settings.steps))
         return slq(
             op,
             probes=self.settings.probes,
             steps=self.settings.steps,
             seed=self.settings.seed,
-            deflate=self._deflated(op, mode),
+            deflate=deflate,
             reorthogonalize=policy,
             spread="probes" if self.settings.spread == "probes" else "none",
-            progress=self.progress,
+            progress=count.part(0),
         )
 
-    def _deflated(self, op: LinearOperator, mode: str) -> Eigenpairs | int:
+    def _deflated(self, op: LinearOperator, mode: str, progress: Callback) -> Eigenpairs | int:
         """The eigenpairs to deflate, searched from those of the last checkpoint; 0 for none."""
         wanted = self.settings.deflate
         if wanted is None:
             wanted = DEFLATED if 2 * default_basis_size(DEFLATED) <= max_vectors_in_memory(op) else 0
         if not wanted or wanted + self.settings.steps >= op.shape[0]:
             return 0
-        pairs = largest_eigenpairs(op, wanted, seed=self.settings.seed, start=self._outliers.get(mode))
-        self._outliers[mode] = pairs.vectors
+        start = self._outliers.get(mode)
+        start = start if start is None or start.shape[0] != op.shape[0] else start.to(op.device)
+        pairs = largest_eigenpairs(op, wanted, seed=self.settings.seed, start=start, progress=progress)
+        self._outliers[mode] = pairs.vectors.cpu()  # between two checkpoints the device belongs to the training
         return pairs
 
     def _batch_noise(self, mode: str, full: dict[str, Estimate]) -> dict[str, dict[str, float]]:
@@ -229,20 +418,117 @@ class SpectrumProbe:
         )
         return {name: split.to_dict() for name, split in splits.items()}
 
-    def _facts(self) -> dict[str, Any]:
+    # -- making a probe
+
+    def _try_modes(self) -> None:
+        """Build the operator of each mode once, so that a mode that cannot be used is refused before the training."""
+        for mode in self.modes:
+            try:
+                op = self._build(mode, self.batches)
+            except NonFiniteError:
+                continue  # weights may be mended until the first measurement
+            except InputError:
+                raise
+            except Exception:  # memory, say: the measurement will tell
+                continue
+            if not isinstance(op, HasLoss):
+                raise _no_loss(mode, op)
+            op.close()
+
+    def _open(self, out: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+        """Make or open the run folder, on the first rank. Where ranks share a measurement, all know what it holds."""
+        error = ""
+        if ranks.rank() == 0:
+            try:
+                self.run = Run.open_or_create(out, config)
+                self._earlier = self.run.records
+            except InputError as refusal:
+                error = str(refusal)
+            except OSError as refusal:
+                error = f"{out} cannot be written ({refusal.strerror or refusal}): choose another out="
+        if self.settings.spread != "none":
+            error, self._earlier = ranks.all_gather((error, self._earlier))[0]
+        if error:
+            raise InputError(error)
+
+    def _facts(self, params: Selection) -> dict[str, Any]:
         """What config.json says of model and data."""
         model = unwrap(self.model)
+        known = [p for p in model.parameters() if not isinstance(p, UninitializedParameter)]
         return {
             "model": type(model).__name__,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": sum(p.numel() for p in known),
+            "params": _params_in_words(model, params),
             "modes": list(self.modes),
+            "training": self.training,
             "batches": fingerprint(self.batches),
         }
 
 
-def _notes(op: HasLoss, checks: Mapping[str, float]) -> list[str]:
-    """The operator's notes, and one of our own if it is not symmetric."""
-    gap = checks["symmetry_gap"]
+def _notes(op: HasLoss, checked: Checked) -> list[str]:
+    """The operator's notes, those of the checks, and one of our own if it is not symmetric."""
+    gap = checked.figures.get("symmetry_gap", 0.0)
+    notes = list(dict.fromkeys([*checked.notes, *op.notes]))
     if gap > SYMMETRIC:
-        return [*op.notes, f"the operator is not symmetric: u.Av and v.Au differ by {gap:.1e}"]
-    return list(op.notes)
+        notes.append(f"the operator is not symmetric: u.Av and v.Au differ by {gap:.1e}")
+    return notes
+
+
+def _no_loss(mode: str, op: object) -> InputError:
+    built = type(op).__name__
+    return InputError(f"expected an operator with a loss for mode {mode!r}, got a {built}: use HessianOperator")
+
+
+def _check_every(every: Any) -> int:
+    """The interval as an integer. Raises InputError for what is no number of training steps."""
+    number = float(every) if isinstance(every, numbers.Real) and not isinstance(every, bool) else 0.0
+    if not number.is_integer() or number < 1:
+        raise InputError(f"every must be a whole number of training steps, at least 1, got {every!r}")
+    return int(number)
+
+
+def _check_modes(modes: Any, *, training: bool) -> dict[str, OperatorBuilder]:
+    """The modes as a dictionary. Raises InputError for what is none, or takes no training= where that is asked for."""
+    if not isinstance(modes, Mapping) or not modes:
+        raise InputError(f"modes must be a dictionary {{name: builder}} with an entry or more, got {modes!r:.80}")
+    for name, builder in modes.items():
+        if not isinstance(name, str) or not callable(builder):
+            raise InputError(f"modes must name functions that build an operator, got {name!r}: {builder!r:.80}")
+        if training and not _takes_training(builder):
+            raise InputError(
+                f"training=True needs a builder that takes training=, which that of mode {name!r} does not"
+            )
+    return dict(modes)
+
+
+def _takes_training(builder: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(builder).parameters
+    except (TypeError, ValueError):  # not known: the call will tell
+        return True
+    return "training" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _check_params(model: nn.Module, params: Selection) -> Selection:
+    """The selection, read once if it is an iterator. Raises InputError where it matches nothing."""
+    if params is None:
+        return None
+    if isinstance(params, Iterable) and not isinstance(params, str | re.Pattern | type):
+        params = list(params)
+    if not any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+        ParameterSpace(unwrap(model), params)
+    return params
+
+
+def _params_in_words(model: nn.Module, params: Selection) -> Any:
+    """How config.json names a selection of parameters, so that two can be compared."""
+    if params is None or isinstance(params, str):
+        return params
+    if isinstance(params, re.Pattern):
+        return params.pattern
+    if isinstance(params, type):
+        return params.__name__
+    if isinstance(params, list):
+        return [_params_in_words(model, item) for item in params]
+    names = [name for name, parameter in model.named_parameters() if params(name, parameter)]  # type: ignore[operator]
+    return f"{len(names)} chosen by a function ({hashlib.sha256(' '.join(names).encode()).hexdigest()[:8]})"

@@ -7,9 +7,12 @@ import platform
 from typing import Any
 
 import torch
+from torch import nn
 
 from spectra.backend.version import __version__
 from spectra.operators.hessian.batches import tensors_of
+
+SAMPLED_WEIGHTS = 1024  # entries of a parameter that a fingerprint of the weights looks at
 
 
 def fingerprint(batches: list[Any]) -> str:
@@ -25,8 +28,42 @@ def fingerprint(batches: list[Any]) -> str:
     for batch in batches:
         for tensor in tensors_of(batch):
             digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            for part in _parts(tensor.detach()):
+                digest.update(_bytes(part))
     return digest.hexdigest()[:16]
+
+
+def fingerprint_of_weights(model: nn.Module) -> str:
+    """A short hash of a model's weights, from some entries of each parameter.
+
+    Args:
+        model: The model.
+
+    Returns:
+        16 hexadecimal digits, "" where weights cannot be read. Other digits mean other weights.
+    """
+    digest = hashlib.sha256()
+    try:
+        for parameter in model.parameters():
+            flat = parameter.detach().reshape(-1)
+            digest.update(_bytes(flat[:: max(len(flat) // SAMPLED_WEIGHTS, 1)]))
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):  # meta, sharded or lazy; out of memory
+        return ""
+    return digest.hexdigest()[:16]
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Dense tensors that hold what a tensor holds."""
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    return [tensor if tensor.layout == torch.strided else tensor.to_dense()]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    """The entries of a dense tensor in memory."""
+    flat = tensor.resolve_conj().resolve_neg().cpu().reshape(-1).contiguous()
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def versions() -> dict[str, str]:

@@ -64,12 +64,14 @@ def as_runs(runs: Any) -> list[Run]:
 
 
 def modes(run: Run) -> list[str]:
-    """The Hessian modes measured in a run, in the order of the first record of each."""
-    return list(dict.fromkeys(record.mode for record in run.records))
+    """The Hessian modes measured in a run, in the order of the first spectrum of each."""
+    return list(dict.fromkeys(record.mode for record in run.measured))
 
 
 def select(run: Run, *, mode: str | None = None, steps: Steps = None) -> list[SpectrumRecord]:
     """The records of one mode at some training steps, in the order of measuring.
+
+    Records of failed measurements are left out.
 
     Args:
         run: The run.
@@ -82,9 +84,11 @@ def select(run: Run, *, mode: str | None = None, steps: Steps = None) -> list[Sp
     Raises:
         InputError: If there is no such mode or step; the message says which there are.
     """
-    records = run.records
+    records = run.measured
     if not records:
-        raise InputError(f"{run.folder} holds no spectrum yet: measure one first")
+        failed = [record for record in run.records if not record.is_measured]
+        why = f", its measurements failed ({failed[-1].reason})" if failed else ""
+        raise InputError(f"{run.folder} holds no spectrum yet{why}: measure one first")
     known = modes(run)
     if mode is not None and mode not in known:
         raise InputError(f"expected one of the modes {', '.join(known)} of {run.folder}, got {mode!r}")
@@ -108,7 +112,7 @@ def measured_again(records: Sequence[SpectrumRecord]) -> list[bool]:
 
 
 def series(run: Run, quantity: str, *, mode: str | None = None) -> Series:
-    """A quantity over a run, from its records or its telemetry.
+    """A quantity over a run, from its records or its telemetry. Failed measurements are left out.
 
     Args:
         run: The run.
@@ -123,7 +127,7 @@ def series(run: Run, quantity: str, *, mode: str | None = None) -> Series:
     Raises:
         InputError: If the run has no such quantity; the message lists those it has.
     """
-    records = select(run, mode=mode) if run.records else []
+    records = select(run, mode=mode) if run.measured else []
     from_records = tuple(
         Point(record.step, estimate, record.label, again)
         for record, again in zip(records, measured_again(records), strict=True)
@@ -142,7 +146,7 @@ def series(run: Run, quantity: str, *, mode: str | None = None) -> Series:
 def available(run: Run) -> list[str]:
     """The quantities that a run holds, those that `spectra` knows first."""
     names: dict[str, None] = {}
-    for record in run.records:
+    for record in run.measured:
         names |= dict.fromkeys((*record.estimates, "loss", "gradient_norm", *record.extras))
     for line in run.telemetry:
         names |= dict.fromkeys("training_loss" if key == "loss" else key for key in line if _is_number(line[key]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,10 @@ from spectra.estimates.quantities import NEAR_ZERO
 DEFLATED = 20  # eigenvalues by default: on small language models the RMS eigenvalue's interval is then 1.5 % wide
 IN_CONFIG = {"steps": "lanczos_steps", "seed": "probe_seed", "deflate": "deflated"}  # names in config.json that differ
 IN_RECORD = {"probes": "probes", "steps": "lanczos_steps", "seed": "seed", "near_zero_tol": "near_zero_tol"}
+
+
+class UnknownSettingError(InputError, TypeError):
+    """A keyword that is no setting; a TypeError as for every unknown keyword."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,25 @@ class MeasurementSettings:
         for name, known in (("reorthogonalize", REORTHOGONALIZATION), ("spread", SPREADS)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    def changed(self, **options: Any) -> MeasurementSettings:
+        """The same settings but for some.
+
+        Args:
+            **options: Fields by name.
+
+        Returns:
+            The settings.
+
+        Raises:
+            UnknownSettingError: If there is no such field.
+            InputError: If a value is out of its range.
+        """
+        known = [field.name for field in fields(self)]
+        for name in options:
+            if name not in known:
+                raise UnknownSettingError(f"there is no setting {name!r}: choose among {', '.join(known)}")
+        return replace(self, **options)
 
     def to_config(self) -> dict[str, Any]:
         """The settings under the names that config.json has for them; what is None is left out.

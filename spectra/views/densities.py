@@ -12,7 +12,7 @@ import numpy as np
 
 from spectra.backend.errors import InputError
 from spectra.estimates.quantities import EIGENVALUE_UNIT
-from spectra.runs.folder import Run
+from spectra.runs.folder import HasRun, Run
 from spectra.runs.record import SpectrumRecord
 from spectra.runs.series import Steps, as_runs, measured_again, modes, select
 from spectra.views.style import (
@@ -77,7 +77,7 @@ def curves_of(spectra: Any, *, mode: str | None = None, steps: Steps = None) -> 
     """
     items: list[Any] = []
     for item in spectra if isinstance(spectra, list | tuple) else [spectra]:
-        items += _measured_runs(as_runs(item), mode) if isinstance(item, Run | str | Path) else [item]
+        items += _measured_runs(as_runs(item), mode) if isinstance(item, Run | HasRun | str | Path) else [item]
     several = sum(isinstance(item, Run) for item in items) > 1
     curves: list[Curve] = []
     for position, item in enumerate(items):
@@ -131,7 +131,7 @@ def draw_densities(
 
 def _measured_runs(runs: list[Run], mode: str | None) -> list[Run]:
     """The runs with a spectrum of the mode; all of them where none has, so that an error can say what is missing."""
-    return [run for run in runs if run.records and (mode is None or mode in modes(run))] or runs
+    return [run for run in runs if run.measured and (mode is None or mode in modes(run))] or runs
 
 
 def _curves_of_one(run: Run, mode: str | None, steps: Steps) -> list[Curve]:
@@ -169,7 +169,7 @@ def _selected(run: Run, mode: str | None, steps: Steps) -> list[tuple[SpectrumRe
     records = [
         (record, (literal(record_words(run, record)) or "measured again") if again else "")
         for record, again in zip(every, measured_again(every), strict=True)
-        if record.lanczos is not None and record in chosen
+        if run.keeps_density(record) and record in chosen
     ]
     if not records:
         raise InputError(f"{run.folder} kept no Lanczos matrices to draw a density from: measure it again")

@@ -1,4 +1,4 @@
-"""A run or a study as one HTML file that needs nothing else: tables, figures, how to read them, settings."""
+"""The report of a run or a study: one self-contained HTML file with tables, figures, explanations and settings."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def write(
         run: The run or study, or its folder.
         title: The heading of the page; by default the name of the folder.
         table: The rows of a study's results: plain values, and estimates ("rms_start", "rms_end", ...) as Estimate or
-            its dict. The value under "label" is how a row is called. By default the rows of the folder's table.json;
-            a run without rows is shown by its records.
+            its dict. The value under "label" is the name of a row. By default the rows of the folder's table.json; a
+            run without rows is shown by its records.
         images: Whether each figure is also saved as figures/<name>.png.
 
     Returns:
@@ -54,7 +54,7 @@ def write(
     """
     run = open_run(run)
     runs = run.runs or [run]
-    if not any(single.records for single in runs):
+    if not any(single.measured for single in runs):
         raise InputError(f"{run.folder} holds no spectrum to report on: measure one first")
     rows = _stored_table(run) if table is None else list(table)
     folder = run.folder / "figures" if images else None
@@ -85,11 +85,11 @@ def _render(**content: Any) -> str:
 
 
 def _all_records(runs: Iterable[Run]) -> list[SpectrumRecord]:
-    return [record for single in runs for record in single.records]
+    return [record for single in runs for record in single.measured]
 
 
 def _stored_table(run: Run) -> list[dict[str, Any]]:
-    """The rows of table.json; none where there is no such file."""
+    """The rows of table.json; [] where there is no such file."""
     path = run.folder / "table.json"
     if not path.is_file():
         return []
@@ -107,7 +107,7 @@ def _estimate_tables(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> 
     table = estimates_of_rows(rows, describe=partial(describe, runs))
     if table.rows:
         return [("At the start and the end of training", table)]
-    return [(single.presentation.label, estimates_of_run(single)) for single in runs if single.records]
+    return [(single.presentation.label, estimates_of_run(single)) for single in runs if single.measured]
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
@@ -136,7 +136,7 @@ def _distinct(values: Iterable[str]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if not seconds < 90:  # also where it is unknown
+    if not seconds < 90:  # NaN, an unknown time, is not below either
         return f"{seconds / 60:.0f} min" if seconds == seconds else "time unknown"
     return f"{seconds:.1f} s"
 
@@ -152,7 +152,7 @@ def _meanings(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _settings(run: Run, runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The settings of the study and of each run, each with its heading; how a run is shown is no setting."""
+    """The settings of the study and of each run, each with its heading, without the presentation."""
     settings = []
     for single in dict.fromkeys([run, *runs]):
         heading = "study" if single is run and run.runs else single.presentation.label
@@ -182,7 +182,7 @@ def _embedded(picture: Picture, folder: Path | None) -> dict[str, Any]:
     }
     if folder is not None:
         folder.mkdir(exist_ok=True)
-        picture.figure.set_layout_engine("none")  # it is laid out already, and that is half of the work
+        picture.figure.set_layout_engine("none")  # the layout is computed already, which takes as long as drawing
         picture.figure.savefig(folder / f"{picture.name}.png", dpi=IMAGE_RESOLUTION)
     return embedded
 

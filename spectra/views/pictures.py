@@ -18,8 +18,8 @@ from spectra.views.wording import describe, listed, sentence_case
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OF_A_MODE = (*ESTIMATES, "zero_share", "loss", "gradient_norm")  # the others do not depend on which Hessian is meant
-LEFT_OUT = ("frobenius", "learning_rate")  # the first says what rms says
+OF_A_MODE = (*ESTIMATES, "zero_share", "loss", "gradient_norm")  # other quantities do not depend on the mode
+LEFT_OUT = ("frobenius", "learning_rate")  # the Frobenius norm is rms times a constant
 FIRST = ("validation_loss", "training_loss")
 MAX_PANELS = 2
 
@@ -42,7 +42,7 @@ class Picture:
 
     @property
     def wide(self) -> bool:
-        """Whether it wants the full width of a page."""
+        """Whether it needs the full width of a page."""
         return self.figure.get_figwidth() > 8
 
 
@@ -53,8 +53,8 @@ def figures(run: Run) -> dict[str, Figure]:
         run: A run or a study.
 
     Returns:
-        The figures by name, such as "density" or "trajectory-rms". pyplot does not know them, so nobody has to close
-        them.
+        The figures by name, such as "density" or "trajectory-rms". They are not registered with pyplot, so they need
+        not be closed.
     """
     return {picture.name: picture.figure for picture in density_pictures(run) + trajectory_pictures(run)}
 
@@ -65,7 +65,7 @@ def density_pictures(run: Run) -> list[Picture]:
     The runs of a group are side by side, two in a figure.
     """
     pictures = []
-    runs = [single for single in (run.runs or [run]) if any(record.lanczos for record in single.records)]
+    runs = [single for single in (run.runs or [run]) if any(map(single.keeps_density, single.measured))]
     for mode in _modes(runs):
         having = [single for single in runs if mode is None or mode in modes(single)]
         for group, members in _groups(having).items():

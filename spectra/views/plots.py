@@ -136,7 +136,7 @@ def _draw_line(ax: Axes, line: Series, style: dict[str, Any], *, label: str, opa
         steps = [point.step for point in piece]
         values = [point.estimate.value for point in piece]
         ax.plot(steps, values, linewidth=1.6 if len(line.points) < 100 else 1.0, label=label, **style)
-        label = "_"  # matplotlib leaves it out of the legend, which names a run once
+        label = "_"  # a label that begins with _ is left out of the legend, so that it names a run once
         if line.measured:
             _draw_intervals(ax, piece, style["color"], opacity)
 

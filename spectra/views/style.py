@@ -76,7 +76,7 @@ def new_axes() -> Axes:
 
 
 def new_figure(panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure for saving, which pyplot does not know, so that nobody has to close it.
+    """A figure for saving. It is not registered with pyplot, so it need not be closed.
 
     Args:
         panels: How many axes it has, in a row; they share their ranges.

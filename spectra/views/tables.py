@@ -1,4 +1,4 @@
-"""The tables of a report, as text in cells: results as they come, estimates with quantities down and runs across."""
+"""The tables of a report, as cells of text: results with a row for each run, estimates with a row for each quantity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spectra.estimates.quantities import ESTIMATES, Quantity
 from spectra.runs.folder import Run
 from spectra.views.wording import record_words, sentence_case
 
-STAGES = ("start", "end")  # of the training, as a study's table has them at the end of its keys
+STAGES = ("start", "end")  # of the training: the last part of a key in a study's table
 MAX_RECORDS = 12
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -30,7 +30,7 @@ class Cell:
         interval: Its 95 % interval, "" where there is none.
         unresolved: Whether the measurement does not resolve it.
         reason: Why it does not.
-        words: Whether it is something else than a number.
+        words: Whether it is text, not a number.
     """
 
     text: str
@@ -66,7 +66,7 @@ class Table:
 
     @property
     def reasons(self) -> list[tuple[int, str]]:
-        """Why cells are unresolved: how many cells for each reason, and one example; figures make no other reason."""
+        """Why cells are unresolved: how many cells, and an example, for all reasons that differ in numbers only."""
         kinds: dict[str, list[str]] = {}
         for cell in (cell for row in self.rows for cell in row.cells if cell.unresolved):
             kinds.setdefault(re.sub(r"[\d.]+", "#", cell.reason), []).append(cell.reason)
@@ -77,7 +77,7 @@ def results(rows: Sequence[Mapping[str, Any]], *, describe: Describe = quantitie
     """The plain columns of a study's table, a row each; estimates are left to `estimates_of_rows`.
 
     Args:
-        rows: The rows of the study. The value under "label" is how a row is called, and stands first.
+        rows: The rows of the study. The value under "label" is the name of a row, and the first column.
         describe: Gives the name of a column from its key.
 
     Returns:
@@ -97,7 +97,7 @@ def estimates_of_rows(rows: Sequence[Mapping[str, Any]], *, describe: Describe =
     """The estimates of a study's table, at the start and the end of each run: quantities down, rows across.
 
     Args:
-        rows: The rows of the study. The value under "label" is how a row is called.
+        rows: The rows of the study. The value under "label" is the name of a row.
         describe: Gives name and unit of a quantity from its key.
 
     Returns:
@@ -117,12 +117,12 @@ def estimates_of_run(run: Run) -> Table:
     """The estimates of a run's records: quantities down, records across, evenly thinned where they are many.
 
     Args:
-        run: A run with one record at least.
+        run: A run with a record.
 
     Returns:
         The table, with a column for each record.
     """
-    records, describe = run.records, run.presentation.describe
+    records, describe = run.measured, run.presentation.describe
     several_modes = len({record.mode for record in records}) > 1
     if len(records) > MAX_RECORDS:
         last = len(records) - 1
@@ -205,6 +205,6 @@ def _label(row: Mapping[str, Any]) -> str:
 
 
 def _row_name(row: Mapping[str, Any], position: int, *, with_mode: bool = False) -> str:
-    """How a row is called: its label, else its number."""
+    """The name of a row: its label, else its number."""
     name = _label(row) or f"row {position + 1}"
     return f"{name}, {row['mode']}" if with_mode and row.get("mode") else name

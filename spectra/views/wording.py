@@ -29,7 +29,7 @@ def axis_name(runs: Sequence[Run], key: str) -> str:
 
 def tolerance(runs: Sequence[Run]) -> str:
     """The size below which an eigenvalue counts as near zero; all sizes where the runs used several."""
-    return " or ".join(sorted({f"{record.near_zero_tol:g}" for run in runs for record in run.records}))
+    return " or ".join(sorted({f"{record.near_zero_tol:g}" for run in runs for record in run.measured}))
 
 
 def record_words(run: Run, record: SpectrumRecord) -> str:

@@ -1,4 +1,4 @@
-"""What the ranks of tests/spectra/test_distributed.py run, under torchrun: python ranks.py TASK OUT."""
+"""What the ranks of tests/spectra/backend/test_ranks.py run, under torchrun: python ranks.py TASK OUT."""
 
 import sys
 from pathlib import Path

@@ -243,9 +243,10 @@ def test_a_text_that_is_too_short_is_refused_with_both_counts(capfd, tmp_path):
 
 
 def test_a_folder_that_holds_another_run_is_refused(capfd, llama, tmp_path):
-    Run.create(tmp_path / "out", {"mine": True})
+    Run.create(tmp_path / "out", {"mine": True}).append_telemetry({"step": 1})
     line = refused(capfd, "compare", "--out", tmp_path / "out", *llama)
-    assert f"{tmp_path / 'out'} already holds a run: choose another --out" in line
+    assert f"{tmp_path / 'out'} holds a run with other settings (study: none in the folder, compare asked for)" in line
+    assert "choose another --out" in line
     assert Run(tmp_path / "out").config == {"mine": True}
 
 

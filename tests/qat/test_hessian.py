@@ -291,6 +291,17 @@ def test_a_copy_in_another_precision_is_measured_in_the_mode_asked_for():
     assert relative_error(ste @ vector, exact @ vector) > 1e-3
 
 
+@pytest.mark.parametrize(("name", "bits"), SCHEMES)
+def test_a_plain_operator_is_ste(name, bits):
+    from spectra import HessianOperator
+
+    _, model = models(name, bits)
+    plain = HessianOperator(model, batches(), params=list(WEIGHTS)).to_dense()
+    wanted = measured(model, batches(), "ste")
+    assert wanted.abs().max() > 1e-3
+    assert relative_error(plain, wanted) < 1e-9
+
+
 def test_it_serves_a_probe_as_builder():
     from spectra import SpectrumProbe
 

@@ -1,17 +1,28 @@
-"""What people call batches, brought to one form: a list of mappings or of (inputs, targets) pairs."""
+"""The forms of batches that users have, brought to one: mappings, pairs, other tuples, tensors, objects."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import random
+import types
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from spectra.backend import memory
 from spectra.backend.errors import InputError
 from spectra.operators.hessian.isolation import random_states_kept
 
 MOST_BATCHES = 4096  # of an iterable: a measurement holds all of its batches, and an endless iterator never ends
+MEMORY_SHARE = 0.5  # of the free memory, for the batches of an iterator of unknown length
+SEARCH_DEPTH = 5  # objects between a loader and a random generator that one of them holds
+
+
+# -- from what is given to a list of batches
 
 
 def as_batches(batches: Any) -> list[Any]:
@@ -21,7 +32,9 @@ def as_batches(batches: Any) -> list[Any]:
     from are put back, so that a training that uses the same loader goes on as if nothing had been read.
 
     Args:
-        batches: a list, a DataLoader, an iterable, or one batch.
+        batches: a list, a DataLoader, an iterable, or one batch. A mapping, a tensor, an array, a dataclass, a tuple
+            with a tensor in it and a list of tensors with the same number of rows, as a DataLoader yields, are one
+            batch. Three or more tensors that are alike in all but their rows are batches themselves.
 
     Returns:
         The batches.
@@ -29,29 +42,71 @@ def as_batches(batches: Any) -> list[Any]:
     Raises:
         InputError: for no batches, for more than 4096 of them, and for what is not a batch.
     """
-    if isinstance(batches, Mapping) or _is_pair(batches):
+    if _is_one_batch(batches):
         return [batches]
-    if isinstance(batches, torch.Tensor):
-        return [batches]
-    if isinstance(batches, str) or not isinstance(batches, Iterable):
-        raise InputError(f"batches must be a list of batches, got {type(batches).__name__}")
+    if isinstance(batches, str | bytes) or not isinstance(batches, Iterable):
+        raise InputError(
+            f"batches must be a list of batches, a DataLoader or one batch, got {type(batches).__name__}: a batch is a "
+            "mapping of tensors or a pair (inputs, targets)"
+        )
+    length = _length(batches)
+    if length is not None and length > MOST_BATCHES:
+        raise _too_many(f"got {length}")
     with random_states_kept(_device_of_random_states()), _generators_kept(batches):
-        listed = list(itertools.islice(batches, MOST_BATCHES + 1))
+        listed = list(batches) if isinstance(batches, list | tuple) else _read(batches, bounded=length is None)
     if not listed:
         raise InputError("at least one batch is expected, got none")
-    if len(listed) > MOST_BATCHES:
-        raise InputError(
-            f"at most {MOST_BATCHES} batches are expected, since all of them are held in memory, got more: take some, "
-            "such as list(itertools.islice(batches, 8))"
-        )
     return listed
 
 
-def _is_pair(batch: Any) -> bool:
-    """Whether it is one (inputs, targets) pair: a tuple with a tensor in it, or a list of two tensors."""
-    if isinstance(batch, tuple):
-        return any(isinstance(member, torch.Tensor) for member in batch)
-    return isinstance(batch, list) and len(batch) == 2 and all(isinstance(member, torch.Tensor) for member in batch)
+def _read(batches: Iterable[Any], *, bounded: bool) -> list[Any]:
+    """The batches of an iterable, which may be endless."""
+    listed: list[Any] = []
+    room = MEMORY_SHARE * memory.available(torch.device("cpu"))
+    for batch in batches:
+        if len(listed) == MOST_BATCHES:
+            raise _too_many("got more")
+        listed.append(batch)
+        if bounded:
+            room -= sum(t.nbytes for t in tensors_of(batch) if t.device.type == "cpu" and t.layout == torch.strided)
+            if room < 0:
+                raise _too_many(f"got an iterator of unknown length that filled half of it with {len(listed)}")
+    return listed
+
+
+def _too_many(got: str) -> InputError:
+    return InputError(
+        f"at most {MOST_BATCHES} batches are expected, since all of them are held in memory, {got}: take some, such as "
+        "list(itertools.islice(batches, 8))"
+    )
+
+
+def _length(batches: Any) -> int | None:
+    try:
+        return len(batches)
+    except (TypeError, NotImplementedError):  # an iterator, a DataLoader of an IterableDataset
+        return None
+
+
+def _is_one_batch(batches: Any) -> bool:
+    if isinstance(batches, Mapping | torch.Tensor | np.ndarray) or _is_dataclass(batches):
+        return True
+    if isinstance(batches, tuple):
+        return any(isinstance(member, torch.Tensor | np.ndarray) for member in batches)
+    if not isinstance(batches, list) or len(batches) < 2:
+        return False
+    if not all(isinstance(member, torch.Tensor | np.ndarray) and member.ndim for member in batches):
+        return False
+    if len({len(member) for member in batches}) > 1:
+        return False
+    return len(batches) == 2 or len({(tuple(member.shape[1:]), member.dtype) for member in batches}) > 1
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+# -- random generators
 
 
 def _device_of_random_states() -> torch.device:
@@ -59,20 +114,111 @@ def _device_of_random_states() -> torch.device:
 
 
 class _generators_kept:
-    """Put back the states of the torch generators that a DataLoader and its samplers own."""
+    """Put back the states of the random generators that a DataLoader, its samplers and its dataset own."""
 
     def __init__(self, loader: Any):
-        sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
-        owners = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-        found = [getattr(owner, "generator", None) for owner in owners]
-        self._generators = [generator for generator in found if isinstance(generator, torch.Generator)]
+        self._generators = [] if isinstance(loader, list | tuple) else list(_generators_in(loader))
 
     def __enter__(self) -> None:
-        self._states = [generator.get_state() for generator in self._generators]
+        self._states = [_state_of(generator) for generator in self._generators]
 
     def __exit__(self, *_: object) -> None:
         for generator, state in zip(self._generators, self._states, strict=True):
-            generator.set_state(state)
+            _set_state(generator, state)
+
+
+def _generators_in(owner: Any) -> Iterator[Any]:
+    """The random generators that an object holds, directly or through what it holds."""
+    seen: set[int] = set()
+    level = [owner]
+    for _ in range(SEARCH_DEPTH):
+        following: list[Any] = []
+        for item in level:
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
+            if isinstance(item, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+                yield item
+            else:
+                following.extend(_held_by(item))
+        level = following
+
+
+def _held_by(item: Any) -> list[Any]:
+    """What an object holds that may hold a random generator."""
+    if isinstance(item, torch.Tensor | torch.nn.Module | np.ndarray | type | types.ModuleType | str | bytes):
+        return []
+    if isinstance(item, list | tuple):
+        return list(item[:16])
+    if isinstance(item, types.MethodType):
+        return [item.__self__]
+    if isinstance(item, types.FunctionType):
+        return [cell.cell_contents for cell in item.__closure__ or () if _is_filled(cell)]
+    held = item if isinstance(item, dict) else getattr(item, "__dict__", {})
+    return list(itertools.islice(held.values(), 64))
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator | np.random.RandomState):
+        return generator.get_state()
+    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.getstate()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator | np.random.RandomState):
+        generator.set_state(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.setstate(state)
+
+
+# -- the tensors of a batch
+
+
+def mapped(batch: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """The batch with a function applied to each of its tensors, in containers of the same kind."""
+    if isinstance(batch, torch.Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return with_items(batch, {key: mapped(value, function) for key, value in batch.items()})
+    if isinstance(batch, tuple | list):
+        return like(batch, [mapped(value, function) for value in batch])
+    if _is_dataclass(batch):
+        changed = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            object.__setattr__(changed, field.name, mapped(getattr(batch, field.name), function))
+        return changed
+    return batch
+
+
+def like(sequence: Any, members: Iterable[Any]) -> Any:
+    """A tuple, a named tuple or a list of the members, as `sequence` is."""
+    make = getattr(type(sequence), "_make", type(sequence))
+    try:
+        return make(members)
+    except TypeError:  # a class of its own, such as torch.Size of what are no numbers
+        return tuple(members)
+
+
+def with_items(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A copy of a mapping with other items: of its own class, whose attributes a loss may read, where that can be."""
+    if type(mapping) is dict or set(mapping) - set(items):
+        return items
+    try:
+        changed = copy.copy(mapping)
+        for key, value in items.items():
+            changed[key] = value  # type: ignore[index]
+    except Exception:  # a class that cannot be written to, whatever error it has for that
+        return items
+    return changed
 
 
 def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
@@ -85,69 +231,174 @@ def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
     elif isinstance(batch, tuple | list):
         for value in batch:
             yield from tensors_of(value)
+    elif _is_dataclass(batch):
+        for field in dataclasses.fields(batch):
+            yield from tensors_of(getattr(batch, field.name))
+
+
+def with_tensors(batch: Any, dtype: torch.dtype) -> Any:
+    """The batch with arrays and lists of numbers as tensors, those of floating-point numbers in `dtype`."""
+    if isinstance(batch, np.ndarray) and batch.dtype.kind in "biuf":
+        tensor = torch.tensor(batch)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if isinstance(batch, Mapping):
+        return with_items(batch, {key: with_tensors(value, dtype) for key, value in batch.items()})
+    if isinstance(batch, tuple | list):
+        numbers = _array_of_numbers(batch) if isinstance(batch, list) else None
+        if numbers is not None:
+            return with_tensors(numbers, dtype)
+        return like(batch, [with_tensors(member, dtype) for member in batch])
+    return batch
+
+
+def _array_of_numbers(values: list[Any]) -> np.ndarray | None:
+    """A list of numbers, or of equally long lists of them, as an array."""
+    first: Any = values
+    while isinstance(first, list) and first:
+        first = first[0]
+    if not isinstance(first, int | float | np.number):
+        return None
+    try:
+        array = np.array(values)
+    except ValueError:  # lists of different lengths
+        return None
+    return array if array.dtype.kind in "biuf" else None
+
+
+def moved(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """A copy of the batch on a device, its floating-point tensors in `dtype` unless that is None.
+
+    The tensors have memory of their own, since a model or a loss may write to them.
+    """
+    if not isinstance(batch, Mapping | tuple | list | torch.Tensor) and not _is_dataclass(batch):
+        return copy.copy(batch).to(device) if callable(getattr(batch, "to", None)) else batch
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        changed = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        changed = changed.clone() if changed is tensor or changed.is_inference() else changed
+        return changed.detach().requires_grad_() if tensor.requires_grad else changed.detach()
+
+    return mapped(batch, move)
+
+
+# -- rows
 
 
 def rows_in(batch: Any) -> int:
-    """How many rows a batch has.
+    """How many rows a batch has: 1 where it holds no tensor.
 
     Args:
-        batch: a mapping, or inputs and targets.
+        batch: a mapping, inputs and targets, or anything else.
 
     Returns:
         The number of rows.
-
-    Raises:
-        InputError: for a batch without a tensor.
     """
     if isinstance(batch, Mapping):
         leading = batch.get("labels", batch.get("input_ids"))
     else:
         leading = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else batch
     first = leading if isinstance(leading, torch.Tensor) else next(tensors_of(batch), None)
-    if first is None:
-        raise InputError("a batch holds no tensor; expected input_ids and labels, or (inputs, targets)")
-    return first.shape[0] if first.ndim else 1
+    return _leading(first) if first is not None else 1
+
+
+def _leading(tensor: torch.Tensor) -> int:
+    return tensor.size(0) if tensor.ndim else 1
 
 
 def rows_between(batch: Any, start: int, stop: int, rows: int) -> Any:
     """The rows from start to stop of a batch of `rows`. A member without as many rows stays whole."""
-    if isinstance(batch, torch.Tensor):
-        if batch.layout != torch.strided:
-            return batch.index_select(0, torch.arange(start, stop)) if batch.shape[0] == rows else batch
-        return batch[start:stop] if batch.ndim and batch.shape[0] == rows else batch
+    return _cut(batch, slice(start, stop), rows)
+
+
+def spread_rows(batch: Any, count: int) -> Any:
+    """At most `count` rows of a batch, evenly spread over it."""
+    rows = rows_in(batch)
+    return batch if rows <= count else _cut(batch, [i * rows // count for i in range(count)], rows)
+
+
+def _cut(batch: Any, chosen: slice | list[int], rows: int) -> Any:
+    if isinstance(batch, list) and len(batch) == rows and not any(_leading(t) == rows for t in tensors_of(batch)):
+        return [batch[i] for i in range(rows)[chosen]] if isinstance(chosen, slice) else [batch[i] for i in chosen]
     if isinstance(batch, Mapping):
-        return {key: rows_between(value, start, stop, rows) for key, value in batch.items()}
+        return with_items(batch, {key: _cut(value, chosen, rows) for key, value in batch.items()})
     if isinstance(batch, tuple | list):
-        return type(batch)(rows_between(value, start, stop, rows) for value in batch)
-    return batch
+        return like(batch, [_cut(value, chosen, rows) for value in batch])
+
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.ndim or tensor.size(0) != rows:
+            return tensor
+        if tensor.layout == torch.strided and isinstance(chosen, slice):
+            return tensor[chosen]
+        indices = list(range(rows)[chosen]) if isinstance(chosen, slice) else chosen
+        return tensor.index_select(0, torch.tensor(indices, device=tensor.device))
+
+    return mapped(batch, cut)
 
 
-def concatenated(batches: Sequence[Any]) -> Any:
-    """All batches as one, rows after rows, or None where their shapes or members do not allow that."""
-    first = batches[0]
-    if all(isinstance(batch, torch.Tensor) for batch in batches):
-        tails = {(batch.shape[1:], batch.dtype, batch.layout, batch.device) for batch in batches}
-        return torch.cat(list(batches)) if len(tails) == 1 and first.ndim else None
-    if all(isinstance(batch, Mapping) for batch in batches):
-        if len({tuple(batch) for batch in batches}) > 1:
-            return None
-        members = {key: concatenated([batch[key] for batch in batches]) for key in first}
-        return None if any(member is None for member in members.values()) else members
-    if all(isinstance(batch, tuple | list) for batch in batches):
-        if len({len(batch) for batch in batches}) > 1:
-            return None
-        members = [concatenated(parts) for parts in zip(*batches, strict=True)]
-        return None if any(member is None for member in members) else tuple(members)
-    return None
+# -- several batches as one
 
 
-def moved(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """The batch on a device, its floating-point tensors in `dtype` unless that is None."""
+def kind_of(batch: Any, rows: int) -> Hashable:
+    """What two batches share that can be one: members, and the shapes of these beyond their rows."""
     if isinstance(batch, torch.Tensor):
-        batch = batch.to(device, dtype) if batch.is_floating_point() else batch.to(device)
-        return batch.clone() if batch.is_inference() else batch.detach()
+        shape = tuple(batch.shape[1:]) if _leading(batch) == rows else tuple(batch.shape)
+        return (shape, batch.dtype, batch.layout, batch.device)
     if isinstance(batch, Mapping):
-        return {key: moved(value, device, dtype) for key, value in batch.items()}
+        return tuple((key, kind_of(value, rows)) for key, value in batch.items())
     if isinstance(batch, tuple | list):
-        return type(batch)(moved(value, device, dtype) for value in batch)
-    return batch
+        return tuple(kind_of(value, rows) for value in batch)
+    return type(batch)
+
+
+def constants_in(batch: Any) -> tuple[float, ...]:
+    """The numbers of a batch that belong to no row, such as one that its loss is divided by."""
+    if not isinstance(batch, Mapping):
+        return ()
+    numbers = [v for v in batch.values() if isinstance(v, int | float) or (isinstance(v, torch.Tensor) and not v.ndim)]
+    return tuple(map(float, numbers))
+
+
+def concatenated(batches: Sequence[Any], axis: int = 0) -> Any:
+    """All batches as one, or None where their members do not allow that.
+
+    Args:
+        batches: the batches, at least one.
+        axis: 0 for rows after rows. 1 for batches whose second axis counts the examples, as in (time, batch) layouts;
+            members with one axis are then joined along that.
+
+    Returns:
+        One batch with the rows of all.
+    """
+    rows = [rows_in(batch) for batch in batches]
+    try:
+        return _joined(batches, axis, rows)
+    except _CannotJoin:
+        return None
+
+
+class _CannotJoin(Exception):
+    """These members do not make one."""
+
+
+def _joined(members: Sequence[Any], axis: int, rows: Sequence[int]) -> Any:
+    first = members[0]
+    if all(isinstance(member, torch.Tensor) for member in members):
+        per_row = all(m.ndim and (m.size(0) == count or axis) for m, count in zip(members, rows, strict=True))
+        if per_row:
+            try:
+                return torch.cat(list(members), dim=min(axis, first.ndim - 1))
+            except (RuntimeError, TypeError, NotImplementedError) as error:  # other shapes, devices, layouts
+                raise _CannotJoin from error
+        if all(m.shape == first.shape and torch.equal(m, first) for m in members):
+            return first
+        raise _CannotJoin
+    if all(isinstance(member, Mapping) for member in members) and len({tuple(member) for member in members}) == 1:
+        return with_items(first, {key: _joined([m[key] for m in members], axis, rows) for key in first})
+    alike = all(isinstance(member, tuple | list) and len(member) == len(first) for member in members)
+    if alike and any(True for _ in tensors_of(first)):
+        return like(first, [_joined(parts, axis, rows) for parts in zip(*members, strict=True)])
+    if all(isinstance(m, list) and len(m) == count for m, count in zip(members, rows, strict=True)):
+        return list(itertools.chain.from_iterable(members))
+    if all(type(member) is type(first) and not _is_dataclass(member) and member == first for member in members):
+        return first
+    raise _CannotJoin

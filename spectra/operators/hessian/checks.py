@@ -1,8 +1,8 @@
 """What a Hessian operator assumes of a model, checked on the model itself before the first number.
 
-Three assumptions: the products are the derivative of the gradient, the gradient is that of the loss as the model's own
-parameters give it, and the weighted sum over pieces is the loss over all batches. Together they cost about five
-products.
+Here are two assumptions: the products are the derivative of the gradient, and the gradient is that of the loss as the
+model's own parameters give it. That the weighted sum over pieces is the loss over all batches is checked in
+`spectra.operators.hessian.pieces`. Together they cost about five products.
 """
 
 from __future__ import annotations
@@ -13,32 +13,30 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-import scipy.optimize
 import torch
 
 from spectra.backend.errors import InputError, NonFiniteError
 from spectra.backend.vectors import norm
-from spectra.operators.hessian.batches import rows_in
 from spectra.operators.hessian.graphs import GraphStore
-from spectra.operators.hessian.objective import Objective
+from spectra.operators.hessian.isolation import names_with_hooks
 from spectra.operators.hessian.precision import LOWER
 
 FLOAT64_LIMIT = 2_000_000  # parameters up to which differences are taken in float64 on any device
 FULL_RATE_FLOAT64 = ((8, 0), (9, 0), (10, 0))  # compute capabilities of A100, H100 and H200, B200
-PRODUCT_TOLERANCE = {torch.float64: 2e-3, torch.float32: 0.2}  # relative error of a product against differences
-SLOPE_STEPS = (1e-5, 1e-4, 1e-6)  # along the gradient, relative to the norm of the weights
+PRODUCT_TOLERANCE = {torch.float64: 2e-3, torch.float32: 0.05}  # relative error of a product against differences
+ROUNDING_LIMIT = 0.05  # relative rounding error of a product above which its precision does not do
+SLOPE_STEPS = {torch.float64: (1e-5, 1e-4, 1e-6), torch.float32: (1e-3, 1e-2, 3e-3)}  # as a part of the weights' norm
 SLOPE_TOLERANCE = 0.05
+SLOPE_ROUNDING = 1e3  # units of rounding of the loss that a difference of losses has to exceed
+UNUSED_STEP = 1e-4  # as a part of the weights' norm, along parameters that the gradient does not reach
 GRADIENT_TOLERANCE = 1e-3  # relative, between two ways to the same gradient in float32; hundreds of units of rounding
 REPEATABLE = 1e-2  # relative difference of two evaluations above which a loss is not a function of the weights
-SUM_TOLERANCE = 1e-4  # relative, of the gradient of the whole against the weighted sum over pieces
-ROUNDING_ROOM = 20  # times the measured rounding error of a product or gradient is no disagreement
-WHOLE_ROWS = 8  # times the rows of the largest piece are evaluated at once to compare the whole with its pieces
+ROUNDING_ROOM = 20  # a difference up to this many times the measured rounding error is accepted
 
 
 @runtime_checkable
 class StraightThrough(Protocol):
-    """A module whose derivative is by definition not that of its forward pass, such as a quantized layer.
+    """A module whose derivative is by definition not that of its forward pass, such as rounding.
 
     Near the current weights, the defined derivative is that of a smooth function: the forward pass with everything held
     fixed that has no true derivative, such as rounded numbers and clip masks. Finite differences go through that one.
@@ -61,172 +59,58 @@ class Linearization(Protocol):
         ...
 
 
-# -- the pieces add up to the whole
-
-
-def settle_shares(graphs: GraphStore) -> tuple[Objective, float, str]:
-    """Compare the gradient over all batches together with the weighted sum over the pieces.
-
-    Where they differ, the loss may weigh rows by something that is not counted, such as class weights inside a closure.
-    Then the shares are found for which the pieces' gradients add up to that of the whole. A loss without such shares,
-    as a contrastive loss or one with batch normalisation in training mode, is no mean over rows; the plain mean over
-    the batches is then what is measured.
-
-    Args:
-        graphs: the gradient, by which pieces are evaluated.
-
-    Returns:
-        The objective to measure, the relative error of the weighted sum over pieces, and a note for the record.
-
-    Raises:
-        InputError: where microbatches were asked for that change the loss.
-    """
-    objective = graphs.objective
-    if len(objective.pieces) == 1 or objective.weight is not None:
-        return objective, 0.0, ""
-    whole = objective.whole()
-    if whole is None or rows_in(whole.batch) > max(WHOLE_ROWS * max(objective.rows), 256):
-        return _by_parts(graphs)
-    try:
-        wanted_loss, wanted = graphs.gradient_at(objective.with_pieces([whole]))
-    except torch.OutOfMemoryError:
-        return _by_parts(graphs)
-    loss, summed = graphs.gradient_at(objective)
-    error = _disagreement(loss, summed, wanted_loss, wanted)
-    if error <= SUM_TOLERANCE:
-        return objective, error, ""
-    found = _shares_that_fit(graphs, objective, wanted_loss, wanted)
-    if found is not None:
-        return found, error, "batches weigh what the loss itself gives them, found by comparing it over all of them"
-    return _mean_over_batches(objective, error)
-
-
-def _by_parts(graphs: GraphStore) -> tuple[Objective, float, str]:
-    """Where all batches together are too large or of different shapes: compare pieces with their own halves."""
-    error = _error_of_parts(graphs)
-    if error is None or error <= SUM_TOLERANCE:
-        return graphs.objective, error or 0.0, ""
-    return _mean_over_batches(graphs.objective, error)
-
-
-def may_be_cut(graphs: GraphStore) -> bool:
-    """Whether a few rows of the largest piece have the loss that their parts add up to."""
-    try:
-        error = _error_of_parts(graphs)
-    except (InputError, RuntimeError, ValueError):  # rows of this batch do not stand alone
-        return False
-    return error is not None and error <= SUM_TOLERANCE
-
-
-def _error_of_parts(graphs: GraphStore) -> float | None:
-    """The relative error of a weighted sum over parts of a few rows, None where there are no two rows that fit."""
-    objective = graphs.objective
-    for rows in (6, 2):
-        rows = min(rows, max(objective.rows))
-        if rows < 2:
-            return None
-        sample = objective.some_rows(rows)
-        try:
-            wanted_loss, wanted = graphs.gradient_at(objective.with_pieces([sample]))
-        except torch.OutOfMemoryError:
-            continue
-        parts = list(objective.split(sample, max(rows // 3, 1)))
-        return _disagreement(*graphs.gradient_at(objective.with_pieces(parts)), wanted_loss, wanted)
-    return None
-
-
-def _mean_over_batches(objective: Objective, error: float) -> tuple[Objective, float, str]:
-    if objective.is_cut:
-        raise InputError(
-            f"the loss of a batch is not the mean over its microbatches (they differ by {error:.1%}), as with batch "
-            "normalisation in training mode or a contrastive loss: leave out microbatch="
-        )
-    note = (
-        f"the loss is no weighted mean over rows (the batches together differ by {error:.1%}): the plain mean over the "
-        f"{len(objective.pieces)} batches is measured; pass weight= for another"
-    )
-    return objective.with_shares([1 / len(objective.pieces)] * len(objective.pieces)), error, note
-
-
-def _shares_that_fit(graphs: GraphStore, objective: Objective, loss: float, gradient: torch.Tensor) -> Objective | None:
-    """The objective with non-negative shares whose pieces add up to a loss and gradient, None where there are none.
-
-    The gradients are compared through random signed sums of their entries, four for each piece.
-    """
-    count = 4 * len(objective.pieces)
-
-    def sketch(loss: float, gradient: torch.Tensor) -> np.ndarray:
-        generator = torch.Generator().manual_seed(0)
-        padded = torch.zeros(-(-len(gradient) // count) * count, dtype=torch.float64)
-        padded[: len(gradient)] = gradient.double().cpu()
-        padded *= torch.randint(0, 2, padded.shape, generator=generator) * 2 - 1
-        return np.append(padded.view(-1, count).sum(dim=0).numpy(), loss)
-
-    one_each = objective.with_shares([1.0] * len(objective.pieces))
-    columns = [sketch(*graphs.gradient_at(one_each.with_pieces([piece]))) for piece in one_each.pieces]
-    shares, _ = scipy.optimize.nnls(np.stack(columns, axis=1), sketch(loss, gradient))
-    found = objective.with_shares(shares.tolist())
-    return found if _disagreement(*graphs.gradient_at(found), loss, gradient) <= SUM_TOLERANCE else None
-
-
-def _disagreement(loss: float, gradient: torch.Tensor, wanted_loss: float, wanted: torch.Tensor) -> float:
-    scale = max(norm(gradient), norm(wanted))
-    of_gradient = norm(gradient - wanted) / scale if scale > 0 else 0.0
-    return max(of_gradient, abs(loss - wanted_loss) / max(abs(loss), abs(wanted_loss), 1e-30))
-
-
 # -- the gradient is that of the model's own parameters
 
 
 def check_gradient(graphs: GraphStore) -> float:
     """Compare the gradient with the one that the model's own parameters give, as a training computes it.
 
-    They differ where the loss is not a deterministic function, where a loss function or a module holds parameters that
-    the measurement cannot replace (only matters if they are in another precision or moved), and under gradient hooks,
-    which belong to the training and not to the loss.
+    They differ where the loss is not a deterministic function, and where a loss function or a module holds parameters
+    that the measurement cannot replace (only matters if they are in another precision or moved). In evaluation mode a
+    forward pass that draws random numbers is given others here. Gradient hooks belong to the training and not to the
+    loss, and do not run.
 
     Args:
         graphs: the graphs of the gradient that is checked.
 
     Returns:
-        The relative difference, without parameters that have hooks. NaN for a model whose forward pass writes to its
-        weights, and for weights that are inference tensors: these cannot be differentiated themselves.
+        The relative difference. NaN for a model whose forward pass writes to its weights, and for weights that are
+        inference tensors: these cannot be differentiated themselves.
 
     Raises:
         InputError: where the difference is larger than rounding, with the cause.
     """
+    hooked = names_with_hooks(graphs.model)
+    if hooked:
+        graphs.note(f"gradient hooks, which are no part of the loss, are left out: {', '.join(hooked[:3])}")
     if graphs.writes_to_weights or any(p.is_inference() for p in graphs.model.parameters()):
         return math.nan
     measured_loss, measured = graphs.loss(), graphs.gradient()
     if graphs.precision in LOWER:
         with graphs.in_full_precision():
             measured_loss, measured = graphs.gradient_at(graphs.objective)
-    with graphs.in_full_precision():
-        loss, own = graphs.gradient_of_the_model_itself()
-    hooked = [name for name, p in zip(graphs.space.names, graphs.space.parameters, strict=True) if p._backward_hooks]
-    if hooked:
-        note = f"gradient hooks, which are no part of the loss, are left out: {', '.join(hooked[:3])}"
-        if note not in graphs.notes:
-            graphs.notes.append(note)
-        mask = torch.cat(
-            [
-                torch.full((size,), name not in hooked)
-                for name, size in zip(graphs.space.names, graphs.space.sizes, strict=True)
-            ]
-        ).to(graphs.device)
-        measured, own = measured * mask, own * mask
+    try:
+        with graphs.in_full_precision(), _other_numbers(graphs):
+            loss, own = graphs.gradient_of_the_model_itself()
+    except RuntimeError:  # such as a batch in another precision than the model's
+        if graphs.copy is None:
+            raise
+        graphs.note("the copy could not be compared with the model itself, which does not run on these batches")
+        return math.nan
+    tolerance = GRADIENT_TOLERANCE if graphs.copy is None else max(GRADIENT_TOLERANCE, _rounding_of_weights(graphs))
     scale = max(norm(own), norm(measured))
     error = norm(measured - own) / scale if scale > 0 else 0.0
-    tolerance = GRADIENT_TOLERANCE if graphs.copy is None else max(GRADIENT_TOLERANCE, _rounding_of_weights(graphs))
     loss_error = abs(loss - measured_loss) / max(abs(loss), 1e-30)
     if error <= tolerance and loss_error <= tolerance:
         return error
     with graphs.in_full_precision():
-        again = norm(graphs.gradient_at(graphs.objective)[1] - graphs.gradient_at(graphs.objective)[1])
-    if again > REPEATABLE * scale or (graphs.copy is None and not hooked and again > 0.1 * error * scale):
+        once = graphs.gradient_at(graphs.objective)[1]
+        with _other_numbers(graphs):
+            again = norm(once - graphs.gradient_at(graphs.objective)[1])
+    if again > REPEATABLE * scale or (graphs.copy is None and again > 0.1 * error * scale):
         raise InputError(
             f"the loss is not a deterministic function: its gradient changed by {again / scale:.1%} between two "
-            "evaluations; switch off sampling in the forward pass or measure with training=False"
+            "evaluations; switch off sampling in the forward pass, or fix what it draws"
         )
     raise InputError(
         f"the gradient differs by {error:.1%} from the one of the model's own parameters (loss {measured_loss:.6g}, "
@@ -234,6 +118,11 @@ def check_gradient(graphs: GraphStore) -> float:
         "replaced; let it read them from the model when it is called"
         + (", or leave out precision=" if graphs.precision is not None else "")
     )
+
+
+def _other_numbers(graphs: GraphStore) -> AbstractContextManager[None]:
+    """In training mode the one draw that is measured is drawn again, in evaluation mode another."""
+    return contextlib.nullcontext() if graphs.training else graphs.other_random_numbers()
 
 
 def _rounding_of_weights(graphs: GraphStore) -> float:
@@ -245,81 +134,159 @@ def _rounding_of_weights(graphs: GraphStore) -> float:
 # -- the product is the derivative of the gradient
 
 
-def check_product(graphs: GraphStore, u: torch.Tensor, product: torch.Tensor, rounding: float) -> float:
+def check_product(
+    graphs: GraphStore, u: torch.Tensor, product: torch.Tensor, rounding: float, dtype: torch.dtype
+) -> tuple[float, float]:
     """Compare a Hessian-vector product with central differences of the gradient, (g(w + h u) - g(w - h u)) / 2h.
 
-    The differences are in float64, at several steps h: a large one drowns rounding, a small one does not cross the
-    kinks of piecewise linear functions. The step that agrees best counts. Entries whose gradient is zero by definition,
-    as the row of an embedding's padding_idx, are not moved: their rows and columns of H are zero.
+    The differences are taken at several steps h: a large one drowns rounding, a small one does not cross the kinks of
+    piecewise linear functions. The step that agrees best counts. Entries whose gradient is zero by definition, as the
+    row of an embedding's padding_idx, are not moved: their rows and columns of H are zero.
+
+    Where the product disagrees, and the same product in float64 does not, the difference is rounding error.
 
     Args:
         graphs: the gradient.
         u: a random vector, (n,).
         product: H u by the engine that the measurement uses, (n,).
-        rounding: relative rounding error of a product.
+        rounding: relative rounding error of a product as far as it is known.
+        dtype: of the differences, see `dtype_of_differences`.
 
     Returns:
-        The relative error of the product, NaN where no difference could be taken.
+        The relative error of the product, NaN where no difference could be taken, and the part of it that is known to
+        be rounding error.
 
     Raises:
         InputError: where it is larger than rounding explains, naming the parameter that it is largest in.
     """
-    dtype = _dtype_of_differences(graphs)
     tolerance = max(PRODUCT_TOLERANCE[dtype], ROUNDING_ROOM * rounding)
-    size = norm(product)
     u = u * ((product != 0) | (graphs.gradient() != 0))
-    length = _relative(_norm_of_weights(graphs), norm(u))
-    tried: list[torch.Tensor] = []
-    errors: list[float] = []
     with _linearized(graphs, dtype):
-        for relative in _steps(graphs, dtype):
-            h = relative * length
-            with contextlib.suppress(NonFiniteError):
-                ahead, behind = (
-                    graphs.gradient_at(graphs.objective, dtype=dtype, offset=s * h * u)[1] for s in (1, -1)
+        error, differences = _best_difference(graphs, u, product, tolerance, dtype)
+        if error <= tolerance or differences is None:
+            return error, 0.0
+        if dtype != product.dtype:
+            exact = graphs.product_at(u, dtype).to(product.dtype)
+            if norm(exact - differences) <= PRODUCT_TOLERANCE[dtype] * norm(exact):
+                if error <= ROUNDING_LIMIT:
+                    graphs.note(f"rounding changes a product by {error:.1%}; precision='float64' avoids that")
+                    return error, error
+                raise InputError(
+                    f"rounding changes a Hessian product by {error:.0%}, as where the loss is nearly zero: "
+                    "measure with precision='float64'"
                 )
-                tried.append(((ahead - behind) / (2 * h)).to(product.dtype))
-                errors.append(_relative(norm(tried[-1] - product), max(size, norm(tried[-1]))))
-                if errors[-1] <= tolerance:
-                    return errors[-1]
-    if not errors:
-        return math.nan
-    best = min(range(len(errors)), key=errors.__getitem__)
-    others = [norm(tried[best] - other) for j, other in enumerate(tried) if j != best]
-    uncertain = _relative(min(others, default=0.0), max(size, norm(tried[best])))
-    if errors[best] <= 3 * uncertain:
-        return math.nan
-    worst = _worst_parameter(graphs, tried[best] - product)
+    worst = _worst_parameter(graphs, differences - product)
     raise InputError(
-        f"Hessian products of this model are wrong: one is {errors[best]:.1%} off a difference of the gradient, "
-        f"most in '{worst}'. Likely causes are reentrant checkpointing (use_reentrant=False mends it), weight_norm, a "
-        "custom autograd.Function without a second derivative or a straight-through estimator; replace that operation, "
-        "or pass strict=False to measure all the same"
+        f"Hessian products of this model are wrong: one is {error:.1%} off a difference of the gradient, most in "
+        f"'{worst}'. {_cause(graphs)}; replace that operation, or pass strict=False to measure all the same"
     )
 
 
-def check_slope(graphs: GraphStore) -> float:
+def _best_difference(
+    graphs: GraphStore, u: torch.Tensor, product: torch.Tensor, tolerance: float, dtype: torch.dtype
+) -> tuple[float, torch.Tensor | None]:
+    """The relative error of a product against the difference that agrees best, and that difference.
+
+    Without it, and with NaN, where differences disagree among themselves as much.
+    """
+    length = _relative(_norm_of_weights(graphs), norm(u))
+    tried: list[torch.Tensor] = []
+    errors: list[float] = []
+    for relative in _steps(graphs, dtype):
+        h = relative * length
+        with contextlib.suppress(NonFiniteError):
+            ahead, behind = (graphs.gradient_at(graphs.objective, dtype=dtype, offset=s * h * u)[1] for s in (1, -1))
+            tried.append(((ahead - behind) / (2 * h)).to(product.dtype))
+            errors.append(_relative(norm(tried[-1] - product), max(norm(product), norm(tried[-1]))))
+            if errors[-1] <= tolerance:
+                return errors[-1], tried[-1]
+    best = min(range(len(errors)), key=errors.__getitem__, default=None)
+    if best is not None:
+        others = [norm(tried[best] - other) for j, other in enumerate(tried) if j != best]
+        uncertain = _relative(min(others, default=0.0), max(norm(product), norm(tried[best])))
+        if errors[best] > 3 * uncertain:
+            return errors[best], tried[best]
+    graphs.note("products could not be compared with differences of the gradient, which is not smooth here")
+    return math.nan, None
+
+
+def _cause(graphs: GraphStore) -> str:
+    """What in the graph of the loss makes a product wrong, in words."""
+    found = set()
+    for node in graphs.operations():
+        name = type(node).__name__
+        if "CheckpointFunction" in name:
+            return "The cause is reentrant checkpointing, which use_reentrant=False mends"
+        if "WeightNorm" in name:
+            return "The cause is weight_norm, which remove_weight_norm or remove_parametrizations folds into the weight"
+        if "FakeQuantize" in name:
+            found.add("fake quantization, whose derivative is a straight-through estimator")
+        elif isinstance(node, torch.autograd.function.BackwardCFunction):
+            found.add(f"the custom autograd.Function {name.removesuffix('Backward')}")
+    if found:
+        return f"A likely cause is {' or '.join(sorted(found)[:3])}"
+    return (
+        "Likely causes are a .detach() or no_grad inside the forward pass, as in a straight-through estimator, a hook "
+        "on a tensor that changes its gradient, or an operation whose second derivative torch gets wrong"
+    )
+
+
+def check_unused(graphs: GraphStore, dtype: torch.dtype) -> None:
+    """Move the parameters that the gradient does not reach: the loss must not depend on them.
+
+    It does where they are used under `torch.no_grad`, behind `.detach()` or in a reentrant checkpoint.
+
+    Args:
+        graphs: the gradient.
+        dtype: of the differences.
+
+    Raises:
+        InputError: where the loss changes.
+    """
+    if not graphs.unused:
+        return
+    parts = []
+    for name, parameter in zip(graphs.space.names, graphs.space.parameters, strict=True):
+        size = parameter.detach().abs().double().mean().item() if parameter.numel() else 0.0
+        step = UNUSED_STEP * (size or 1.0) if name in graphs.unused else 0.0
+        # of both signs, as normalisation undoes a common shift
+        signs = torch.arange(parameter.numel(), device=graphs.device) % 3 - 0.5
+        parts.append(signs.to(graphs.dtype) * step)
+    with _linearized(graphs, dtype):
+        here = graphs.loss_at(dtype=dtype)
+        there = graphs.loss_at(dtype=dtype, offset=torch.cat(parts))
+    if abs(there - here) > 100 * torch.finfo(dtype).eps * abs(here):
+        raise InputError(
+            f"the loss depends on '{graphs.unused[0]}', and autograd does not see it: look for torch.no_grad, "
+            ".detach() or checkpoint(..., use_reentrant=True) in the forward pass, or leave it out with params=..."
+        )
+
+
+def check_slope(graphs: GraphStore, dtype: torch.dtype) -> float:
     """Compare the norm of the gradient with a central difference of the loss along it.
 
     Args:
         graphs: the graphs of the gradient that is checked.
+        dtype: of the differences.
 
     Returns:
-        The relative error of the gradient's norm, NaN where no difference could be taken.
+        The relative error of the gradient's norm, NaN where no difference could be taken, as at a minimum.
 
     Raises:
         InputError: where the gradient is not that of the loss.
     """
     gradient = graphs.gradient()
     slope = norm(gradient)
-    dtype = _dtype_of_differences(graphs)
-    if slope == 0 or dtype == torch.float32:
+    if slope == 0:
         return math.nan
     direction, length = gradient / slope, _norm_of_weights(graphs)
+    smallest = SLOPE_ROUNDING * torch.finfo(dtype).eps * abs(graphs.loss())
     errors = []
     with _linearized(graphs, dtype):
-        for relative in SLOPE_STEPS:
+        for relative in SLOPE_STEPS[dtype]:
             h = relative * length
+            if 2 * h * slope < smallest:
+                continue
             ahead, behind = (graphs.loss_at(dtype=dtype, offset=s * h * direction) for s in (1, -1))
             found = (ahead - behind) / (2 * h)
             if not math.isfinite(found):
@@ -327,38 +294,45 @@ def check_slope(graphs: GraphStore) -> float:
             errors.append(abs(found / slope - 1))
             if errors[-1] <= SLOPE_TOLERANCE:
                 return errors[-1]
-    if not errors or max(errors) > 2 * min(errors):  # the steps do not agree among themselves
+    if len(errors) < 2 or max(errors) > 1.2 * min(errors):  # the steps do not agree among themselves
         return math.nan
     raise InputError(
         f"the gradient is not that of the loss: along it the loss changes otherwise (off by {min(errors):.0%}). "
-        "A custom backward or a straight-through estimator makes it so; measure without it, or pass strict=False"
+        f"{_cause(graphs)}; measure without it, or pass strict=False"
     )
 
 
-def _dtype_of_differences(graphs: GraphStore) -> torch.dtype:
-    """float64 wherever the device computes it at a fair rate, or the model is small, and the model runs in it."""
+def dtype_of_differences(graphs: GraphStore) -> torch.dtype:
+    """float64 wherever the device computes it at a fair rate, or the model is small, and the model runs in it.
+
+    Args:
+        graphs: the gradient.
+
+    Returns:
+        float64 or float32.
+    """
     fair = graphs.device.type == "cpu"
     if graphs.device.type == "cuda":
         fair = torch.cuda.get_device_capability(graphs.device) in FULL_RATE_FLOAT64
     if graphs.dtype == torch.float64:
         return torch.float64
-    if graphs.training:  # dropout draws another mask in another precision
-        return torch.float32
     if not fair and graphs.space.dimension > FLOAT64_LIMIT:
         return torch.float32
     try:
-        graphs.loss_at(dtype=torch.float64)
+        loss = graphs.loss_at(dtype=torch.float64)
     except (RuntimeError, ValueError, TypeError):  # such as constants of the model in float32; memory
         return torch.float32
-    return torch.float64
+    # dropout draws another mask in another precision
+    other = graphs.training and abs(loss - graphs.loss()) > GRADIENT_TOLERANCE * abs(loss)
+    return torch.float32 if other else torch.float64
 
 
 def _steps(graphs: GraphStore, dtype: torch.dtype) -> tuple[float, ...]:
     """Steps relative to the norm of the weights, the likeliest first."""
     if dtype == torch.float32:
-        return (1e-2, 4e-2, 2e-3)
+        return (1e-2, 4e-2, 2e-3, 5e-4)
     # transformers' models compute normalisation and softmax in float32 even in a float64 model
-    return (1e-4, 1e-3, 1e-5, 1e-2) if hasattr(graphs.model, "config") else (1e-7, 1e-5, 1e-3)
+    return (1e-4, 1e-3, 1e-5, 1e-2) if hasattr(graphs.model, "config") else (1e-7, 1e-9, 1e-5, 1e-3, 1e-4)
 
 
 def _norm_of_weights(graphs: GraphStore) -> float:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -17,14 +17,23 @@ from torch import nn
 from spectra.backend import memory, ranks
 from spectra.backend.errors import InputError, NonFiniteError, first_line
 from spectra.operators.hessian import engines
+from spectra.operators.hessian.fingerprint import fingerprint, optimizer_steps
 from spectra.operators.hessian.footprint import Footprint, measure_footprint
-from spectra.operators.hessian.isolation import differentiating, isolated, random_states_kept
+from spectra.operators.hessian.isolation import (
+    TWICE_DIFFERENTIABLE,
+    RandomStates,
+    differentiating,
+    draw_other_numbers,
+    isolated,
+    random_states_kept,
+)
 from spectra.operators.hessian.objective import Objective, Piece
 from spectra.operators.hessian.parameters import ParameterSpace
 from spectra.operators.hessian.precision import arithmetic
-from spectra.operators.hessian.substitution import Substitution, WeightsWritten
+from spectra.operators.hessian.substitution import Substitution, WeightsWritten, nodes_of
 
 T = TypeVar("T")
+OTHER_SEED = 20240229  # of what a forward pass draws when it is asked whether that matters
 POLICIES = ("auto", "keep", "rebuild")
 GRAPHS_SHARE = 0.5  # of the free memory, for kept graphs under "auto"
 PRODUCT_SHARE = 0.8  # of the free memory, for one graph and a product through it, before microbatches are cut
@@ -33,7 +42,6 @@ NO_SECOND_DERIVATIVE = (
     r"(element \d+ of tensors does not require grad)",
     r"(trying to differentiate twice a function that was marked with @once_differentiable)",
     r"(\w+).{0,40} does not support (?:double backward|second)",
-    r"(checkpoint\w*.{0,40}) is not compatible with",
 )
 
 
@@ -81,6 +89,7 @@ class GraphStore:
     Attributes:
         can_be_cut: asked before a batch is cut into rows, which some losses do not allow.
         writes_to_weights: whether the forward pass was seen to write to weights, as an embedding with max_norm does.
+        unused: names of chosen parameters that the gradient does not reach.
         when_out_of_memory: makes later computations need less, and says how; by default `reduce_memory`.
         each_forward: called for another context manager around every forward pass, which checks set for a while.
     """
@@ -113,8 +122,15 @@ class GraphStore:
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._state: _State | None = None
         self._versions: tuple[tuple[int, int, int], ...] = ()
+        self._fingerprint: list[float] = []
+        self._steps_seen = 0
         self._footprint: Footprint | None = None
+        self._random_states: RandomStates | None = None  # that every forward pass at these weights draws from
         self.writes_to_weights = False  # so stand-ins have memory of their own
+        self._written: dict[int, torch.Tensor] | None = None  # the weights as the forward pass leaves them
+        self._other_numbers = False
+        self._redirected = False  # whether the loss reads parameters or constants past the modules
+        self.unused: tuple[str, ...] = ()
 
     # -- what is known at the current weights
 
@@ -134,19 +150,33 @@ class GraphStore:
         """Whether no product has to build a graph again."""
         return self._state is not None and len(self._state.kept) == len(self.objective.pieces)
 
-    def weights_changed(self) -> bool:
-        """Whether the weights or buffers are others than those that the graphs belong to."""
+    def weights_changed(self, *, thorough: bool = False) -> bool:
+        """Whether the weights or buffers are others than those that the graphs belong to.
+
+        torch counts the writes to a tensor, but not those of fused optimizers, through `.data` and in inference mode.
+        These are found by their values: at every call on a CPU, on a GPU after any optimizer's step and where asked.
+
+        Args:
+            thorough: whether to look at values on a GPU too, which waits for it.
+
+        Returns:
+            Whether they changed since the last call.
+        """
         state = (*self.model.parameters(), *self.model.buffers())
-        # an inference tensor has no version: its changes through .data or in inference mode need a call of forget()
         versions = tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in state)
         changed, self._versions = versions != self._versions, versions
+        steps, self._steps_seen = self._steps_seen, optimizer_steps()
+        if changed or thorough or self.device.type == "cpu" or steps != self._steps_seen:
+            print_now = fingerprint(state)
+            changed, self._fingerprint = changed or print_now != self._fingerprint, print_now
         return changed
 
-    def prepare(self) -> bool:
+    def prepare(self, *, thorough: bool = False) -> bool:
         """Compute loss, gradient and graphs at the current weights, if they are not there. True where it did."""
-        if self.weights_changed():
+        if self.weights_changed(thorough=thorough):
             self.forget()
             self.space = self.space.renewed(self.model)
+            self._random_states = self._written = None
         if self._state is not None:
             return False
         self.run_within_memory(self._compute, self.when_out_of_memory, vectors=1)
@@ -170,25 +200,28 @@ class GraphStore:
         total = torch.zeros(self.space.dimension, dtype=self.dtype, device=self.device)
         with random_states_kept(self.device), self.on_stream():
             substitution = self.substitution()
+            unused = set(self.space.names)
             for index, piece in enumerate(self.objective.pieces):
-                try:
-                    value, gradient = self.build(piece, substitution, guarded=index == 0)
-                except WeightsWritten:  # the stand-ins get memory of their own, and so the model keeps its weights
-                    self.writes_to_weights = True
-                    substitution = self.substitution()
+                if index == 0:
+                    value, gradient, substitution = self._build_first(piece)
+                else:
                     value, gradient = self.build(piece, substitution)
+                unused &= set(self.unused)
                 flat = self._flat(gradient)
                 self.space.check_finite(flat, f"the gradient of {piece.name}")
                 loss += value.item()
                 total += flat
                 if index < layout.kept:
                     kept.append(gradient)
+        self.unused = tuple(name for name in self.space.names if name in unused)
+        self._note_unused()
+        if self.writes_to_weights:
+            self._written = substitution.values()
         loss, total = self._over_ranks(loss, total)
         every_graph = len(kept) == len(self.objective.pieces) and not self.over_ranks
         self._state = _State(substitution, loss, kept, None if every_graph else total, {})
         for note in self.objective.batch_loss.notes:
-            if note not in self.notes:
-                self.notes.append(note)
+            self.note(note)
 
     def _over_ranks(self, loss: float, gradient: torch.Tensor) -> tuple[float, torch.Tensor]:
         """Loss and gradient summed over the ranks, where each has a part of the objective."""
@@ -201,8 +234,29 @@ class GraphStore:
 
     def substitution(self, *, dtype: torch.dtype | None = None, offset: torch.Tensor | None = None) -> Substitution:
         """Stand-ins for the current weights, in another precision or moved by an offset (n,) if asked for."""
-        copies = self.writes_to_weights
-        return Substitution(self.model, self.space, dtype=dtype or self.copy, offset=offset, copies=copies)
+        loss = self.objective.loss if isinstance(self.objective.loss, nn.Module) else None
+        return Substitution(
+            self.model,
+            self.space,
+            loss=loss,
+            dtype=dtype or self.copy,
+            offset=offset,
+            copies=self.writes_to_weights,
+            values=self._written,
+            redirected=self._redirected,
+        )
+
+    def _build_first(self, piece: Piece) -> tuple[torch.Tensor, engines.Tensors, Substitution]:
+        """`build`, and the stand-ins it used: others than usual for a loss that reads or writes weights itself."""
+        for _ in range(3):
+            substitution = self.substitution()
+            try:
+                return (*self.build(piece, substitution, guarded=not self.writes_to_weights), substitution)
+            except WeightsWritten:  # the stand-ins get memory of their own, and so the model keeps its weights
+                self.writes_to_weights = True
+            except _ReadPastModules:
+                self._redirected = True
+        raise AssertionError("a loss is redirected once")
 
     def build(
         self, piece: Piece, substitution: Substitution, *, second_order: bool = True, guarded: bool = False
@@ -221,9 +275,12 @@ class GraphStore:
         Raises:
             InputError: where the loss does not depend on the chosen parameters, or cannot be differentiated.
         """
-        guard = substitution.guarded() if guarded else contextlib.nullcontext()
-        with self._measuring(), substitution.active(), guard, self._forward_pass():
-            loss = self.objective.forward(piece, self.device, substitution.dtype) * piece.share
+        with self._measuring(), substitution.active(), self._forward_pass():
+            if guarded:
+                loss = self._guarded_loss(piece, substitution)
+            else:
+                loss = self.objective.forward(piece, self.device, substitution.dtype)
+            loss = loss * piece.share
             if not loss.requires_grad:
                 raise InputError(
                     f"the loss of {piece.name} does not depend on the chosen parameters by differentiable steps: "
@@ -238,18 +295,44 @@ class GraphStore:
         filled = zip(gradient, substitution.chosen, strict=True)
         return loss.detach(), tuple(torch.zeros_like(p) if g is None else _dense(g) for g, p in filled)
 
+    def _guarded_loss(self, piece: Piece, substitution: Substitution) -> torch.Tensor:
+        """The loss of a piece, unless its forward pass writes to the model's weights or reads them past the modules."""
+        with substitution.guarded(), _requiring_gradients(self.space.parameters):
+            try:
+                loss = self.objective.forward(piece, self.device, substitution.dtype)
+            except (InputError, RuntimeError) as error:
+                if substitution.dtype is None or self._redirected or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise _ReadPastModules from error  # constants in another precision are a likely cause
+        past = substitution.reached_past(loss)
+        if not self._redirected and (past or substitution.has_plain_form(loss)):
+            raise _ReadPastModules
+        if not past:
+            return loss
+        raise InputError(
+            "the loss function or a module computes with tensors that were made from the model's parameters before: "
+            "let it compute them from the model when it is called"
+        )
+
     def _check_used(self, gradient: tuple[torch.Tensor | None, ...], piece: Piece) -> None:
-        """Refuse a loss that uses none of the chosen parameters, and note the parameters it does not use."""
+        """Refuse a loss that uses none of the chosen parameters, and keep the names of those it does not use."""
         unused = [name for name, part in zip(self.space.names, gradient, strict=True) if part is None]
         if len(unused) == len(gradient):
             raise InputError(
                 f"the loss of {piece.name} does not use any of the {len(unused)} chosen parameters, such as "
                 f"'{unused[0]}': choose parameters that the forward pass uses with params=..."
             )
-        listed = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
-        note = f"parameters that the loss does not use, whose rows are zero: {listed}"
-        if unused and note not in self.notes:
-            self.notes.append(note)
+        self.unused = tuple(unused)
+
+    def note(self, text: str) -> None:
+        """Tell the reader of the numbers, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _note_unused(self) -> None:
+        listed = ", ".join(self.unused[:3]) + (f" and {len(self.unused) - 3} more" if len(self.unused) > 3 else "")
+        if self.unused:
+            self.note(f"parameters that the loss does not use, whose rows are zero: {listed}")
 
     def gradient_at(
         self, objective: Objective, *, dtype: torch.dtype | None = None, offset: torch.Tensor | None = None
@@ -281,8 +364,10 @@ class GraphStore:
         with random_states_kept(self.device), self.on_stream():
             substitution = self.substitution(dtype=dtype, offset=offset)
             for piece in self.objective.pieces:
-                with self._measuring(), substitution.active(), self._forward_pass(), torch.no_grad():
-                    total += float(self.objective.evaluate(piece, self.device, substitution.dtype)) * piece.share
+                # with gradients on, as some modules compute otherwise without
+                with self._measuring(), substitution.active(), self._forward_pass():
+                    value = self.objective.evaluate(piece, self.device, substitution.dtype)
+                total += float(value.detach()) * piece.share
         if self.over_ranks:
             total = ranks.all_reduce_sum_(torch.tensor(total, dtype=torch.float64, device=self.device)).item()
         return total
@@ -290,26 +375,30 @@ class GraphStore:
     def gradient_of_the_model_itself(self) -> tuple[float, torch.Tensor]:
         """Loss and gradient (n,) by the model's own parameters, without stand-ins, as a training computes them."""
         loss, total = 0.0, torch.zeros(self.space.dimension, dtype=self.dtype, device=self.device)
-        before = [(p, p.requires_grad) for p in self.space.parameters]
-        buffers = [(m, k, b) for m in self.model.modules() for k, b in m._buffers.items() if b is not None]
+        own = {p.dtype for p in self.space.parameters}
+        dtype = own.pop() if self.copy is not None and len(own) == 1 else None
+        buffers = [(m, k, b) for m in self._modules() for k, b in m._buffers.items() if b is not None]
         try:
-            for parameter, _ in before:
-                parameter.requires_grad_(True)
             for module, key, buffer in buffers:
                 module._buffers[key] = buffer.clone()
-            with self._measuring(), self.on_stream(), self._forward_pass():
-                for piece in self.objective.pieces:
-                    value = self.objective.forward(piece, self.device) * piece.share
+            for piece in self.objective.pieces:
+                requiring = _requiring_gradients(self.space.parameters)
+                with self.on_stream(), self._measuring(), self._forward_pass(), requiring:
+                    value = self.objective.forward(piece, self.device, dtype) * piece.share
                     parts = torch.autograd.grad(value, self.space.parameters, allow_unused=True)
-                    filled = zip(parts, self.space.parameters, strict=True)
-                    total += self._flat([torch.zeros_like(p) if g is None else _dense(g) for g, p in filled])
-                    loss += value.item()
+                filled = zip(parts, self.space.parameters, strict=True)
+                total += self._flat([torch.zeros_like(p) if g is None else _dense(g) for g, p in filled])
+                loss += value.item()
         finally:
-            for parameter, flag in before:
-                parameter.requires_grad_(flag)
             for module, key, buffer in buffers:
                 module._buffers[key] = buffer
         return self._over_ranks(loss, total)
+
+    def _modules(self) -> Iterator[nn.Module]:
+        """The modules of the model, and those of a loss that is a module."""
+        yield from self.model.modules()
+        if isinstance(self.objective.loss, nn.Module):
+            yield from self.objective.loss.modules()
 
     # -- products
 
@@ -375,12 +464,29 @@ class GraphStore:
                 lambda: self.objective.evaluate(piece, self.device, state.substitution.dtype) * piece.share,
             )
         with (
-            isolated(self.model, training=self.training, attention=("eager",)),
+            self._measuring(attention=("eager",)),
             state.substitution.active(),
             self._forward_pass(),
             torch.compiler.set_stance("default"),
         ):
             return state.forward[index](vectors)
+
+    def product_at(self, vector: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The product of one vector (n,) in another precision, rounded to that of the vectors."""
+        with random_states_kept(self.device), self.on_stream():
+            substitution = self.substitution(dtype=dtype)
+            parts = []
+            for piece in self.objective.pieces:
+                gradient = self.build(piece, substitution)[1]
+                parts.append(self.through(gradient, substitution, vector[None].to(dtype), keep=False)[0])
+        product = torch.stack(parts).sum(dim=0)
+        return ranks.all_reduce_sum_(product) if self.over_ranks else product
+
+    def operations(self) -> Iterable[Any]:
+        """The nodes in the graph of the first piece's loss."""
+        substitution, piece = self.substitution(), self.objective.pieces[0]
+        with self.on_stream(), self._measuring(), substitution.active(), self._forward_pass():
+            return nodes_of(self.objective.forward(piece, self.device, substitution.dtype))
 
     def higher_precision_product(self, vector: torch.Tensor) -> torch.Tensor:
         """The product of one vector (n,) in float32, where the measurement's matrix products are in less."""
@@ -433,12 +539,11 @@ class GraphStore:
         """The memory of a microbatch, measured once on a few rows."""
         if self._footprint is None:
             with random_states_kept(self.device), self.on_stream():
-                substitution = self.substitution()
                 vector = torch.zeros(1, self.space.dimension, dtype=self.dtype, device=self.device)
                 self._footprint = measure_footprint(
                     self.objective,
-                    lambda piece: self.build(piece, substitution)[1],
-                    lambda gradient: self.through(gradient, substitution, vector, keep=True),  # type: ignore[arg-type]
+                    lambda piece: self._build_first(piece)[1:],
+                    lambda built: self.through(*built, vector, keep=True),  # type: ignore[misc]
                 )
         return self._footprint
 
@@ -502,8 +607,23 @@ class GraphStore:
             yield
         current.wait_stream(self.stream)
 
-    def _measuring(self) -> AbstractContextManager[None]:
-        return isolated(self.model, training=self.training)
+    @contextlib.contextmanager
+    def other_random_numbers(self) -> Iterator[None]:
+        """Inside, a forward pass that draws random numbers draws others than usual."""
+        self._other_numbers = True
+        try:
+            yield
+        finally:
+            self._other_numbers = False
+
+    @contextlib.contextmanager
+    def _measuring(self, *, attention: Sequence[str] = TWICE_DIFFERENTIABLE) -> Iterator[None]:
+        if self._random_states is None:
+            self._random_states = RandomStates(self.device)
+        with isolated(self.model, training=self.training, attention=attention, random_states=self._random_states):
+            if self._other_numbers:
+                draw_other_numbers(self.model, OTHER_SEED)
+            yield
 
     @contextlib.contextmanager
     def _forward_pass(self) -> Iterator[None]:
@@ -517,6 +637,27 @@ class GraphStore:
         return self.space.flatten([part.detach() for part in gradient])
 
 
+class _ReadPastModules(Exception):
+    """A loss reads parameters or constants that stand-ins do not replace."""
+
+
+@contextlib.contextmanager
+def _requiring_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The parameters themselves require gradients, and their hooks do not run."""
+    before = [(p, p.requires_grad, p._backward_hooks) for p in parameters if not p.is_inference()]
+    try:
+        for parameter, _, hooks in before:
+            parameter.requires_grad_(True)
+            if hooks:
+                parameter._backward_hooks = None
+        yield
+    finally:
+        for parameter, flag, hooks in before:
+            if hooks:
+                parameter._backward_hooks = hooks
+            parameter.requires_grad_(flag)
+
+
 def _dense(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.to_dense() if gradient.layout != torch.strided else gradient
 
@@ -528,6 +669,11 @@ def _second_derivatives_named() -> Iterator[None]:
         yield
     except (RuntimeError, NotImplementedError) as error:
         text = " ".join(str(error).split())
+        if "checkpoint" in text and "use_reentrant" in text:
+            raise InputError(
+                "the model uses reentrant checkpointing, which torch cannot differentiate twice: call "
+                "torch.utils.checkpoint.checkpoint with use_reentrant=False"
+            ) from error
         for pattern in NO_SECOND_DERIVATIVE:
             if found := re.search(pattern, text, re.IGNORECASE):
                 raise InputError(

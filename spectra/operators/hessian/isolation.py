@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Attention implementations of transformers that can be differentiated twice (sdpa through its math kernel).
 TWICE_DIFFERENTIABLE = ("eager", "sdpa")
+BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+MODULE_TABLES = ("_parameters", "_buffers", "_modules", *BACKWARD_HOOKS)  # what torch keeps itself
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -26,24 +30,56 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+class RandomStates:
+    """The random states of Python, NumPy and torch (CPU and, if used, the accelerator) at one moment.
+
+    Args:
+        device: whose random state belongs to them beside the CPU's.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002, the one to protect
+        self._cpu = torch.get_rng_state()
+        self._accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        """Set all states to what they were."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        torch.set_rng_state(self._cpu)
+        if self._accelerator is not None:
+            torch.cuda.set_rng_state(self._accelerator, self._device)
+
+
 @contextlib.contextmanager
 def isolated(
-    model: nn.Module, *, training: bool = False, attention: Sequence[str] = TWICE_DIFFERENTIABLE
+    model: nn.Module,
+    *,
+    training: bool = False,
+    attention: Sequence[str] = TWICE_DIFFERENTIABLE,
+    random_states: RandomStates | None = None,
 ) -> Iterator[None]:
     """Run the model for measurement: gradients on, twice-differentiable kernels, no autocast, no compilation.
 
     On exit these are as before, bit for bit: the training flag of every module, the random states of Python, NumPy and
-    torch on every device in use, gradient checkpointing, sparse gradients of embeddings, and the attention
-    implementation. Parameters and buffers are the task of `Substitution`.
+    torch on every device in use, random generators and other attributes of modules, gradient checkpointing, backward
+    hooks, sparse gradients of embeddings, and the attention implementation. Parameters and buffers are the task of
+    `Substitution`.
 
     Args:
         model: the model.
         training: the mode in which it runs.
         attention: the attention implementations that can be used; the first of them replaces any other.
+        random_states: that a forward pass inside draws from, None for those of the moment.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_states_kept(device))
+        if random_states is not None:
+            random_states.restore()
+        stack.enter_context(_attributes_kept(model))
+        stack.enter_context(_without_backward_hooks(model))
         stack.enter_context(_modes_kept(model, training))
         stack.enter_context(_attention_in(model, attention))
         stack.enter_context(_dense_gradients(model))
@@ -54,8 +90,9 @@ def isolated(
 
 @contextlib.contextmanager
 def differentiating(device: torch.device) -> Iterator[None]:
-    """Gradients on, even where the caller switched them off; no compilation, no autocast, math attention."""
+    """Gradients on, even where the caller switched them off; no compilation, no autocast, no fused attention."""
     with (
+        _plain_encoder_layers(),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
@@ -68,14 +105,117 @@ def differentiating(device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def random_states_kept(device: torch.device) -> Iterator[None]:
     """Put back the random states of Python, NumPy and torch (CPU and, if used, the accelerator)."""
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002, the state to protect is the legacy one
-    devices = [device] if device.type == "cuda" else []
+    before = RandomStates(device)
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
+        before.restore()
+
+
+def draw_other_numbers(model: nn.Module, seed: int) -> None:
+    """Set every random state that a forward pass may draw from, those of generators in the model's modules too."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Generator):
+                value.manual_seed(seed)
+            elif isinstance(value, random.Random):
+                value.seed(seed)
+
+
+@contextlib.contextmanager
+def _plain_encoder_layers() -> Iterator[None]:
+    """torch's encoder layers run their modules one by one, not a fused kernel that reads weights past them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass sets on modules: counters, caches, lists, tensors without a name, generators."""
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    tables = [(vars(module), dict(vars(module))) for module in modules]
+    contents = [_Content(value) for _, table in tables for key, value in table.items() if key not in MODULE_TABLES]
+    contents = [content for content in contents if content.saved is not None]
+    try:
+        yield
+    finally:
+        for table, before in tables:
+            for key in table.keys() - before.keys():
+                del table[key]
+            table.update(before)
+        for content in contents:
+            content.restore()
+
+
+class _Content:
+    """What an attribute holds inside: `saved` is None for a value that a forward pass cannot change in place."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        self.saved: Any = None
+        if type(value) in (list, dict, set, deque, OrderedDict):
+            self.saved = value.copy()
+        elif isinstance(value, torch.Generator):
+            self.saved = value.get_state()
+        elif isinstance(value, random.Random):
+            self.saved = value.getstate()
+        elif isinstance(value, np.random.Generator):
+            self.saved = value.bit_generator.state
+        elif isinstance(value, torch.Tensor) and not value.requires_grad and not value.is_inference():
+            self.saved, self._version = value.detach().clone(), value._version
+
+    def restore(self) -> None:
+        value: Any = self.value
+        if isinstance(value, torch.Generator):
+            value.set_state(self.saved)
+        elif isinstance(value, random.Random):
+            value.setstate(self.saved)
+        elif isinstance(value, np.random.Generator):
+            value.bit_generator.state = self.saved
+        elif isinstance(value, torch.Tensor):
+            if value._version != self._version:
+                with torch.no_grad():
+                    value.copy_(self.saved)
+        elif isinstance(value, list | deque):
+            value.clear()
+            value.extend(self.saved)
+        else:
+            value.clear()
+            value.update(self.saved)
+
+
+@contextlib.contextmanager
+def _without_backward_hooks(model: nn.Module) -> Iterator[None]:
+    """Backward hooks of modules change or watch a training's gradient, and are no part of the loss."""
+    hooked = [
+        (vars(module), key) for module in model.modules() for key in BACKWARD_HOOKS if vars(module).get(key, None)
+    ]
+    before = [(table, key, table[key]) for table, key in hooked]
+    try:
+        for table, key in hooked:
+            table[key] = OrderedDict()
+        yield
+    finally:
+        for table, key, hooks in before:
+            table[key] = hooks
+
+
+def names_with_hooks(model: nn.Module) -> list[str]:
+    """The parameters and modules whose hooks change or watch gradients."""
+    parameters = [name for name, p in model.named_parameters() if p._backward_hooks]
+    modules = [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if any(vars(module).get(key, None) for key in BACKWARD_HOOKS)
+    ]
+    return parameters + modules
 
 
 @contextlib.contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,41 +14,96 @@ from torch import nn
 from torch.nn import functional
 
 from spectra.backend.errors import InputError, first_line
+from spectra.operators.hessian.batches import moved, tensors_of
+from spectra.operators.hessian.isolation import random_states_kept
 
-Loss = Callable[..., torch.Tensor]
-FIRST_PARAMETER_IS_THE_MODEL = ("model", "module", "net", "network")
+Loss = Callable[..., Any]
+NAMES_OF_MODELS = ("model", "module", "net", "network")
+NAMES_OF_OUTPUTS = (
+    "output",
+    "outputs",
+    "out",
+    "logits",
+    "input",
+    "pred",
+    "preds",
+    "prediction",
+    "predictions",
+    "y_hat",
+)
+KEYS_OF_LOGITS = ("logits", "output", "outputs", "out", "prediction", "predictions")
+SAME_VALUE = 1e-6  # relative difference of two forms' losses below which both compute the same
 # What a model or a loss may raise when it is called in a form that it does not have. Memory errors pass.
-CALL_ERRORS = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, AssertionError)
+CALL_ERRORS = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, AssertionError, UserWarning)
+NO_MEMORY = ("out of memory", "can't allocate memory")
+LONGEST_REASON = 160  # characters of an error of another library in a message
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A way to call a loss function on a batch.
+
+    Attributes:
+        name: as users write it.
+        first: what its first argument is: "model", "outputs" or "batch".
+        call: batch -> what the loss function returns.
+    """
+
+    name: str
+    first: str
+    call: Callable[[Any], Any]
 
 
 class BatchLoss:
     """The loss of one batch, as a scalar with its graph.
 
-    A loss function can be called in several forms. The first one that returns a single number is kept:
+    A loss function or module is called in the form that works, of those that its signature allows:
 
-    * (outputs, targets) for a pair, (outputs, batch) for a mapping;
-    * (logits, targets): the logits of an output that is a tuple, a mapping or a Hugging Face output;
-    * (model, batch), tried first where the function's first parameter is called `model`.
+    * `loss(outputs, targets)` for a pair (inputs, targets); outputs is what the model returned. Where that is a tuple,
+      a mapping or a Hugging Face output and the loss does not take it as a whole, its logits, or its only tensor for
+      which the loss can be computed.
+    * `loss(outputs, batch)`, `loss(outputs, labels)` and `loss(logits, labels)` for a mapping.
+    * for a tuple of three or more: `loss(outputs, targets)` with all but the last as the model's inputs, and
+      `loss(outputs, second, third, ...)` with the first alone as its input.
+    * `loss(outputs, inputs)` for a tensor alone, as an autoencoder has it.
+    * `loss(model, batch)`, and `loss(model, inputs, targets)` for a tuple.
+    * with one argument, `loss(batch)` or `loss(outputs)`.
+
+    Where several forms work with different values, a first parameter called `model` (module, net, network) or `outputs`
+    (output, out, logits, input, prediction) decides; without it the loss is refused. A loss is a real number in a
+    tensor. Of a tuple (loss, ...) the first member counts, of a mapping the member "loss".
+
+    Without a loss function, a mapping is given to the model, which returns its loss, as Hugging Face models do: a
+    scalar, the member `loss`, or the only scalar of a tuple. For a pair, and for a tuple whose members but the last are
+    the model's inputs, the loss is `default_loss`.
 
     Args:
         model: the model.
-        loss: the loss function or module. By default a Hugging Face model's own loss for a mapping, and for a pair
-            cross-entropy for integer and mean squared error for floating-point targets.
+        loss: the loss function or module.
+
+    Attributes:
+        notes: what a reader of the numbers should know.
     """
 
     def __init__(self, model: nn.Module, loss: Loss | None):
         self.model, self.loss = model, loss
         self.notes: list[str] = []
-        signature = inspect.signature(model.forward).parameters
-        self._accepted = set(signature)
-        self._accepts_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.values())
-        self._form: Callable[[Any], torch.Tensor] | None = None
+        parameters = _parameters_of(model.forward)
+        self._accepted = {parameter.name for parameter in parameters}
+        self._accepts_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._positions = sum(p.kind in kinds for p in parameters)
+        if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+            self._positions = 10**6
+        self._form: _Form | None = None
+        self._shapes_seen: set[Any] = set()
 
-    def __call__(self, batch: Any) -> torch.Tensor:
+    def __call__(self, batch: Any, name: str = "a batch") -> torch.Tensor:
         """The loss of a batch.
 
         Args:
-            batch: a mapping, or inputs and targets.
+            batch: a mapping, a tuple such as inputs and targets, a tensor, or an object that the loss understands.
+            name: what messages call it.
 
         Returns:
             The loss, a scalar with its graph.
@@ -53,98 +111,305 @@ class BatchLoss:
         Raises:
             InputError: where the model or the loss cannot be called on the batch, or the result is not one number.
         """
-        if self._form is not None:
-            return self._form(batch)
-        failures = []
-        for name, form in self._forms(batch):
-            try:
-                value = form(batch)
-            except torch.OutOfMemoryError:
+        if self._form is None:
+            return self._find(batch, name)
+        try:
+            return _one_number(self._run(self._form, batch))
+        except InputError:
+            raise
+        except CALL_ERRORS as error:
+            if _is_about_memory(error):
                 raise
-            except InputError:
-                raise
-            except CALL_ERRORS as error:
-                failures.append((name, error))
-                continue
-            if not isinstance(value, torch.Tensor):
-                failures.append((name, TypeError(f"it returned {type(value).__name__}, a tensor is expected")))
-                continue
-            if value.numel() != 1:
-                raise InputError(f"the loss must be one number, got shape {tuple(value.shape)}; reduce it to a mean")
-            self._form = form
+            raise InputError(
+                f"the loss of {name} cannot be computed ({self._form.name}: {_reason(error)}): check that batch"
+            ) from error
+
+    # -- which form
+
+    def _find(self, batch: Any, name: str) -> torch.Tensor:
+        """The loss in the form that works, which is kept for other batches."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        worked: list[tuple[_Form, torch.Tensor]] = []
+        failures: list[tuple[_Form, Exception]] = []
+        notes, notes_of = list(self.notes), {}
+        for alternatives in self._forms(batch):
+            for form in alternatives:
+                self.notes[:] = notes
+                try:
+                    with random_states_kept(device):  # so that all forms draw the same numbers
+                        value = _one_number(self._run(form, moved(batch, device, None)))
+                except CALL_ERRORS as error:
+                    if _is_about_memory(error):
+                        raise
+                    failures.append((form, error))
+                else:
+                    worked.append((form, value))
+                    notes_of[form] = list(self.notes)
+                    break
+        usable = [(form, value) for form, value in worked if value.requires_grad]
+        if usable:
+            self._form, value = self._chosen(usable)
+            self.notes[:] = notes_of[self._form]
             return value
-        tried = "; ".join(f"{name}: {first_line(error)}" for name, error in failures)
-        raise InputError(f"the loss of a batch cannot be computed ({tried}): check the batch and loss=") from failures[
-            0
-        ][1]
+        self.notes[:] = notes
+        if worked:
+            return worked[0][1]  # without a graph, which is for the caller to refuse
+        raise self._failed(batch, name, failures) from (failures[0][1] if failures else None)
 
-    def _forms(self, batch: Any) -> list[tuple[str, Callable[[Any], torch.Tensor]]]:
+    def _chosen(self, usable: list[tuple[_Form, torch.Tensor]]) -> tuple[_Form, torch.Tensor]:
+        """The only form, or the one that the name of the loss function's first parameter speaks for."""
+        first = next((parameter.name for parameter in _parameters_of(self.loss)), "")
+        wanted = "model" if first in NAMES_OF_MODELS else "outputs" if first in NAMES_OF_OUTPUTS else ""
+        kept = [(form, value) for form, value in usable if form.first == wanted] or usable
+        form, value = kept[0]
+        others = [other.name for other, found in kept[1:] if not _same(found, value)]
+        if others:
+            raise InputError(
+                f"the loss function can be computed as {form.name} and as {others[0]}, with different values: call its "
+                "first parameter `model` or `outputs`, or give a function that takes one of them alone"
+            )
+        return form, value
+
+    def _failed(self, batch: Any, name: str, failures: list[tuple[_Form, Exception]]) -> InputError:
+        """One line on why no form worked."""
+        if not failures:
+            return InputError(
+                f"a loss function of (outputs, targets) or (model, batch) is expected, got {_name_of(self.loss)} that "
+                "takes another number of arguments"
+            )
+        if isinstance(failures[0][1], InputError):
+            return failures[0][1]
+        tried = "; ".join(f"{form.name}: {_reason(error)}" for form, error in failures)
+        own = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        others = sorted({str(t.dtype) for t in tensors_of(batch) if t.is_floating_point() and t.dtype != own})
+        advice = f"bring its {others[0]} tensors to {own}" if others else "check the batch and loss="
+        return InputError(f"the loss of {name} cannot be computed ({tried}): {advice}")
+
+    def _forms(self, batch: Any) -> Iterator[Iterator[_Form]]:
+        """The forms that the batch and the loss function's signature allow; the first that works of each group."""
         if self.loss is None:
-            return [
-                ("the model's own loss", self._own_loss)
-                if isinstance(batch, Mapping)
-                else ("model(inputs)", self._default)
-            ]
-        model_and_batch = ("loss(model, batch)", lambda batch: self._given(self.model, batch))
-        if isinstance(batch, Mapping):
-            forms = [("loss(outputs, batch)", lambda batch: self._given(self._outputs(batch), batch))]
-            if "labels" in batch:
-                forms.append(
-                    (
-                        "loss(logits, labels)",
-                        lambda batch: self._given(logits_of(self._outputs(batch)), batch["labels"]),
-                    )
-                )
-        elif isinstance(batch, tuple) and len(batch) == 2:
-            forms = [
-                ("loss(outputs, targets)", lambda batch: self._given(self._outputs(batch), batch[1])),
-                ("loss(logits, targets)", lambda batch: self._given(logits_of(self._outputs(batch)), batch[1])),
-            ]
-        else:
-            return [model_and_batch]
-        first = _first_parameter(self.loss)
-        return [model_and_batch, *forms] if first in FIRST_PARAMETER_IS_THE_MODEL else [*forms, model_and_batch]
+            yield iter([self._without_loss(batch)])
+            return
+        for names, arguments, inputs in _after_outputs(batch):
+            if self._takes(1 + len(names)):
+                yield self._with_outputs(names, arguments, inputs, batch)
+        if self._takes(2):
+            yield iter([_Form("loss(model, batch)", "model", lambda batch: self._given(self.model, batch))])
+        if isinstance(batch, tuple) and len(batch) > 1 and self._takes(1 + len(batch)):
+            yield iter([_Form("loss(model, *batch)", "model", lambda batch: self._given(self.model, *batch))])
+        if self._takes(1):
+            yield iter([_Form("loss(batch)", "batch", self._given)])
 
-    def _given(self, *arguments: Any) -> torch.Tensor:
+    def _with_outputs(self, names: tuple[str, ...], arguments: _Part, inputs: _Part, batch: Any) -> Iterator[_Form]:
+        """loss(outputs, ...), then for outputs that are no tensor the same with one of their members."""
+
+        def form(member: Any) -> _Form:
+            def call(batch: Any) -> Any:
+                outputs = self._outputs(inputs(batch))
+                return self._given(outputs if member is None else _member(outputs, member), *arguments(batch))
+
+            first = "outputs" if member is None else f"outputs[{member!r}]"
+            return _Form(f"loss({', '.join((first, *names))})", "outputs", call)
+
+        yield form(None)
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        try:
+            with random_states_kept(device):
+                outputs = self._outputs(inputs(moved(batch, device, None)))
+        except CALL_ERRORS:  # and so the form above has failed and says why
+            return
+        members = _members(outputs)
+        if len(members) > 1:
+            yield self._only_member(members, form)
+        elif members:
+            yield form(members[0])
+
+    def _only_member(self, members: list[Any], form: Callable[[Any], _Form]) -> _Form:
+        """The form with the one member of the outputs for which the loss can be computed."""
+
+        def call(batch: Any) -> Any:
+            found: list[Any] = []
+            errors: list[Exception] = []
+            for member in members:
+                try:
+                    found.append((member, _one_number(form(member).call(batch))))
+                except CALL_ERRORS as error:
+                    errors.append(error)
+            if not found:
+                raise errors[0]
+            if len(found) > 1:
+                raise InputError(
+                    f"the loss can be computed for members {found[0][0]!r} and {found[1][0]!r} of the model's outputs: "
+                    "pass loss=lambda outputs, targets: ... that picks one"
+                )
+            return found[0][1]
+
+        return _Form(form("i").name, "outputs", call)
+
+    def _without_loss(self, batch: Any) -> _Form:
+        if isinstance(batch, Mapping):
+            return _Form("the model's own loss", "model", self._own_loss)
+        if isinstance(batch, tuple) and (len(batch) == 2 or self._positions >= len(batch) - 1 > 0):
+            return _Form("model(inputs)", "outputs", self._default)
+        members = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise InputError(
+            f"a batch must be a mapping of tensors or a pair (inputs, targets), got {type(batch).__name__}{members} "
+            "that the model takes no such inputs of; for other batches pass loss=lambda model, batch: ..."
+        )
+
+    def _takes(self, count: int) -> bool:
+        """Whether the loss function's signature allows so many arguments."""
+        function = self.loss.forward if isinstance(self.loss, nn.Module) else self.loss
+        try:
+            inspect.signature(function).bind(*range(count))  # type: ignore[arg-type]
+        except TypeError:
+            return False
+        except ValueError:  # a builtin function without a signature
+            return True
+        return True
+
+    # -- calling the model and the loss
+
+    def _run(self, form: _Form, batch: Any) -> Any:
+        """What the loss returns. Refused where torch warns that outputs and targets broadcast."""
+        shapes = (form.name, tuple(tuple(t.shape[1:]) for t in tensors_of(batch) if not t.is_nested))
+        if shapes in self._shapes_seen:
+            return form.call(batch)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Using a target size")
+            try:
+                value = form.call(batch)
+            except UserWarning as warning:
+                shapes_named = str(warning).split(". ")[0]
+                raise InputError(
+                    f"outputs and targets differ in shape, and the loss would broadcast them ({shapes_named}): "
+                    "reshape one, such as targets[:, None]"
+                ) from warning
+        self._shapes_seen.add(shapes)
+        return value
+
+    def _given(self, *arguments: Any) -> Any:
         assert self.loss is not None
         return self.loss(*arguments)
 
-    def _outputs(self, batch: Any) -> Any:
-        if isinstance(batch, Mapping):
-            return self.model(**self._arguments(batch))
-        inputs = batch[0]
+    def _outputs(self, inputs: Any) -> Any:
         if isinstance(inputs, Mapping):
-            return self.model(**inputs)
+            return self.model(**self._arguments(inputs))
         return self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
 
     def _arguments(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of the batch the model takes. Other members are left out and noted, as the Hugging Face Trainer does."""
         taken = dict(batch)
         if not self._accepts_all:
-            unknown = sorted(set(taken) - self._accepted)
             taken = {key: value for key, value in taken.items() if key in self._accepted}
-            note = f"members of the batches that the model does not take were left out: {', '.join(unknown)}"
-            if unknown and note not in self.notes:
-                self.notes.append(note)
-        if "use_cache" in self._accepted and "use_cache" not in taken:
-            taken["use_cache"] = False
+        elif hasattr(self.model, "config"):
+            taken = {key: value for key, value in taken.items() if key in self._accepted or not _is_text(value)}
+        unknown = sorted(map(str, set(batch) - set(taken)))
+        note = f"members of the batches that the model does not take were left out: {', '.join(unknown)}"
+        if unknown and note not in self.notes:
+            self.notes.append(note)
+        for option, value in (("use_cache", False), ("return_dict", True)):
+            if option in self._accepted and option not in taken:
+                taken[option] = value
         return taken
 
-    def _own_loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
+    def _own_loss(self, batch: Mapping[str, Any]) -> Any:
         output = self._outputs(batch)
         value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if value is None and isinstance(output, torch.Tensor) and output.numel() == 1:
+            value = output
+        if value is None and isinstance(output, tuple):
+            scalars = [member for member in output if isinstance(member, torch.Tensor) and member.ndim == 0]
+            value = scalars[0] if len(scalars) == 1 else None
         if value is None:
+            missing = "'return_loss': True" if "return_loss" in self._accepted else "'labels'"
             raise InputError(
-                f"{type(self.model).__name__} returned no loss for a batch with {sorted(batch)}; "
-                "add 'labels' to the batch or pass loss=..."
+                f"{type(self.model).__name__} returned no loss for a batch with {sorted(map(str, batch))}; "
+                f"add {missing} to the batch or pass loss=..."
             )
         return value
 
-    def _default(self, batch: tuple[Any, Any]) -> torch.Tensor:
-        output = self._outputs(batch)
-        return default_loss(
-            logits_of(output), batch[1], classes_last=not isinstance(output, torch.Tensor | tuple | list)
+    def _default(self, batch: tuple[Any, ...]) -> torch.Tensor:
+        output = self._outputs(batch[0] if len(batch) == 2 else batch[:-1])
+        members = _members(output)
+        if len(members) < 2:
+            logits = logits_of(output)
+            if self._form is None:
+                _refuse_probabilities(logits, batch[-1])
+            # Hugging Face outputs of three axes are (rows, tokens, classes)
+            classes_last = hasattr(output, "logits") and logits.ndim == 3
+            return default_loss(logits, batch[-1], classes_last=classes_last)
+        only = self._only_member(
+            members, lambda i: _Form("model(inputs)", "outputs", lambda b: default_loss(_member(output, i), b[-1]))
         )
+        return only.call(batch)
+
+
+_Part = Callable[[Any], Any]
+
+
+def _after_outputs(batch: Any) -> list[tuple[tuple[str, ...], _Part, _Part]]:
+    """For each way to call loss(outputs, ...): the names of what follows, its values, and the model's inputs."""
+    if isinstance(batch, Mapping):
+        forms: list[tuple[tuple[str, ...], _Part, _Part]] = [(("batch",), lambda b: (b,), lambda b: b)]
+        if "labels" in batch:
+            forms.append((("labels",), lambda b: (b["labels"],), lambda b: b))
+        return [*forms, ((), lambda b: (), lambda b: b)]
+    if isinstance(batch, tuple) and len(batch) > 1:
+        pair = len(batch) == 2
+        inputs: _Part = (lambda b: b[0]) if pair else (lambda b: b[:-1])
+        forms = [(("targets",), lambda b: (b[-1],), inputs)]
+        if not pair:
+            names = tuple(f"batch[{i}]" for i in range(1, len(batch)))
+            forms.append((names, lambda b: b[1:], lambda b: b[0]))
+        return [*forms, ((), lambda b: (), inputs)]
+    name = "inputs" if isinstance(batch, torch.Tensor) else "batch"
+    return [((name,), lambda b: (b,), lambda b: b), ((), lambda b: (), lambda b: b)]
+
+
+def _one_number(value: Any) -> torch.Tensor:
+    """The loss in what a loss function returned."""
+    if isinstance(value, Mapping) and value.get("loss") is not None:
+        value = value["loss"]
+    elif isinstance(value, tuple | list) and value and isinstance(value[0], torch.Tensor) and value[0].numel() == 1:
+        others = [v for v in value[1:] if isinstance(v, torch.Tensor) and v.ndim == 0 and v.requires_grad]
+        value = value[0] if not others else value
+    if not isinstance(value, torch.Tensor):
+        what = f"{type(value).__name__} with {sorted(map(str, value))}" if isinstance(value, Mapping) else _kind(value)
+        raise InputError(
+            f"the loss must be one number in a tensor with its graph, got {what}; return that tensor alone"
+        )
+    if value.numel() != 1:
+        raise InputError(f"the loss must be one number, got shape {tuple(value.shape)}; reduce it to a mean")
+    if value.is_complex():
+        raise InputError("the loss must be a real number, got a complex one; return its .real or .abs()")
+    return value
+
+
+def _kind(value: Any) -> str:
+    what = "an" if type(value).__name__[0] in "aeiou" else "a"
+    return f"{what} {type(value).__name__}"
+
+
+def _members(output: Any) -> list[Any]:
+    """Keys of what may be the logits among a model's outputs: none for a tensor."""
+    if isinstance(output, torch.Tensor):
+        return []
+    if isinstance(getattr(output, "logits", None), torch.Tensor):
+        return ["logits"]
+    if isinstance(output, Mapping):
+        named = [key for key in KEYS_OF_LOGITS if isinstance(output.get(key), torch.Tensor)]
+        keys = named[:1] or [key for key, value in output.items() if isinstance(value, torch.Tensor)]
+    elif isinstance(output, tuple | list):
+        keys = [i for i, value in enumerate(output) if isinstance(value, torch.Tensor)]
+    else:
+        return []
+    held: Any = output
+    return [key for key in keys if held[key].requires_grad] or keys[:1]
+
+
+def _member(output: Any, key: Any) -> torch.Tensor:
+    return getattr(output, key) if isinstance(key, str) and hasattr(output, key) else output[key]
 
 
 def logits_of(output: Any) -> torch.Tensor:
@@ -161,17 +426,9 @@ def logits_of(output: Any) -> torch.Tensor:
     """
     if isinstance(output, torch.Tensor):
         return output
-    if hasattr(output, "logits"):
-        return output.logits
-    if isinstance(output, Mapping):
-        for key in ("logits", "output", "outputs", "out", "prediction", "predictions"):
-            if isinstance(output.get(key), torch.Tensor):
-                return output[key]
-        tensors = [value for value in output.values() if isinstance(value, torch.Tensor)]
-        if len(tensors) == 1:
-            return tensors[0]
-    if isinstance(output, tuple | list) and output and isinstance(output[0], torch.Tensor):
-        return output[0]
+    members = _members(output)
+    if members and (len(members) == 1 or isinstance(output, tuple | list)):
+        return _member(output, members[0])
     named = f" with {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
     raise InputError(
         f"a tensor of outputs is expected from the model, got {type(output).__name__}{named}; pass loss=lambda model, "
@@ -191,7 +448,7 @@ def default_loss(logits: torch.Tensor, targets: Any, *, classes_last: bool = Fal
         The mean loss, a scalar.
 
     Raises:
-        InputError: for shapes that do not fit, or fit in both layouts.
+        InputError: for shapes that do not fit, or fit in both layouts, and for a single class.
     """
     if not isinstance(targets, torch.Tensor):
         raise InputError(f"targets must be a tensor, got {type(targets).__name__}; pass loss=... for others")
@@ -203,6 +460,11 @@ def default_loss(logits: torch.Tensor, targets: Any, *, classes_last: bool = Fal
                 "broadcast them: reshape one, or pass loss=..."
             )
         return functional.mse_loss(logits, targets)
+    if targets.is_complex() or targets.dtype == torch.bool:
+        raise InputError(
+            f"integer or floating-point targets are expected, got {targets.dtype}; pass loss=... for others"
+        )
+    targets = targets.long()
     last = wanted == shape[:-1]
     second = len(shape) > 1 and wanted == shape[:1] + shape[2:]
     if last and second and len(shape) > 2 and not classes_last:
@@ -210,13 +472,18 @@ def default_loss(logits: torch.Tensor, targets: Any, *, classes_last: bool = Fal
             f"outputs {shape} and targets {wanted} fit with the classes on the second axis and on the last: which is "
             "meant cannot be told, so pass loss=..., such as torch.nn.CrossEntropyLoss() for the second"
         )
+    if (last and shape[-1:] == (1,)) or (second and not last and shape[1:2] == (1,)):
+        raise InputError(
+            f"outputs {shape} hold one class, whose cross-entropy is 0 everywhere: pass loss=..., such as "
+            "torch.nn.BCEWithLogitsLoss() with floating-point targets of the same shape"
+        )
     if last and shape:
         return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
     if second:
         return functional.cross_entropy(logits, targets)
     raise InputError(
         f"outputs {shape} and integer targets {wanted} do not fit a cross-entropy, which expects targets of the "
-        "shape of the outputs without the classes; pass loss=..."
+        "shape of the outputs without the classes; pass loss=..., or give floating-point targets for a regression"
     )
 
 
@@ -227,7 +494,7 @@ def counted(loss: Loss | None, targets: Any, *, rows: int) -> float:
     count each entry, and class probabilities each row of them.
 
     Args:
-        loss: the loss module, whose ignore_index and class weights are read.
+        loss: the loss module, or a functools.partial, whose ignore_index and class weights are read.
         targets: the targets.
         rows: of the batch, which count where the targets are no tensor.
 
@@ -240,16 +507,82 @@ def counted(loss: Loss | None, targets: Any, *, rows: int) -> float:
         if isinstance(loss, nn.CrossEntropyLoss) and targets.ndim > 1:
             return targets.numel() / targets.shape[1]
         return float(targets.numel()) if targets.ndim else 1.0
-    kept = targets[targets != getattr(loss, "ignore_index", -100)]
-    weight = loss.weight if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) else None
+    ignored = _option(loss, "ignore_index")
+    kept = targets[targets != (-100 if ignored is None else ignored)]
+    by_class = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or (
+        isinstance(loss, functools.partial) and loss.func in (functional.cross_entropy, functional.nll_loss)
+    )
+    weight = _option(loss, "weight") if by_class else None
     if weight is not None and kept.numel():
         return float(weight.detach().double().cpu()[kept.cpu()].sum())
     return float(kept.numel())
 
 
-def _first_parameter(function: Any) -> str:
+def counts_for_certain(loss: Loss | None, model: nn.Module) -> bool:
+    """Whether what `counted` counts is known to be what the loss averages over, also in batches of several shapes.
+
+    Args:
+        loss: the loss function or module, None for the default.
+        model: the model, whose own loss counts labels if it is one of transformers.
+
+    Returns:
+        Whether it is known.
+    """
+    if loss is None:
+        return True
+    if isinstance(loss, functools.partial):
+        return counts_for_certain(loss.func, model)
+    return type(loss).__module__.startswith("torch.nn") or getattr(loss, "__module__", "").startswith("torch.nn")
+
+
+def _option(loss: Loss | None, name: str) -> Any:
+    """An option of a loss module, or of a function that functools.partial gave it."""
+    return getattr(loss, name, None) if not isinstance(loss, functools.partial) else loss.keywords.get(name)
+
+
+def _refuse_probabilities(outputs: torch.Tensor, targets: Any) -> None:
+    """Refuse outputs that are probabilities with integer targets: which loss belongs to them cannot be told."""
+    if not isinstance(targets, torch.Tensor) or targets.is_floating_point() or outputs.ndim < 2:
+        return
+    values = outputs.detach()
+    if not values.is_floating_point() or not values.numel() or values.min() < 0:
+        return
+    for axis in {1, values.ndim - 1}:
+        if values.size(axis) > 1 and bool((values.sum(axis) - 1).abs().max() < 1e-4):
+            raise InputError(
+                "the model's outputs are probabilities already, and whether it is trained with their logarithm or with "
+                "a cross-entropy that applies softmax again cannot be told: pass loss=, such as lambda outputs, "
+                "targets: torch.nn.functional.nll_loss(outputs.log(), targets)"
+            )
+
+
+def _parameters_of(function: Any) -> list[inspect.Parameter]:
+    """The parameters of a function or of a module's forward, none where they are not known."""
     try:
-        names = list(inspect.signature(function).parameters)
+        return list(inspect.signature(getattr(function, "forward", function)).parameters.values())
     except (TypeError, ValueError):
-        return ""
-    return names[0] if names else ""
+        return []
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is text or a list of texts."""
+    return isinstance(value, str) or (isinstance(value, list | tuple) and any(isinstance(item, str) for item in value))
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    a, b = float(one.detach()), float(other.detach())
+    return abs(a - b) <= SAME_VALUE * max(abs(a), abs(b)) or (a != a and b != b)
+
+
+def _is_about_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of another library's error, shortened."""
+    line = first_line(error)
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."

@@ -17,11 +17,11 @@ from spectra.backend.errors import InputError
 from spectra.backend.random_vectors import gaussian
 from spectra.backend.vectors import dot, norm
 from spectra.operators.base import GAP_TO_ROUNDING, LinearOperator, Preflight
-from spectra.operators.hessian import checks
+from spectra.operators.hessian import checks, pieces
 from spectra.operators.hessian.footprint import Footprint
 from spectra.operators.hessian.graphs import GraphLayout, GraphStore
 from spectra.operators.hessian.isolation import unwrap
-from spectra.operators.hessian.objective import Objective, pieces_of_rank
+from spectra.operators.hessian.objective import Objective
 from spectra.operators.hessian.parameters import ParameterSpace, Selection
 from spectra.operators.hessian.pick import EnginePick
 from spectra.operators.hessian.precision import LOWER, dtype_of_copy, dtype_of_vectors, note_of_copy
@@ -31,13 +31,13 @@ class HessianOperator(LinearOperator):
     """H = d^2 L / d theta^2 of the mean loss L over batches, in the chosen parameters theta.
 
     A Hessian-vector product (HVP) is the gradient of g . v, where g = dL/d theta (Pearlmutter, Neural Computation 6,
-    1994). The graph of g is kept from one product to the next, so that a product costs about two gradients where the
-    arithmetic bounds it.
+    1994). The graph of g is kept from one product to the next, so that a compute-bound product costs about two
+    gradients.
 
     The model is left as it was, bit for bit. It runs in evaluation mode unless `training`, with attention kernels that
     can be differentiated twice. Weights changed in place, as optimizers do, and replaced parameters are noticed, and
-    the graphs are built again. After writing through `.data` call `refresh()`. `close()`, or a `with` block, gives the
-    memory of the graphs back.
+    the graphs are built again. On a GPU, after a write through `.data` amid products, call `refresh()`. `close()`, or a
+    `with` block, gives the memory of the graphs back.
 
     Before the first product the operator checks on the model itself what it assumes (see
     `spectra.operators.hessian.checks`), for the price of about five products.
@@ -105,7 +105,7 @@ class HessianOperator(LinearOperator):
         self._graphs = GraphStore(
             self.model,
             space,
-            objective if spread == "none" else objective.with_pieces(pieces_of_rank(objective.pieces)),
+            objective if spread == "none" else objective.of_this_rank(),
             dtype=self.dtype,
             copy=copy,
             precision=precision,
@@ -115,10 +115,11 @@ class HessianOperator(LinearOperator):
             over_ranks=spread == "batches",
             notes=self.notes,
         )
-        self._graphs.can_be_cut = functools.cache(lambda: checks.may_be_cut(self._graphs))
+        self._graphs.can_be_cut = functools.cache(lambda: pieces.may_be_cut(self._graphs))
         self._engine = EnginePick(self._graphs, engine)
         self._graphs.when_out_of_memory = self._engine.reduce_memory
         self._verified_for: tuple[int, ...] = ()  # the parameters, by id
+        self._product_rounding = 0.0
         self._linearity_gap: float | None = None
         self._precision_error: float | None = None
 
@@ -141,12 +142,12 @@ class HessianOperator(LinearOperator):
 
     def loss(self) -> float:
         """L at the current weights."""
-        self._prepare()
+        self._prepare(thorough=True)
         return self._graphs.loss()
 
     def gradient(self) -> torch.Tensor:
         """dL/d theta at the current weights, (n,)."""
-        self._prepare()
+        self._prepare(thorough=True)
         return self._graphs.gradient()
 
     # -- products
@@ -163,9 +164,14 @@ class HessianOperator(LinearOperator):
         """Raise the NonFiniteError that names the batch and the parameter where a product is not finite."""
         self._graphs.raise_non_finite(vectors)
 
-    def _prepare(self) -> None:
+    def multiply_rows_checked(self, vectors: torch.Tensor) -> torch.Tensor:
+        """See `LinearOperator.multiply_rows_checked`; changes of the weights are looked for thoroughly."""
+        self._prepare(thorough=True)
+        return super().multiply_rows_checked(vectors)
+
+    def _prepare(self, *, thorough: bool = False) -> None:
         """Graphs at the current weights, and the checks where these parameters have not been checked."""
-        if self._graphs.prepare():
+        if self._graphs.prepare(thorough=thorough):
             self._engine.forget()
             self._linearity_gap = self._precision_error = None
         if self._verified_for != tuple(map(id, self.space.parameters)):
@@ -201,8 +207,10 @@ class HessianOperator(LinearOperator):
             with self._graphs.in_full_precision():
                 self._check_pieces()
             self.checks["gradient_error"] = checks.check_gradient(self._graphs)
-            self._check_products()
-            self.checks["slope_error"] = checks.check_slope(self._graphs)
+            dtype = checks.dtype_of_differences(self._graphs)
+            checks.check_unused(self._graphs, dtype)
+            self._check_products(dtype)
+            self.checks["slope_error"] = checks.check_slope(self._graphs, dtype)
         except InputError as error:
             if self.strict:
                 self._verified_for = ()
@@ -211,7 +219,7 @@ class HessianOperator(LinearOperator):
             self.notes.append(f"a check failed and strict=False was asked for: {error}")
 
     def _check_pieces(self) -> None:
-        objective, error, note = checks.settle_shares(self._graphs)
+        objective, error, note = pieces.settle_shares(self._graphs)
         self.checks["pieces_error"] = error
         if note:
             self.notes.append(note)
@@ -219,7 +227,7 @@ class HessianOperator(LinearOperator):
             self._graphs.objective = objective
             self.refresh()
 
-    def _check_products(self) -> None:
+    def _check_products(self, dtype: torch.dtype) -> None:
         """Symmetry, linearity and the derivative of the gradient, from three products."""
         u = gaussian(self, seed=0, index=0, stream="linearity")
         v = gaussian(self, seed=0, index=1, stream="linearity")
@@ -232,7 +240,8 @@ class HessianOperator(LinearOperator):
         self._linearity_gap = norm(both - au - av) / size if size > 0 else 0.0
         self.checks["linearity_gap"] = self._linearity_gap
         rounding = max(self._linearity_gap, self._lower_precision_error(u, au))
-        self.checks["product_error"] = checks.check_product(self._graphs, u, au, rounding)
+        error, self._product_rounding = checks.check_product(self._graphs, u, au, rounding, dtype)
+        self.checks["product_error"] = error
 
     def preflight(self) -> Preflight:
         """The figures of the checks, which are run if they have not been.
@@ -243,7 +252,7 @@ class HessianOperator(LinearOperator):
         Raises:
             InputError: where a check fails.
         """
-        self._prepare()
+        self._prepare(thorough=True)
         figures = self.checks
         return Preflight(
             figures.get("symmetry_gap", math.nan),
@@ -254,7 +263,7 @@ class HessianOperator(LinearOperator):
 
     def linearity_gap(self, *, seed: int = 0) -> float:
         """See `LinearOperator.linearity_gap`; measured once at the current weights."""
-        self._prepare()
+        self._prepare(thorough=True)
         if self._linearity_gap is None:
             self._linearity_gap = super().linearity_gap(seed=seed)
         return self._linearity_gap
@@ -281,7 +290,7 @@ class HessianOperator(LinearOperator):
 
     def rounding(self) -> float:
         """See `LinearOperator.rounding`; a lower precision moves eigenvalues by what it changes of a product."""
-        return max(super().rounding(), GAP_TO_ROUNDING * self.precision_error())
+        return max(super().rounding(), GAP_TO_ROUNDING * max(self.precision_error(), self._product_rounding))
 
     # -- memory
 

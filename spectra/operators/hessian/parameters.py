@@ -14,10 +14,10 @@ from torch.nn.parameter import UninitializedParameter
 
 from spectra.backend.errors import InputError, NonFiniteError
 
+TAKEN = "globs, compiled regular expressions, module types, modules, parameters, a list of these, or a predicate"
 Predicate = Callable[[str, nn.Parameter], bool]
-Selection = (
-    str | re.Pattern[str] | type[nn.Module] | Predicate | Iterable["str | re.Pattern[str] | type[nn.Module]"] | None
-)
+Pattern = str | re.Pattern[str] | type[nn.Module] | nn.Module | torch.Tensor
+Selection = Pattern | Predicate | Iterable[Pattern] | None
 
 
 class ParameterSpace:
@@ -29,8 +29,8 @@ class ParameterSpace:
     Args:
         model: the model.
         params: None for all trainable parameters; a glob over names ("*mlp*weight"); a compiled regular expression,
-            searched in the name; a module type, for the parameters that its modules own directly; a list of these, for
-            their union; or a predicate (name, parameter) -> bool.
+            searched in the name; a module type, for the parameters that its modules own directly; a module or a
+            parameter of the model itself; a list of these, for their union; or a predicate (name, parameter) -> bool.
 
     Attributes:
         names: of the chosen parameters.
@@ -52,6 +52,8 @@ class ParameterSpace:
         self.names: tuple[str, ...] = tuple(names)
         self.parameters: tuple[nn.Parameter, ...] = tuple(chosen)
         self.shapes = tuple(p.shape for p in chosen)
+        self._kinds = tuple((p.dtype, p.device) for p in chosen)
+        self._ties = _ties(model)
         self.sizes = tuple(p.numel() for p in chosen)
         self.dimension = sum(self.sizes)
         for name, parameter in zip(self.names, self.parameters, strict=True):
@@ -85,11 +87,22 @@ class ParameterSpace:
         gone = [name for name in self.names if name not in now]
         if gone:
             raise InputError(f"the model has no parameter '{gone[0]}' any more: make a new operator")
-        for name, shape in zip(self.names, self.shapes, strict=True):
+        for name, shape, (dtype, device) in zip(self.names, self.shapes, self._kinds, strict=True):
             if now[name].shape != shape:
                 raise InputError(
                     f"parameter '{name}' was {tuple(shape)} and is {tuple(now[name].shape)} now: make a new operator"
                 )
+            if (now[name].dtype, now[name].device) != (dtype, device):
+                raise InputError(
+                    f"parameter '{name}' was {dtype} on {device} and is {now[name].dtype} on {now[name].device} now: "
+                    "make a new operator"
+                )
+        chosen = set(self.names)
+        changed = [ties for ties in _ties(model) ^ self._ties if chosen & ties]
+        if changed:
+            raise InputError(
+                f"parameters {', '.join(sorted(changed[0])[:3])} were tied or untied since: make a new operator"
+            )
         other = copy.copy(self)
         other._set(model, self.names, [now[name] for name in self.names])
         return other
@@ -152,6 +165,12 @@ def _check_whole(model: nn.Module) -> None:
             )
 
 
+def _ties(model: nn.Module) -> frozenset[frozenset[str]]:
+    """The names of every parameter that has several."""
+    groups = _names_by_parameter(model).values()
+    return frozenset(frozenset(names) for names in groups if len(names) > 1)
+
+
 def _names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -167,12 +186,15 @@ def _choose(model: nn.Module, aliases: dict[nn.Parameter, list[str]], params: Se
                 "the model has no trainable parameter to measure; set requires_grad or name some with params=..."
             )
         return chosen
-    if callable(params) and not isinstance(params, type):
+    if callable(params) and not isinstance(params, type | nn.Module):
         chosen = [p for p, names in aliases.items() if params(names[0], p)]
         if not chosen:
             raise InputError("the params predicate chose none of the model's parameters; check what it returns")
         return chosen
-    patterns = [params] if isinstance(params, str | re.Pattern | type) else list(params)
+    single = isinstance(params, str | re.Pattern | type | nn.Module | torch.Tensor)
+    if not single and not isinstance(params, Iterable):
+        raise InputError(f"params takes {TAKEN}, got {type(params).__name__}")
+    patterns = [params] if single else list(params)
     if not patterns:
         raise InputError("params is an empty list; give at least one pattern, or None for all trainable parameters")
     wanted: set[nn.Parameter] = set()
@@ -191,9 +213,11 @@ def _matching(model: nn.Module, aliases: dict[nn.Parameter, list[str]], pattern:
         return {p for p, names in aliases.items() if any(pattern.search(n) for n in names)}
     if isinstance(pattern, type) and issubclass(pattern, nn.Module):
         return {p for m in model.modules() if isinstance(m, pattern) for p in m.parameters(recurse=False)}
-    raise InputError(
-        f"params takes globs, compiled regular expressions, module types or a predicate, got {type(pattern).__name__}"
-    )
+    if isinstance(pattern, nn.Module):
+        return set(pattern.parameters()) & set(aliases)
+    if isinstance(pattern, torch.Tensor):
+        return {p for p in aliases if p is pattern}
+    raise InputError(f"params takes {TAKEN}, got {type(pattern).__name__}")
 
 
 def _nothing_matches(pattern: object, aliases: dict[nn.Parameter, list[str]]) -> str:
@@ -202,5 +226,8 @@ def _nothing_matches(pattern: object, aliases: dict[nn.Parameter, list[str]]) ->
         near = difflib.get_close_matches(pattern.strip("*"), names, n=3, cutoff=0.3) or names[:3]
     else:
         near = names[:3]
-    shown = pattern.__name__ if isinstance(pattern, type) else getattr(pattern, "pattern", pattern)
+    if isinstance(pattern, nn.Module | torch.Tensor):
+        shown = f"the {type(pattern).__name__} given"
+    else:
+        shown = pattern.__name__ if isinstance(pattern, type) else getattr(pattern, "pattern", pattern)
     return f"no parameter matches {shown!r}; the model has {len(names)}, such as {', '.join(near)}"

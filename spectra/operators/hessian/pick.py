@@ -7,7 +7,7 @@ import time
 import torch
 
 from spectra.backend import memory
-from spectra.backend.errors import InputError
+from spectra.backend.errors import InputError, NonFiniteError, first_line
 from spectra.operators.hessian.engines import ENGINES, CapturedProducts
 from spectra.operators.hessian.graphs import GraphStore
 
@@ -35,6 +35,7 @@ class EnginePick:
         self._picked: dict[int, str] = {}
         self._captured: dict[int, CapturedProducts] = {}
         self._single_calls = 0
+        self._compared: set[int] = set()  # sizes of block whose products were compared with single ones
 
     def forget(self) -> None:
         """Drop what belongs to the weights as they were."""
@@ -59,7 +60,36 @@ class EnginePick:
             self._picked[count], images = self._pick(vectors)
             self.used = self._picked[count]
             return images
-        return self._run(self.used, vectors)
+        if self.engine in ("auto", "reverse"):
+            return self._run(self.used, vectors)
+        return self._compared_with_one(vectors)
+
+    def _compared_with_one(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The products by the engine that was asked for: the first of a new size of block against that of one vector.
+
+        The products of single vectors are compared with differences of the gradient.
+        """
+        try:
+            images = self._run(self.engine, vectors)
+            if len(vectors) == 1 or len(vectors) in self._compared:
+                return images
+            single = self._run(self.engine, vectors[:1])
+        except (RuntimeError, InputError) as error:
+            # the loss was computed before without forward mode, so a failure now is one of the engine
+            known = isinstance(error, InputError) and (self.engine != "forward" or isinstance(error, NonFiniteError))
+            if known or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise InputError(
+                f"engine={self.engine!r} cannot multiply through this model ({first_line(error)[:200]}): use "
+                "engine='auto' or 'reverse'"
+            ) from error
+        if not _agrees(images[:1], single):
+            raise InputError(
+                f"engine={self.engine!r} gives other products for {len(vectors)} vectors at once than for one, which "
+                "are wrong: use engine='reverse'"
+            )
+        self._compared.add(len(vectors))
+        return images
 
     def _engine_for(self, vectors: torch.Tensor) -> str:
         """The engine for such a block, "" where one has to be picked."""
@@ -97,6 +127,7 @@ class EnginePick:
             except (RuntimeError, NotImplementedError, InputError):  # no memory, or an operation without a rule for it
                 continue
             if not _agrees(found[:1], reference):
+                self.graphs.note(f"engine '{engine}' gives other products than 'reverse' and is not used")
                 continue
             if len(sample) == len(vectors):
                 images = found

@@ -2,19 +2,21 @@
 
 A stand-in shares the memory of the parameter, unless it is in another precision or moved by an offset. Everything that
 reads the parameter through the modules sees the stand-in: the forward pass, and a loss that walks `model.parameters()`.
+What reads the parameter itself, such as a loss that holds a list of parameters, is redirected to the stand-in.
 Hooks on the parameter, its `requires_grad` and its `.grad` stay out of the measurement.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spectra.operators.hessian.parameters import ParameterSpace
 
@@ -29,9 +31,15 @@ class Substitution:
     Args:
         model: the model.
         space: which parameters are differentiated. Their stand-ins alone require gradients.
+        loss: the loss where it is a module: its parameters and buffers are replaced too, and never differentiated.
         dtype: the floating-point type of the stand-ins, None for that of each parameter.
         offset: a vector (n,) added to the chosen parameters.
         copies: whether the stand-ins of parameters have memory of their own, for a forward pass that writes to them.
+        values: the values of parameters by their id as a forward pass that writes to them leaves them. Embeddings then
+            do not bring them to their max_norm again.
+        redirected: whether tensors that were not read through a module are replaced too: a parameter by its stand-in,
+            a constant in another precision by one in that of the stand-ins. `torch._weight_norm` is then computed by
+            plain operations, as torch gets the second derivative of the fused one wrong.
     """
 
     def __init__(
@@ -39,17 +47,21 @@ class Substitution:
         model: nn.Module,
         space: ParameterSpace,
         *,
+        loss: nn.Module | None = None,
         dtype: torch.dtype | None = None,
         offset: torch.Tensor | None = None,
         copies: bool = False,
+        values: Mapping[int, torch.Tensor] | None = None,
+        redirected: bool = False,
     ):
-        self._model, self.dtype = model, dtype
+        self._model, self._loss, self.dtype, self._redirected = model, loss, dtype, redirected
+        self._written = values is not None
         offsets = {} if offset is None else dict(zip(map(id, space.parameters), space.unflatten(offset), strict=True))
         chosen = {id(parameter) for parameter in space.parameters}
         self._stand_ins: dict[int, nn.Parameter] = {}
         self._originals: list[nn.Parameter] = []  # kept alive, since stand-ins are found by id
-        for parameter in model.parameters():
-            value = self._cast(parameter.detach())
+        for parameter in {id(p): p for module in self._modules() for p in module.parameters(recurse=False)}.values():
+            value = self._cast((values or {}).get(id(parameter), parameter).detach())
             if parameter.is_inference() or (copies and value.data_ptr() == parameter.data_ptr()):
                 value = value.clone()
             if id(parameter) in offsets:
@@ -58,13 +70,17 @@ class Substitution:
             self._stand_ins[id(parameter)] = nn.Parameter(value, requires_grad=id(parameter) in chosen)
         self.chosen: tuple[nn.Parameter, ...] = tuple(self._stand_ins[id(p)] for p in space.parameters)
 
+    def values(self) -> dict[int, torch.Tensor]:
+        """The values of the stand-ins now, by the ids of the parameters."""
+        return {id(p): self._stand_ins[id(p)].detach().clone() for p in self._originals}
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """The model computes with the stand-ins, and with copies of its buffers; both are put back on exit."""
         put_back: list[tuple[Any, Any, Any]] = []
         buffers: dict[int, torch.Tensor] = {}
         try:
-            for module in self._model.modules():
+            for module in self._modules():
                 for name, parameter in module._parameters.items():
                     if parameter is not None and id(parameter) in self._stand_ins:
                         put_back.append((module._parameters, name, parameter))
@@ -78,7 +94,11 @@ class Substitution:
                     if isinstance(value, list) and any(id(item) in self._stand_ins for item in value):
                         put_back.append((module.__dict__, name, value))
                         module.__dict__[name] = [self._stand_ins.get(id(item), item) for item in value]
-            yield
+                if self._written and vars(module).get("max_norm") is not None:
+                    put_back.append((module.__dict__, "max_norm", module.max_norm))
+                    module.__dict__["max_norm"] = None
+            with self._redirect():
+                yield
         finally:
             for table, name, value in put_back:
                 table[name] = value
@@ -94,10 +114,79 @@ class Substitution:
         with _WriteGuard(shared):
             yield
 
+    def reached_past(self, loss: torch.Tensor) -> bool:
+        """Whether the graph of a loss ends at a parameter itself, not at its stand-in."""
+        originals = {id(parameter) for parameter in self._originals}
+        return any(id(getattr(node, "variable", None)) in originals for node in nodes_of(loss))
+
+    @staticmethod
+    def has_plain_form(loss: torch.Tensor) -> bool:
+        """Whether the graph of a loss has an operation whose second derivative torch gets wrong, and a plain form."""
+        return any(node.name().startswith("WeightNormInterfaceBackward") for node in nodes_of(loss))
+
+    def _modules(self) -> Iterator[nn.Module]:
+        yield from self._model.modules()
+        if self._loss is not None:
+            yield from self._loss.modules()
+
+    def _redirect(self) -> contextlib.AbstractContextManager[Any]:
+        if not self._redirected:
+            return contextlib.nullcontext()
+        places: dict[int, tuple[dict[str, Any], str]] = {}
+        stand_ins = {id(self._stand_ins[id(p)]): id(p) for p in self._originals}
+        for module in self._modules():
+            for name, parameter in module._parameters.items():
+                if id(parameter) in stand_ins:
+                    places[stand_ins[id(parameter)]] = (module._parameters, name)  # type: ignore[assignment]
+        return _Redirect(places, self.dtype)
+
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.dtype is None or not tensor.is_floating_point():
             return tensor
         return tensor.to(self.dtype)
+
+
+def nodes_of(loss: torch.Tensor) -> Iterable[Any]:
+    """Every node of the graph of a tensor, once."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return seen
+
+
+def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+PLAIN_FORMS: dict[Any, Any] = {torch._weight_norm: _weight_norm}  # pyright: ignore[reportPrivateImportUsage]
+
+
+class _Redirect(TorchFunctionMode):
+    """Replaces parameters that were not read through a module by what the module holds, and casts constants."""
+
+    def __init__(self, places: Mapping[int, tuple[dict[str, Any], str]], dtype: torch.dtype | None):
+        super().__init__()
+        self._places, self._dtype = places, dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("__get__", "__set__", "requires_grad_"):  # attributes, such as p.shape
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(torch.Tensor, self._current, (args, kwargs or {}))
+        return PLAIN_FORMS.get(func, func)(*args, **kwargs)
+
+    def _current(self, tensor: torch.Tensor) -> torch.Tensor:
+        place = self._places.get(id(tensor))
+        if place is not None:
+            return place[0][place[1]]
+        other = self._dtype is not None and tensor.dtype != self._dtype
+        # parts of a model compute in another precision on purpose; only what has no graph is a constant
+        if other and tensor.is_floating_point() and tensor.grad_fn is None and not tensor.requires_grad:
+            return tensor.to(self._dtype)
+        return tensor
 
 
 class _WriteGuard(TorchDispatchMode):

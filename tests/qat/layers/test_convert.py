@@ -343,3 +343,26 @@ def test_importing_qat_loads_neither_transformers_nor_matplotlib():
         "assert all(getattr(qat, name) is not None for name in qat.__all__)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_encoder_computes_with_its_quantized_layers_with_and_without_a_graph(padded):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2).eval()
+    x = torch.randn(3, 5, 8)
+    mask = (torch.arange(5) >= torch.tensor([5, 4, 3])[:, None]) if padded else None
+    qat.quantize_model(model, qat.QuantConfig(bits=2))
+    with_graph = model(x, src_key_padding_mask=mask).detach()
+    with torch.no_grad():
+        without = model(x, src_key_padding_mask=mask)
+    real = torch.ones(3, 5, dtype=torch.bool) if mask is None else ~mask
+    torch.testing.assert_close(without[real], with_graph[real])
+
+
+def test_a_linear_layer_that_attention_reads_without_calling_it_is_left():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    attention.out_proj = nn.Linear(8, 8)
+    model = nn.ModuleDict({"attention": attention, "head": nn.Linear(8, 3)})
+    report = qat.quantize_model(model, qat.QuantConfig(bits=2))
+    assert report.swapped == ("head",)
+    assert "without calling it" in report.skipped["attention.out_proj"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -15,6 +16,7 @@ import qat
 from qat.study import compare as study
 from qat.study import run as study_run
 from qat.study.config import SmallLlamaConfig, StudyConfig
+from qat.study.resume import check_same, is_finished, planned_marks
 from qat.study.start import prepare
 from qat.training.config import TrainConfig
 from qat.training.evaluate import evaluate
@@ -166,23 +168,87 @@ def test_config_says_what_was_done(done, llama):
     assert "alpha" not in run_of(out, 2, "baseline").config
 
 
-def test_a_folder_that_holds_a_study_is_refused_before_anything_is_loaded(done, llama, monkeypatch):
+def test_other_settings_are_refused_with_the_difference_before_anything_is_loaded(done, llama, monkeypatch):
     monkeypatch.setattr(study, "prepare", None)
-    with pytest.raises(InputError, match="already holds a run"):
+    with pytest.raises(InputError, match=r"train.steps: 8 in the folder, 4 asked for"):
+        study.compare(tiny(llama, done[0], steps=4))
+
+
+def test_another_text_under_the_same_name_is_refused(done, llama, monkeypatch):
+    known = prepare(tiny(llama, "unused"), say=lambda line: None)
+    changed = replace(known, facts={**known.facts, "text_fingerprint": "another"})
+    monkeypatch.setattr(study, "prepare", lambda config, say: changed)
+    with pytest.raises(InputError, match="text_fingerprint"):
         study.compare(tiny(llama, done[0]))
 
 
-def test_a_run_inside_is_refused_too(tmp_path, llama, monkeypatch):
-    Run.create(tmp_path / "out" / "2bit-winq", {})
+def test_a_run_inside_that_holds_something_else_is_refused(tmp_path, llama, monkeypatch):
+    Run.create(tmp_path / "out" / "2bit-winq", {}).append_telemetry({"step": 1})
     monkeypatch.setattr(study, "prepare", None)
-    with pytest.raises(InputError, match="2bit-winq already holds a run"):
+    with pytest.raises(InputError, match="already holds a run"):
         study.compare(tiny(llama, tmp_path / "out"))
+
+
+def test_a_folder_in_which_nothing_was_recorded_is_no_obstacle(tmp_path, llama):
+    Run.create(tmp_path / "out" / "2bit-winq", {"other": 1})
+    check_same(tmp_path / "out", {"study": "compare"})
+    check_same(tmp_path / "out" / "2bit-winq", {})
+
+
+def test_the_planned_marks_are_those_of_the_records(done, llama):
+    config = tiny(llama, "unused")
+    for method in config.methods:
+        run = run_of(done[0], 2, method)
+        assert tuple((record.step, record.label) for record in run.records) == planned_marks(config, method)
+        assert run.config["planned_records"] == len(run.records)
+        assert is_finished(run, config, method)
 
 
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing is tested above, and takes longer than all else."""
     monkeypatch.setattr(study, "_write_report", lambda *given, **options: None)
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_finished_run_is_kept_and_an_unfinished_one_starts_again(done, llama, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    kept = snapshot(out / "1bit-winq")
+    for name, lines in (("2bit-baseline", 2), ("2bit-winq", 0)):
+        records = out / name / "records.jsonl"
+        records.write_bytes(b"".join(records.read_bytes().splitlines(keepends=True)[:lines]))
+    (out / "2bit-winq" / "mine.txt").write_text("a note")
+    said = []
+    rows = study.compare(tiny(llama, out), say=said.append)
+    assert snapshot(out / "1bit-winq") == kept
+    assert any("2 of 4 runs are finished" in line for line in said)
+    assert rows == done[1]
+    assert (out / "2bit-winq" / "mine.txt").read_text() == "a note"
+    assert len(list((out / "2bit-baseline" / "lanczos").iterdir())) == 5
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_interrupt_says_what_is_kept_and_the_table_says_that_it_is_unfinished(llama, tmp_path, monkeypatch):
+    out, trained = tmp_path / "out", study.train_method
+
+    def interrupted(start, config, bits, method, folder):
+        if method == "winq":
+            raise KeyboardInterrupt
+        return trained(start, config, bits, method, folder)
+
+    monkeypatch.setattr(study, "train_method", interrupted)
+    config = tiny(llama, out, bits=(2,), steps=2, probes=1, lanczos_steps=2)
+    with pytest.raises(KeyboardInterrupt, match="1 of 2 runs are finished and kept"):
+        study.compare(config, say=lambda line: None)
+    assert "Unfinished: 1 of 2 runs are done." in (out / "table.md").read_text()
+    monkeypatch.setattr(study, "train_method", trained)
+    study.compare(config, say=lambda line: None)
+    assert "Unfinished" not in (out / "table.md").read_text()
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -303,6 +369,12 @@ def test_one_training_leaves_a_model_that_computes_with_the_quantized_weights(ll
     assert len(saved.lm_head.weight.unique()) > 50
     assert load_tokenizer(str(tmp_path / "out" / "model")).get_vocab()
     assert [record.label for record in Run(tmp_path / "out").records][-1] == "end"
+    before = snapshot(tmp_path / "out")
+    assert study.train_one(config, say=lambda line: None) == row
+    assert snapshot(tmp_path / "out") == before
+    shutil.rmtree(tmp_path / "out" / "model")
+    assert study.train_one(config, say=lambda line: None) == row
+    assert snapshot(tmp_path / "out").keys() == before.keys()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,11 @@
 """Jobs in processes of their own: the same results as in turn, errors as they are, and no more cores than given."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +54,62 @@ def test_an_error_ends_what_has_not_begun_and_lets_the_rest_end(tmp_path):
 def test_a_worker_that_is_killed_says_what_to_do():
     with pytest.raises(InputError, match="--workers 1"):
         list(workers.run_jobs(die, None, [(), ()], workers=2))
+
+
+PARENT = """
+import sys
+sys.path.insert(0, {here!r})
+import test_workers
+from qat.study.workers import run_jobs
+from spectra.cli.command_line import run_command
+
+def main(arguments=None):
+    list(run_jobs(test_workers.wait_long, None, [({folder!r},), ({folder!r},)], workers=2))
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main, name="prog")())
+"""
+
+
+def wait_long(shared, folder):
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(300)
+
+
+def lives(process):
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(condition, seconds=60.0):
+    limit = time.monotonic() + seconds
+    while not condition() and time.monotonic() < limit:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at the processes in /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_workers_end_with_their_parent(number, code, tmp_path):
+    """The signal goes to the parent alone: the workers must see by themselves that it is gone."""
+    began = tmp_path / "began"
+    began.mkdir()
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT.format(here=str(Path(__file__).parent), folder=str(began)))
+    with subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True) as parent:
+        try:
+            assert until(lambda: len(list(began.iterdir())) == 2)
+            workers_of_it = [int(path.name) for path in began.iterdir()]
+            assert all(map(lives, workers_of_it))
+            parent.send_signal(number)
+            assert parent.wait(timeout=30) == code
+            assert until(lambda: not any(map(lives, workers_of_it)), seconds=10)
+        finally:
+            parent.kill()
+        assert "Traceback" not in parent.stderr.read()
 
 
 @pytest.mark.parametrize(("limit", "cores"), [("max 100000", None), ("150000 100000", 2), ("20000 100000", 1)])

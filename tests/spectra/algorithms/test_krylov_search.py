@@ -48,7 +48,7 @@ def test_locked_vectors_are_not_found_again():
     assert search.norm == pytest.approx(6.0)
 
 
-def test_nothing_beyond_the_bounds_ends_the_search_early():
+def test_a_spectrum_within_the_bounds_ends_the_search_early():
     op = spectra.DiagonalOperator(np.random.default_rng(0).uniform(-1, 1, size=3000))
     search = KrylovSearch(op, 40, 1e-8, 0, max_products=1000)
     search.find(2, "BE", beyond=(-3.0, 3.0))

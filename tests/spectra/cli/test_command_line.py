@@ -28,11 +28,16 @@ def ending(error, capsys):
         (NonFiniteError("the loss is nan"), "the loss is nan"),
         (FileNotFoundError(2, "No such file or directory", "x.txt"), "No such file or directory: x.txt"),
         (OSError("disk full"), "disk full"),
-        (KeyboardInterrupt(), "interrupted; what was recorded so far is kept"),
     ],
 )
 def test_what_a_person_can_mend_is_one_line_and_code_2(error, line, capsys):
     assert ending(error, capsys) == (2, f"prog: error: {line}\n")
+
+
+@pytest.mark.parametrize("said", ["interrupted; what was recorded so far is kept", "interrupted: 2 of 4 are kept"])
+def test_an_interrupt_is_code_130_with_what_is_kept(said, capsys):
+    interrupt = KeyboardInterrupt() if ";" in said else KeyboardInterrupt(said)
+    assert ending(interrupt, capsys) == (130, f"prog: error: {said}\n")
 
 
 def test_success_is_code_0(capsys):

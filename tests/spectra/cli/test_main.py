@@ -1,15 +1,19 @@
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import run_folders
 import saved_models
 
 from spectra import Run
+from spectra.algorithms.slq import slq
 from spectra.cli.main import main
+from spectra.operators.explicit import DiagonalOperator
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +132,102 @@ def test_compare_takes_both_sides_of_a_reset_and_two_runs(tmp_path, capsys):
     assert main(["compare", str(run.folder), str(other.folder)]) == 0
     last = capsys.readouterr().out
     assert last.startswith(f"{run.folder} step 20 (end), full -> {other.folder} step 20, full")
-    assert "note: the two runs measured different batches" in last
+    assert "note: the two spectra were measured on different batches" in last
     assert main(["compare", str(run.folder), str(other.folder), "--to", "0"]) == 0
     assert f"{run.folder} step 0 (start), full -> {other.folder} step 0, full" in capsys.readouterr().out
+
+
+def test_compare_refuses_runs_of_other_things(tmp_path, capsys):
+    first = run_folders.run_folder(tmp_path / "a", model="A", params=["*mlp*"], training=False)
+    for name, config, words in (
+        ("b", {"model": "B", "params": ["*mlp*"]}, "the same models are expected, got model: A in"),
+        ("c", {"model": "A", "params": None}, "got params: *mlp* in"),
+        ("d", {"model": "A", "params": ["*mlp*"], "training": True}, "got training: False in"),
+    ):
+        other = run_folders.run_folder(tmp_path / name, **config)
+        capsys.readouterr()
+        assert words in refused(capsys, main(["compare", str(first.folder), str(other.folder)]))
+    smaller = Run.create(tmp_path / "e")
+    values = DiagonalOperator(np.arange(1.0, 100.0))
+    density = slq(values, probes=3, steps=20)
+    smaller.append(run_folders.record(density), density)
+    smaller.close()
+    capsys.readouterr()
+    assert "400 eigenvalues and 99" in refused(capsys, main(["compare", str(first.folder), str(smaller.folder)]))
+
+
+def test_compare_says_other_batches_first_and_marks_what_is_unresolved(tmp_path, capsys):
+    run = run_folders.run_folder(tmp_path / "a", batches="some")
+    other = run_folders.run_folder(tmp_path / "b", marks=((0, ""), (20, "")), batches="others")
+    capsys.readouterr()
+    assert main(["compare", str(run.folder), str(other.folder)]) == 0
+    _, note, columns, *lines = capsys.readouterr().out.splitlines()
+    assert note.startswith("note: the two spectra were measured on different batches")
+    assert columns.startswith("quantity")
+    density = run.density(run.measured[-1])
+    for line in lines:
+        if line.startswith("near-zero share"):
+            assert "?" in line.split(")")[1].split()[0]
+        if line.startswith("largest eigenvalue"):
+            assert "?" not in line
+    assert not density.near_zero_share(run_folders.TOLERANCE).resolved
+
+
+def test_json_has_the_numbers_of_the_table(model, text, tmp_path, capsys):
+    assert measure(model, text, tmp_path / "run", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    (record,) = Run(tmp_path / "run").records
+    assert printed["estimates"]["rms"] == record.estimates["rms"].to_dict()
+    assert printed["out"] == str(tmp_path / "run")
+    assert "json" not in Run(tmp_path / "run").config
+    run = run_folders.run_folder(tmp_path / "a")
+    capsys.readouterr()
+    assert main(["compare", str(run.folder), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["paired"] is True
+    assert printed["notes"] == []
+    changes = printed["changes"]
+    assert changes["lambda_max"]["verdict"] == "fell by 20 % [20, 20]"
+    assert changes["lambda_max"]["before"]["value"] == pytest.approx(8)
+    assert changes["lambda_max"]["ratio"]["value"] == pytest.approx(0.8)
+    assert set(changes) == set(run.records[0].estimates)
+
+
+def test_options_are_checked_before_a_model_is_loaded(model, text, tmp_path, capsys, monkeypatch):
+    def load(*arguments, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("spectra.integrations.loading.load_causal_lm", load)
+    for option, value in (
+        ("--sequences", "0"),
+        ("--batch-size", "-1"),
+        ("--length", "1"),
+        ("--probes", "0"),
+        ("--steps", "0"),
+        ("--deflate", "-1"),
+    ):
+        words = refused(capsys, measure(model, text, tmp_path / "run", option, value))
+        assert "at least" in words or "0 or more" in words, option
+    assert "is a folder" in refused(capsys, measure(model, tmp_path, tmp_path / "run"))
+
+
+def test_the_next_commands_can_be_pasted(model, text, tmp_path, capsys):
+    out = tmp_path / "a run; of mine"
+    assert measure(model, text, out) == 0
+    assert f"next: spectra plot '{out}', or spectra report '{out}'" in capsys.readouterr().out
+
+
+def test_an_interrupted_measurement_keeps_nothing_and_says_so(model, text, tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("spectra.runs.probe.slq", interrupt)
+        assert measure(model, text, tmp_path / "run") == 130
+    assert capsys.readouterr().err == (
+        "spectra: error: interrupted before the spectrum was complete; nothing is kept\n"
+    )
+    assert measure(model, text, tmp_path / "run") == 0
 
 
 def test_compare_refuses_in_one_line(tmp_path, capsys):
@@ -176,7 +273,7 @@ BAD = {
 def test_bad_input_is_one_line_and_leaves_no_run(case, model, text, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("hello")
-    Run.create(tmp_path / "taken")
+    Run.create(tmp_path / "taken").append_telemetry({"step": 0, "loss": 1.0})
     arguments, message = BAD[case]
     filled = [argument.format(tmp=tmp_path, model=model) for argument in arguments]
     for option, value in (("--text", text), ("--out", tmp_path / "run")):

@@ -9,12 +9,14 @@ import scipy.stats
 from spectra.estimates.estimate import (
     Estimate,
     certain,
+    judged_by_size,
     negated,
     sampling_interval,
     scaled,
     square_root,
     student_interval,
     student_quantile,
+    unresolved,
     with_margin,
 )
 
@@ -90,3 +92,26 @@ def test_dictionaries_there_and_back():
     assert math.isnan(unbounded.value)
     assert (unbounded.low, unbounded.high) == (-math.inf, math.inf)
     assert Estimate(math.nan, -math.inf, math.inf).to_dict()["low"] is None
+
+
+def test_a_sum_whose_interval_holds_zero_has_no_known_sign():
+    wide = judged_by_size(Estimate(1.0, -0.1, 2.1))
+    assert (wide.value, wide.low, wide.high) == (1.0, -0.1, 2.1)
+    assert not wide.resolved
+    assert "holds zero" in wide.reason
+    assert not judged_by_size(Estimate(1.0, 0.0, 1.2)).resolved
+    assert judged_by_size(Estimate(0.0, 0.0, 0.0)).resolved
+    assert judged_by_size(Estimate(1e-9, -1e-9, 2e-9), scale=1.0).resolved  # the terms cancel: a known zero
+    assert not judged_by_size(Estimate(1e-9, -1e-9, 2e-9), scale=1e-4).resolved
+
+
+def test_a_sum_whose_interval_is_longer_than_half_of_it_is_unresolved():
+    for sign in (1, -1):
+        ends = sorted((sign * 0.74, sign * 1.25))
+        wide = judged_by_size(Estimate(sign * 1.0, *ends))
+        assert wide.reason == "the interval spans 51 % of the value: use more probes"
+        ends = sorted((sign * 0.76, sign * 1.25))
+        assert judged_by_size(Estimate(sign * 1.0, *ends)) == Estimate(sign * 1.0, *ends)
+    other = Estimate(1.0, -9.0, 9.0, False, "one probe")
+    assert judged_by_size(other) is other
+    assert unresolved(other, "") is other

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from spectra.backend.errors import InputError
 from spectra.estimates.estimate import Estimate
+from spectra.runs import folder as folder_module
 from spectra.runs.folder import Run
 from spectra.runs.jsonlines import JsonLines
 from spectra.runs.record import SpectrumRecord
@@ -102,10 +104,14 @@ def test_a_line_cut_short_is_skipped_and_the_next_one_stands_alone(tmp_path, lef
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:2]) + lines[2][: left if left > 0 else len(lines[2]) - 20])
     again = Run(run.folder)
-    assert [record.step for record in again.records] == [0, 10]
+    with pytest.warns(UserWarning, match=r"records\.jsonl holds a line that is not whole") as warned:
+        read = [again.records for _ in range(2)]
+    assert [[record.step for record in records] for records in read] == [[0, 10]] * 2
+    assert len(warned) == 1
     new = run_folders.add(again, step=30)
     assert [record.step for record in again.records] == [0, 10, 30]
-    assert [record.step for record in Run(run.folder).records] == [0, 10, 30]
+    with pytest.warns(UserWarning, match="not whole"):
+        assert [record.step for record in Run(run.folder).records] == [0, 10, 30]
     assert new.lanczos == "lanczos/000003-step-30-full.safetensors"  # the file of the lost record stays
     assert path.read_bytes().startswith(b"".join(lines[:2]))
 
@@ -163,7 +169,8 @@ def test_a_run_is_made_once(tmp_path):
     (tmp_path / "empty").mkdir()
     run = Run.create(tmp_path / "empty", {"bits": 2})
     assert Run(run.folder).config == {"bits": 2}
-    with pytest.raises(InputError, match=r"empty already holds a run: choose another --out, or delete"):
+    run_folders.add(run)
+    with pytest.raises(InputError, match=r"empty already holds a run: choose another out=, or delete"):
         Run.create(run.folder, {"bits": 4})
     assert run.config == {"bits": 2}
     (tmp_path / "file").write_text("x")
@@ -172,11 +179,163 @@ def test_a_run_is_made_once(tmp_path):
 
 
 def test_of_two_that_start_at_once_one_gets_the_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("spectra.runs.folder.check_free", lambda folder: folder)  # both looked before either wrote
-    Run.create(tmp_path, {"who": "first"})
+    """The second one looked before the first wrote, and looks again when it has the lock."""
+    original, seen = folder_module.WriterLock, []
+
+    def lock_after_another_has_written(folder):
+        if not seen:
+            seen.append(folder)
+            run_folders.add(Run.create(folder, {"who": "first"}))
+        return original(folder)
+
+    monkeypatch.setattr(folder_module, "WriterLock", lock_after_another_has_written)
     with pytest.raises(InputError, match="already holds a run"):
         Run.create(tmp_path, {"who": "second"})
     assert Run(tmp_path).config == {"who": "first"}
+    assert len(Run(tmp_path).records) == 1
+
+
+@pytest.mark.parametrize("left", ["config", "both", "torn line", "telemetry file"])
+def test_a_folder_in_which_nothing_was_recorded_is_no_obstacle(tmp_path, left):
+    run = Run.create(tmp_path / "a", {"bits": 2})
+    run.close()
+    if left == "config":
+        (run.folder / "records.jsonl").unlink()
+    if left == "torn line":
+        (run.folder / "records.jsonl").write_text('{"step": 0, "mo')
+    if left == "telemetry file":
+        (run.folder / "telemetry.jsonl").touch()
+    for make in (Run.create, Run.open_or_create):
+        again = make(run.folder, {"bits": 4})
+        assert Run(run.folder).config == {"bits": 4}
+        again.close()
+    with Run.create(run.folder, {"bits": 4}) as again:
+        add_quietly(again)
+        assert len(again.records) == 1
+
+
+def add_quietly(run):
+    """A record after a torn line, which is reported by a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_folders.add(run)
+
+
+@pytest.mark.parametrize("recorded", ["spectrum", "telemetry", "spectrum of a run of the study"])
+def test_a_folder_in_which_something_was_recorded_is_kept(tmp_path, recorded):
+    run = Run.create(tmp_path / "a", {"bits": 2})
+    if recorded == "telemetry":
+        run.append_telemetry({"step": 0, "loss": 1.0})
+    else:
+        run_folders.add(run if recorded == "spectrum" else Run.create(run.folder / "inner"))
+    run.close()
+    with pytest.raises(InputError, match="already holds a run"):
+        Run.create(run.folder, {"bits": 4})
+    assert Run(run.folder).config == {"bits": 2}
+
+
+def test_the_config_of_another_program_is_not_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for make in (Run.create, Run.open_or_create):
+        with pytest.raises(InputError, match=r"already holds a config\.json, which is not that of a run"):
+            make(tmp_path, {"bits": 2})
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
+
+
+SETTINGS = {"probes": 4, "params": ["*mlp*"], "train": {"steps": 30, "seed": 0}, "nothing": None}
+
+
+def test_a_run_goes_on_with_the_same_settings(tmp_path):
+    with Run.open_or_create(tmp_path / "a", SETTINGS) as run:
+        run_folders.add(run, step=0)
+    same = {**SETTINGS, "presentation": {"label": "mine"}, "facts": {"started": "today"}, "workers": 3}
+    with Run.open_or_create(run.folder, same, not_compared=("workers",)) as again:
+        assert [record.step for record in again.records] == [0]
+        run_folders.add(again, step=10)
+    assert [record.step for record in Run(run.folder).records] == [0, 10]
+    assert Run(run.folder).config == SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"probes": 8}, "probes: 4 in the folder, 8 asked for"),
+        ({"params": None}, r'params: \["\*mlp\*"\] in the folder, none asked for'),
+        ({"train": {"steps": 60, "seed": 0}}, r"train\.steps: 30 in the folder, 60 asked for"),
+        ({"engine": "reverse"}, "engine: none in the folder, reverse asked for"),
+    ],
+)
+def test_other_settings_are_refused_with_the_difference_named(tmp_path, changed, words):
+    with Run.open_or_create(tmp_path / "a", SETTINGS) as run:
+        run_folders.add(run, step=0)
+    with pytest.raises(InputError, match=words) as caught:
+        Run.open_or_create(run.folder, SETTINGS | changed)
+    assert "choose another out=" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_setting_that_is_gone_is_a_difference(tmp_path):
+    with Run.open_or_create(tmp_path / "a", SETTINGS) as run:
+        run_folders.add(run, step=0)
+    with pytest.raises(InputError, match="probes: 4 in the folder, none asked for"):
+        Run.open_or_create(run.folder, {name: value for name, value in SETTINGS.items() if name != "probes"})
+
+
+@pytest.mark.parametrize("fault", ["write", "short write", "fsync"])
+def test_a_line_is_written_whole_or_not_at_all(tmp_path, monkeypatch, fault):
+    run = run_folders.run_folder(tmp_path / "a")
+    before = (run.folder / "records.jsonl").read_bytes()
+
+    def fail(handle, *rest):
+        if fault == "short write":
+            return write(handle, rest[0][:100])
+        raise OSError(28, "No space left on device")
+
+    write = os.write
+    monkeypatch.setattr(os, "fsync" if fault == "fsync" else "write", fail)
+    with pytest.raises(OSError, match="No space left"):
+        run.append(run_folders.record(run_folders.density(), step=30))
+    monkeypatch.undo()
+    assert (run.folder / "records.jsonl").read_bytes() == before
+    run_folders.add(run, step=30)
+    assert [record.step for record in Run(run.folder).records] == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_file_of_matrices_is_there_whole_or_not_at_all(tmp_path, monkeypatch, call):
+    run = run_folders.run_folder(tmp_path / "a")
+    there = sorted(path.name for path in (run.folder / "lanczos").iterdir())
+
+    def fail(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match="No space left"):
+        run_folders.add(run, step=30)
+    monkeypatch.undo()
+    assert sorted(path.name for path in (run.folder / "lanczos").iterdir()) == there
+    assert [record.step for record in Run(run.folder).records] == [0, 10, 20]
+
+
+def test_what_a_killed_writer_left_half_written_is_removed(tmp_path):
+    run = run_folders.run_folder(tmp_path / "a")
+    run.close()
+    half = [run.folder / "config.json.partial", run.folder / "lanczos" / "000003-step-30-full.safetensors.partial"]
+    for path in half:
+        path.write_text("half")
+    Run(run.folder)  # a reader removes nothing
+    assert all(path.exists() for path in half)
+    Run.open_or_create(run.folder, {}).close()
+    assert not any(path.exists() for path in half)
+
+
+def test_the_matrices_of_another_folder_are_not_read(tmp_path):
+    other = run_folders.run_folder(tmp_path / "other")
+    run = Run.create(tmp_path / "a")
+    record = dataclasses.replace(other.records[0], lanczos="../other/lanczos/000000-step-0-full.safetensors")
+    run.append(record)
+    with pytest.raises(InputError, match="inside"):
+        run.density(run.records[0])
 
 
 def test_opening_what_is_no_run_is_refused(tmp_path):

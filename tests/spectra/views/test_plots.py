@@ -175,7 +175,7 @@ def test_dollar_signs_in_names_are_no_formula(tmp_path):
 
 def test_long_names_leave_room_for_the_axes(tmp_path):
     runs = [run_folders.run_folder(tmp_path / name) for name in ("a" * 110, "several words and more of them " * 3)]
-    for ax in (plots.trajectory(runs, "rms"), plots.density(runs, steps="last")):
+    for ax in (plots.trajectory(runs, "lambda_max"), plots.density(runs, steps="last")):
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # matplotlib warns where its layout cannot be applied
             ax.figure.canvas.draw()
@@ -210,7 +210,7 @@ def test_a_trajectory_shows_values_intervals_and_what_is_unresolved(tmp_path):
     markers = [other for other in ax.lines if other.get_marker() == "o" and len(other.get_xdata())]
     assert {marker.get_markerfacecolor() for marker in markers} == {"white"}
     assert legend(ax) == ["a", "unresolved"]
-    filled = plots.trajectory(run, "rms")
+    filled = plots.trajectory(run, "lambda_max")
     markers = [other for other in filled.lines if other.get_marker() == "o"]
     assert "white" not in {marker.get_markerfacecolor() for marker in markers}
 

@@ -47,7 +47,7 @@ def test_the_users_matmul_setting_comes_back():
     assert len(op.notes) == 0 or "tf32" in op.notes[0]
 
 
-def test_a_bfloat16_model_is_lifted_before_its_products_are_lowered():
+def test_a_bfloat16_model_is_copied_to_float32_before_its_products_are_in_lower_precision():
     model = tiny_models.causal_lm("llama", dtype=torch.float32).to(torch.bfloat16)
     op = spectra.HessianOperator(model, tiny_models.token_batches(), precision="bfloat16")
     assert op.dtype == torch.float32

@@ -68,8 +68,8 @@ def test_largest_eigenvalue_and_trace(case):
     samples = np.array(other.trace(maxIter=200, tol=-np.inf))  # its own rule stops at once where the mean is negative
     assert len(samples) == 200
     error = samples.std(ddof=1) / np.sqrt(len(samples))
-    mine = spectra.trace(op, method="hutchinson", probes=200, seed=0)
+    ours = spectra.trace(op, method="hutchinson", probes=200, seed=0)
     assert error < 0.2 * abs(samples.mean())  # else this compares noise
-    assert abs(mine.value - samples.mean()) < 4 * error + 2 * mine.half_width
+    assert abs(ours.value - samples.mean()) < 4 * error + 2 * ours.half_width
     for parameter in theirs.parameters():
         parameter.grad = None  # PyHessian leaves a cycle with the graph

@@ -1,0 +1,102 @@
+"""How many Krylov basis vectors a search for eigenpairs holds, and in which memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from spectra.backend import memory, ranks
+from spectra.backend.errors import InputError
+from spectra.operators.base import LinearOperator
+
+MEMORY_PART = 3 / 4  # of the free memory that a search may take; products need some of the rest
+WORK_VECTORS = 6  # of a search beside basis and result: the newest basis vector, a product, and temporaries
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A Krylov basis.
+
+    Attributes:
+        k: How many eigenpairs are searched for.
+        size: How many vectors it holds at once.
+        on_host: Whether it lies in host memory, although the operator's device is another.
+        can_move: Whether it could lie there.
+    """
+
+    k: int
+    size: int
+    on_host: bool = False
+    can_move: bool = False
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors of n numbers the search holds at most, with those it returns."""
+        return self.size + self.k + WORK_VECTORS
+
+    def smaller(self) -> Basis | None:
+        """What to try where this basis turned out not to fit; None where nothing is left to try."""
+        if self.size > comfortable(self.k):
+            return replace(self, size=max(comfortable(self.k), self.size * 2 // 3))
+        if self.can_move and not self.on_host:
+            return replace(self, on_host=True)
+        if self.size > fewest(self.k):
+            return replace(self, size=max(fewest(self.k), (self.size + self.k) // 2))
+        return None
+
+
+def comfortable(k: int) -> int:
+    """How many basis vectors a search for k pairs restarts well with."""
+    return k + max(k // 2, 10)
+
+
+def fewest(k: int) -> int:
+    """How many basis vectors a search for k pairs needs; with less room it hardly moves from restart to restart."""
+    return k + max(k // 4, 4)
+
+
+def choose_basis(op: LinearOperator, k: int, wanted: int) -> Basis:
+    """The basis of a search for k eigenpairs: as wanted, or what memory holds.
+
+    Where the device holds too few vectors for a search that restarts well, the basis goes to host memory.
+
+    Args:
+        op: The operator, of shape (n, n).
+        k: How many eigenpairs, at most `wanted` - 2.
+        wanted: Basis vectors where memory does not matter.
+
+    Returns:
+        The basis.
+
+    Raises:
+        InputError: If too few basis vectors fit for a search that converges.
+    """
+    can_move = op.device.type != "cpu" and op.spread == "none"
+    room = _room(op, op.device, k)
+    if room >= min(wanted, comfortable(k)):
+        return Basis(k, min(wanted, room), can_move=can_move)
+    host = _room(op, torch.device("cpu"), k) if can_move else 0
+    if host >= fewest(k) and host > room:
+        return Basis(k, min(wanted, host), on_host=True, can_move=True)
+    if room >= fewest(k):
+        return Basis(k, min(wanted, room), can_move=can_move)
+    raise no_memory(op, k)
+
+
+def no_memory(op: LinearOperator, k: int) -> InputError:
+    """The error that says how much memory a search for k eigenpairs needs at least."""
+    needed = (fewest(k) + k + WORK_VECTORS) * op.vector_bytes / MEMORY_PART
+    return InputError(
+        f"{k} eigenpairs of {op.shape[0]:,} parameters need {needed / 2**30:.2g} GiB of free memory at least, and "
+        f"{memory.available(op.device) / 2**30:.2g} GiB are free: ask for fewer (k=, deflate=), measure fewer "
+        "parameters (params=), or use a device with more memory"
+    )
+
+
+def _room(op: LinearOperator, device: torch.device, k: int) -> int:
+    """How many basis vectors fit on a device beside k results; the same number on every rank."""
+    count = int(MEMORY_PART * memory.available(device)) // op.vector_bytes
+    if op.spread == "batches":
+        count = ranks.all_reduce_min(count, op.device)
+    return count - k - WORK_VECTORS

@@ -1,0 +1,67 @@
+"""Which parameters and batches an operator is about, and whether its numbers can be relied on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from spectra.estimates.origin import Origin
+from spectra.operators.base import LinearOperator
+from spectra.operators.derived import DeflatedOperator, MeanOperator
+from spectra.operators.hessian.batches import tensors_of
+
+SAMPLED = 1 << 16  # entries of each tensor of a batch that are looked at
+
+
+def origin_of(op: LinearOperator) -> Origin:
+    """What is known of an operator. It is verified by its first product, so ask after that.
+
+    Args:
+        op: The operator; others inside of it are looked at too.
+
+    Returns:
+        The origin, with empty texts for what an operator such as a matrix does not know.
+    """
+    member = _members(op)[0]
+    space, objective = getattr(member, "space", None), getattr(member, "objective", None)
+    return Origin(
+        parameters=_digits(zip(space.names, map(tuple, space.shapes), strict=True)) if space is not None else "",
+        batches=_digits(map(_sampled, tensors_of(objective.batches))) if objective is not None else "",
+        unverified=unverified(op),
+    )
+
+
+def unverified(op: LinearOperator) -> str:
+    """Why the operator's numbers cannot be relied on, or those of an operator inside of it; "" if nothing is known."""
+    return next((member.unverified for member in _members(op) if member.unverified), "")
+
+
+def _members(op: LinearOperator) -> list[LinearOperator]:
+    """The operators that an operator is made of; itself where it is made of none."""
+    if op.unverified:
+        return [op]
+    if isinstance(op, DeflatedOperator):
+        return _members(op.inner)
+    if isinstance(op, MeanOperator):
+        return [member for each in op.operators for member in _members(each)]
+    return [op]
+
+
+def _digits(parts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def _sampled(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Shape and some of the entries of a tensor, the same in every precision of at least float32."""
+    dense = tensor.detach()
+    dense = dense if dense.layout == torch.strided else dense.to_dense()
+    flat = dense.reshape(-1)[:: max(dense.numel() // SAMPLED, 1)].cpu()
+    values = flat.float() if flat.is_floating_point() else flat
+    return tuple(tensor.shape), np.ascontiguousarray(values.numpy()).tobytes()

@@ -1,0 +1,63 @@
+"""Operators that multiply as another one does, and count the products, or keep the vectors in host memory."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+
+from spectra.algorithms.progress import Progress
+from spectra.operators.base import LinearOperator
+
+
+class _Wrapped(LinearOperator):
+    """The same matrix as that of `inner`, which counts the products too."""
+
+    def __init__(self, inner: LinearOperator):
+        self.inner = inner
+        self.shape, self.dtype, self.device, self.spread = inner.shape, inner.dtype, inner.device, inner.spread
+
+    def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
+        """Raise the error of the inner operator."""
+        self.inner.raise_non_finite(vectors.to(self.inner.device))
+
+    def precision_error(self) -> float:
+        """That of the inner operator."""
+        return self.inner.precision_error()
+
+    def rounding(self) -> float:
+        """That of the inner operator."""
+        return self.inner.rounding()
+
+
+class CountingOperator(_Wrapped):
+    """Reports every product of an operator.
+
+    Args:
+        inner: The operator.
+        progress: What the products are counted in.
+    """
+
+    def __init__(self, inner: LinearOperator, progress: Progress):
+        super().__init__(inner)
+        self.progress = progress
+
+    def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
+        images = self.inner.multiply_rows(vectors)
+        self.progress.add(len(vectors))
+        return images
+
+
+class HostOperator(_Wrapped):
+    """Keeps vectors in host memory, and moves them to the device of an operator for a product.
+
+    Args:
+        inner: The operator.
+    """
+
+    def __init__(self, inner: LinearOperator):
+        super().__init__(inner)
+        self.device = torch.device("cpu")
+
+    def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self.inner.multiply_rows(vectors.to(self.inner.device)).to(self.device)

@@ -1,0 +1,174 @@
+"""The loss that a Trainer trains, as a function of model and batch."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from spectra.backend.errors import InputError
+from spectra.integrations.object_state import kept
+
+NOT_FOUND = (
+    "the Trainer was not found, so the model's own loss is measured, whatever loss is trained: pass "
+    "SpectrumCallback(trainer=trainer)"
+)
+OWN_LOSS = "the loss is that of the Trainer's compute_loss"
+SMOOTHED = "the loss is the Trainer's, with label smoothing {}"
+LOSS_FUNCTION = "the loss is that of the Trainer's compute_loss_func"
+CONTAINERS = (dict, list, set, deque)
+DATA = ("train_dataset", "eval_dataset")
+
+
+def calling_trainer(callback: TrainerCallback) -> Trainer | None:
+    """The Trainer that calls a callback: an event does not name it, but its method is among the callers.
+
+    Args:
+        callback: The callback.
+
+    Returns:
+        The Trainer, None if it is not among the callers.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and any(each is callback for each in owner.callback_handler.callbacks):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def loss_of(trainer: Trainer) -> tuple[Callable[[nn.Module, Any], torch.Tensor] | None, list[str]]:
+    """The loss that a Trainer trains, and notes on it.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        (model, batch) -> scalar, None where it is the model's own loss; and notes for the record.
+    """
+    notes = []
+    for name in ("training_step", "_prepare_inputs"):
+        if not _is_stock(trainer, name):
+            notes.append(f"the Trainer has a {name} of its own: what that adds to compute_loss is not measured")
+    if not _is_stock(trainer, "compute_loss"):
+        notes.append(OWN_LOSS)
+    elif trainer.compute_loss_func is not None:
+        notes.append(LOSS_FUNCTION)
+    elif trainer.label_smoother is not None:
+        notes.append(SMOOTHED.format(trainer.label_smoother.epsilon))
+    elif isinstance(trainer.model, PreTrainedModel) or hasattr(trainer.model, "config"):
+        return None, notes
+    return _TrainersLoss(trainer), notes
+
+
+def notes_of_precision(args: TrainingArguments) -> list[str]:
+    """What to say where the training computes in another precision than the measurement.
+
+    Args:
+        args: The Trainer's arguments.
+
+    Returns:
+        Notes for the record.
+    """
+    trained = "bfloat16" if args.bf16 else "float16" if args.fp16 else ""
+    return [f"trained with autocast to {trained}, measured in the precision of the weights"] if trained else []
+
+
+@contextlib.contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Inside, a model that accelerate prepared for mixed precision has the forward pass that it had before.
+
+    Args:
+        model: The model.
+    """
+    tables = [vars(module) for module in model.modules() if "_original_forward" in vars(module)]
+    wrapped = [(table, table["forward"]) for table in tables if "forward" in table]
+    try:
+        for table, _ in wrapped:
+            table["forward"] = table["_original_forward"]
+        yield
+    finally:
+        for table, forward in wrapped:
+            table["forward"] = forward
+
+
+class _TrainersLoss:
+    """`compute_loss` of a Trainer, on one batch as if it were the whole of an optimizer step.
+
+    The Trainer divides sums over tokens by the tokens of all batches of a step. Here that number is the batch's own, so
+    that the loss is a mean over the batch. Whatever compute_loss changes in the Trainer is put back, and it logs
+    nothing. Other modules that the Trainer holds, such as a teacher, run in the mode of the model.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        trainer = self.trainer
+        inputs = dict(batch) if isinstance(batch, Mapping) else batch
+        with _trainer_kept(trainer), _in_mode(_other_modules(trainer, model), model.training):
+            items = None
+            if isinstance(inputs, dict):
+                device = next(model.parameters()).device
+                _, items = trainer.get_batch_samples(iter([inputs]), 1, device)
+            value = trainer.compute_loss(model, inputs, num_items_in_batch=items)
+        value = value[0] if isinstance(value, tuple) else value
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"the Trainer's compute_loss must return a tensor, got {type(value).__name__}")
+        return value
+
+
+@contextlib.contextmanager
+def _trainer_kept(trainer: Trainer) -> Iterator[None]:
+    """The Trainer as one process on one device that logs nothing; all of its attributes are put back."""
+    args, attributes = trainer.args, vars(trainer)
+    own = [value for name, value in attributes.items() if name not in DATA and isinstance(value, CONTAINERS)]
+    before = dict(attributes)
+    with kept(*own, trainer.state, trainer.control, vars(args)):
+        try:
+            for name, value in before.items():  # what is updated in place must not belong to a graph that is kept
+                if isinstance(value, torch.Tensor) and value.grad_fn is None and not value.requires_grad:
+                    attributes[name] = value.clone()
+            attributes["log"] = _log_nothing
+            vars(args)["average_tokens_across_devices"] = False  # asking the other ranks would wait for them
+            if args.n_gpu > 1:
+                vars(args)["_n_gpu"] = 1
+            yield
+        finally:
+            attributes.clear()
+            attributes.update(before)
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    """In the place of `Trainer.log`."""
+
+
+def _other_modules(trainer: Trainer, model: nn.Module) -> list[nn.Module]:
+    """The modules that a Trainer holds beside its model, which the operator looks after."""
+    watched = set(model.modules())
+    found = [value for value in vars(trainer).values() if isinstance(value, nn.Module)]
+    return [module for root in found for module in root.modules() if not watched & set(module.modules())]
+
+
+@contextlib.contextmanager
+def _in_mode(modules: list[nn.Module], training: bool) -> Iterator[None]:
+    before = [(module, module.training) for module in modules]
+    try:
+        for module in modules:
+            module.training = training and module.training
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+def _is_stock(trainer: Trainer, name: str) -> bool:
+    """Whether a method is transformers' own, neither overridden nor replaced."""
+    return getattr(getattr(trainer, name), "__module__", "") == Trainer.__module__

@@ -1,0 +1,47 @@
+"""Whether weights were written to in a way that torch does not count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def optimizer_steps() -> int:
+    """How many steps the optimizers of this program have made; fused ones write without counting."""
+    return _steps
+
+
+def fingerprint(tensors: Iterable[torch.Tensor]) -> list[float]:
+    """A number for each tensor that changes with its values: a sum of the bits of its entries, on a GPU its norm.
+
+    Args:
+        tensors: the tensors. Those without values in memory of the usual layout are left out.
+
+    Returns:
+        The numbers.
+    """
+    whole = [t.detach() for t in tensors if t.layout == torch.strided and t.numel() and not t.is_meta]
+    norms = [t for t in whole if t.device.type != "cpu" and t.is_floating_point()]
+    sums = [float(t.view(INTEGERS[t.element_size()]).sum()) for t in whole if t.device.type == "cpu" and _plain(t)]
+    if not norms:
+        return sums
+    found = torch._foreach_norm(norms)  # pyright: ignore[reportPrivateImportUsage]
+    return sums + torch.stack([n.double() for n in found]).tolist()
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.element_size() in INTEGERS and tensor.ndim > 0
