@@ -7,7 +7,7 @@ CORE := $(VENV)/core
 PEERS := $(VENV)/peers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-core test-slow lint bench bench-trust bench-speed figures clean
+.PHONY: demo test test-core test-slow soak lint bench bench-trust bench-speed figures clean
 
 demo: $(INSTALLED)
 	$(BIN)/qat compare --bits 1,2,4 --methods baseline,winq --out runs/demo
@@ -21,6 +21,10 @@ test-core: $(CORE)/.installed
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# 50 kills, 500 measurements, over 2,000 random calls: the figures of docs/reliability.md.
+soak: $(INSTALLED)
+	SPECTRA_EXAMPLES=300 $(BIN)/python -m pytest -s tests/reliability tests/spectra/runs/test_faults.py
 
 bench: bench-trust bench-speed
 

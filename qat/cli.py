@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,6 +19,7 @@ from qat.training.config import PRETRAINED_RATE, SCHEDULES, SMALL_LLAMA_RATE, Tr
 from qat.training.winq import PRESETS, WinQConfig
 from spectra.backend.errors import InputError
 from spectra.cli.command_line import run_command
+from spectra.runs.jsonlines import plain
 
 LISTED_BITS = ",".join(f"{bits:g}" for bits in BITS)
 # Options that have the name of the setting they give.
@@ -78,14 +81,18 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="a model folder, or a name on the Hugging Face hub")
     evaluate.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files, UTF-8")
     evaluate.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="default: the model's own")
-    evaluate.add_argument("--block", type=int, default=2048, help="tokens a block, no overlap (default: 2048)")
+    evaluate.add_argument(
+        "--block", type=int, help="tokens a block, no overlap (default: 2048, or the most that the model takes)"
+    )
     evaluate.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     evaluate.add_argument("--trust-remote-code", action="store_true", help="run the code that a hub model brings")
+    evaluate.add_argument("--json", action="store_true", help="print JSON instead of a sentence")
     return parser
 
 
 def _add_study_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make: records, table, figures, report")
+    parser.add_argument("--json", action="store_true", help="print the rows of the table as JSON, all else on stderr")
 
     start = parser.add_argument_group("model and text")
     start.add_argument(
@@ -191,7 +198,9 @@ def _compare(options: argparse.Namespace) -> None:
     from qat.study.compare import compare
 
     with _threads_for(config):
-        compare(config, say=_say)
+        rows = compare(config, say=_say_on_stderr if options.json else _say)
+    if options.json:
+        _print_json({"out": config.out, "rows": rows})
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -199,17 +208,28 @@ def _train(options: argparse.Namespace) -> None:
     from qat.study.compare import train_one
 
     with _threads_for(config):
-        train_one(config, say=_say)
+        row = train_one(config, say=_say_on_stderr if options.json else _say)
+    if options.json:
+        _print_json({"out": config.out, **row})
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    """Print the perplexity. Nothing is written."""
+    try:
+        _print_perplexity(options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted: no perplexity was computed") from None
+
+
+def _print_perplexity(options: argparse.Namespace) -> None:
     import torch
 
     from qat.study.models import check_fit
     from qat.text.corpus import Blocks
-    from qat.training.evaluate import perplexity
+    from qat.training.evaluate import check_block, perplexity
     from spectra.integrations.loading import load_model, load_tokenizer, quiet_transformers, read_texts
 
+    check_block(options.block)
     text = "\n\n".join(read_texts(options.text))
     device = choose_device(options.device)
     model: Any = load_model(options.model, trust_remote_code=options.trust_remote_code)
@@ -223,6 +243,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     if len(tokens):
         check_fit(model, Blocks(tokens, 1))
     result = perplexity(model.to(device), tokens, block=options.block)
+    if options.json:
+        _print_json(
+            {"perplexity": result.perplexity, "loss": result.loss, "tokens": result.tokens, "block": result.block}
+        )
+        return
     print(
         f"perplexity {result.perplexity:.4f}, loss {result.loss:.5f} nats a token, over {result.tokens:,} tokens "
         f"in blocks of {result.block}"
@@ -280,6 +305,14 @@ def _given(options: argparse.Namespace, **names: str) -> dict[str, Any]:
 
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(plain(value), indent=2, allow_nan=False))
+
+
+def _say_on_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _say(line: str) -> None:

@@ -45,7 +45,7 @@ def hessian_mode(
     * "quantized": H(Q(W)). The layers compute with Q(W), and its derivative in W is the identity.
     * "latent": H(W), or H(W + point (Q(W) - W)).
     * "noisy": "ste" at W + U, the entries of U drawn from N(0, sigma^2) and fixed by (seed, draw, name of the layer).
-      Scales get no noise. The definition itself is the mean over draws.
+      Scales get no noise. The Hessian of this mode is the mean over draws.
 
     Only forward passes need the context: a graph that was built inside keeps its derivatives. No global random state
     is used. On exit, every layer computes as before.
@@ -53,9 +53,9 @@ def hessian_mode(
     Args:
         model: A quantized model.
         mode: One of `MODES`.
-        draw: Which draw of the noise, for "noisy".
-        seed: Seed of the noise.
-        sigma: Standard deviation of the noise; None is each layer's own `noise_sigma`.
+        draw: Which draw of the weight noise, for "noisy".
+        seed: Seed of the weight noise.
+        sigma: Standard deviation of the weight noise; None is each layer's own `noise_sigma`.
         point: For "latent", a point between the latent weights (0) and the quantized ones (1).
 
     Returns:
@@ -108,8 +108,8 @@ def hessian_operator(
         batches: As in `spectra.HessianOperator`.
         mode: One of `MODES`.
         params: Which parameters, as in `spectra.HessianOperator`; None is the latent weights of the quantized layers.
-        draws: How many draws of the noise "noisy" averages over.
-        seed: Seed of the noise.
+        draws: How many draws of the weight noise "noisy" averages over.
+        seed: Seed of the weight noise.
         sigma: As in `hessian_mode`.
         point: As in `hessian_mode`.
         **options: Passed to `spectra.HessianOperator`: loss, microbatch, training, graph, precision.
@@ -129,7 +129,7 @@ def hessian_operator(
 
     def operator(draw: int) -> HessianOperator:
         def context() -> AbstractContextManager[None]:
-            # With precision=... the operator computes with a copy of the model, and that needs the mode.
+            # With precision=... the operator computes with a copy of the model, which needs the mode too.
             return hessian_mode(built.model, mode, draw=draw, seed=seed, sigma=sigma, point=point)
 
         built = HessianOperator(model, batches, params=chosen, context=context, **options)
@@ -142,6 +142,7 @@ def hessian_operator(
 
 @contextmanager
 def _overridden(layers: list[QuantLayer], overrides: list[Callable[[QuantLayer], Tensor]]) -> Iterator[None]:
+    """A context in which each layer computes with its override."""
     before = [layer.weight_override for layer in layers]
     for layer, override in zip(layers, overrides, strict=True):
         layer.weight_override = override
@@ -153,15 +154,18 @@ def _overridden(layers: list[QuantLayer], overrides: list[Callable[[QuantLayer],
 
 
 def _ste(layer: QuantLayer) -> Tensor:
+    """Q(W) with the straight-through derivative."""
     return layer.quantizer(layer.rows(), layer.scale)
 
 
 def _quantized(layer: QuantLayer) -> Tensor:
+    """Q(W) with the identity as its derivative."""
     weight = layer.rows()
     return straight_through(layer.quantizer(weight, layer.scale), weight)
 
 
 def _latent(layer: QuantLayer, *, point: float) -> Tensor:
+    """W + point (Q(W) - W) with the identity as its derivative."""
     weight = layer.rows()
     if point == 0:
         return weight
@@ -170,6 +174,7 @@ def _latent(layer: QuantLayer, *, point: float) -> Tensor:
 
 
 def _noisy(layer: QuantLayer, *, sigma: float, key: str) -> Tensor:
+    """Q(W + U) with the straight-through derivative, the weight noise U fixed by the key."""
     noisy = layer.rows() + sigma * _standard_normal(layer.rows(), key)
     scale = layer.scale if layer.quantizer.learned_scale else layer.quantizer.initial_scale(noisy)
     return layer.quantizer(noisy, scale)

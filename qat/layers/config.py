@@ -132,4 +132,5 @@ def is_real(value: Any) -> bool:
 
 
 def _listed(values: Iterable[Any]) -> str:
+    """The values in words, with commas between."""
     return ", ".join(str(value) for value in values)

@@ -258,6 +258,7 @@ def _check_ties_of_upcast(model: nn.Module, chosen: dict[str, nn.Module]) -> Non
 
 
 def _weight(module: nn.Module) -> nn.Parameter:
+    """The weight of a linear layer or an embedding."""
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     return weight
@@ -269,6 +270,7 @@ def _latent(weight: nn.Parameter) -> nn.Parameter:
 
 
 def _quantized(module: nn.Module, weight: nn.Parameter, config: QuantConfig, scale: nn.Parameter | None) -> QuantLayer:
+    """The quantized layer that replaces a module."""
     quantizer = make_quantizer(config.quantizer, config.bits)
     if isinstance(module, nn.Embedding):
         return QuantEmbedding(weight, quantizer, scale=scale, padding_idx=module.padding_idx, dtype=module.weight.dtype)
@@ -277,13 +279,13 @@ def _quantized(module: nn.Module, weight: nn.Parameter, config: QuantConfig, sca
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D. transformers is not imported for it: a model that has one did so."""
+    """Whether it is transformers' Conv1D. If transformers is not imported, the model cannot have one."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return pytorch_utils is not None and type(module) is pytorch_utils.Conv1D
 
 
 def _declare_tied_scales(model: nn.Module) -> None:
-    """Tell a transformers model of scales that two modules share: without that its `save_pretrained` refuses."""
+    """Declare scales that two modules share to a transformers model, as its `save_pretrained` requires."""
     tied = getattr(model, "_tied_weights_keys", None)
     if not isinstance(tied, dict):
         return
@@ -323,4 +325,5 @@ def _notes(model: nn.Module, upcast: dict[int, nn.Parameter]) -> tuple[str, ...]
 
 
 def _dtype(tensor: torch.Tensor) -> str:
+    """The name of a tensor's dtype without "torch."."""
     return str(tensor.dtype).removeprefix("torch.")

@@ -15,8 +15,8 @@ from qat.layers.quantizers.linearization import Linearization
 class QuantLayer(nn.Module):
     """The base of quantized layers: a latent weight W, one scale s a row, and a quantizer Q.
 
-    In train mode, noise with the standard deviation `noise_sigma` (0 at first) is added to the weight before it is
-    quantized, drawn anew at every forward pass. With `noise_scales` a learned scale gets the same noise.
+    In train mode, weight noise with the standard deviation `noise_sigma` (0 at first) is added to the weight before it
+    is quantized, drawn anew at every forward pass. With `noise_scales` a learned scale gets the same noise.
 
     Args:
         weight: The latent weight, in the layout of the module it came from: (rows, columns), or (columns, rows) where
@@ -98,6 +98,7 @@ class QuantLayer(nn.Module):
         return self.training_weight() if self.weight_override is None else self.weight_override(self)
 
     def _flip(self, matrix: Tensor) -> Tensor:
+        """The matrix transposed if the weight has its output features in columns: from one layout to the other."""
         return matrix.t() if self.transposed else matrix
 
     def extra_repr(self) -> str:

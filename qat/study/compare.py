@@ -142,7 +142,8 @@ def _train_one(
 
 def _save_model(model: Any, tokenizer: Any, out: Path) -> None:
     """Write the folder `model`, so that it is there whole or not at all."""
-    shutil.rmtree(out / MODEL, ignore_errors=True)
+    for left in (out / MODEL, *out.glob(f".{MODEL}-*")):  # the latter of a command that was killed here
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{MODEL}-", dir=out) as work:
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)

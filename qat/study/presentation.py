@@ -10,7 +10,7 @@ from typing import Any
 
 from qat.layers.config import parse_bits
 
-# Okabe and Ito's palette, which all kinds of colour vision tell apart: a colour for each bit-width.
+# A colour for each bit-width, from Okabe and Ito's palette for people with any colour vision.
 BITS_COLORS = {1: "#D55E00", 1.58: "#E69F00", 2: "#0072B2", 3: "#56B4E9", 4: "#009E73", 8: "#CC79A7"}
 REFERENCE_COLOR = "#000000"
 # Line styles as matplotlib takes them: a name, or (offset, lengths of the dashes and gaps in points).
@@ -93,6 +93,7 @@ def run_label(bits: float, method: str | None) -> str:
 
 
 def _reference() -> dict[str, Any]:
+    """Name, colour and line of the full-precision run."""
     return {
         "label": REFERENCE_LABEL,
         "group": REFERENCE_LABEL,
@@ -103,6 +104,7 @@ def _reference() -> dict[str, Any]:
 
 
 def _quantized(bits: float, method: str | None) -> dict[str, Any]:
+    """Name, colour and line of a quantized run."""
     return {
         "label": run_label(bits, method),
         "group": f"{bits:g}-bit",

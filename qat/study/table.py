@@ -14,7 +14,7 @@ from spectra.runs.folder import PARTIAL
 from spectra.runs.jsonlines import plain
 from spectra.runs.record import SpectrumRecord
 
-RUN_KEYS = ("bits", "method")  # what tells the runs of a study apart
+RUN_KEYS = ("bits", "method")  # the columns that identify a run of a study
 OUTCOMES = ("validation_loss", "perplexity", "steps", "steps_to_baseline_loss")
 MOMENTS = ("start", "end")
 NOT_REACHED = "not reached"
@@ -134,6 +134,7 @@ def terminal(rows: Sequence[Row]) -> str:
 
 
 def _aligned(rows: Sequence[Row], keys: Sequence[str]) -> str:
+    """Columns of the table as lines of text, with the columns aligned."""
     keys = [*RUN_KEYS, *keys]
     cells = [[key.replace("_", " ") for key in keys], *([_cell(row, key) for key in keys] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(keys))]
@@ -149,13 +150,14 @@ def _in_order(row: Row) -> Row:
 
 
 def _keys(rows: Sequence[Row]) -> list[str]:
-    """All columns but the label, which bits and method say already; the estimates in the order of `ESTIMATES`."""
+    """All columns but the label, which repeats bits and method; the estimates in the order of `ESTIMATES`."""
     keys = list(dict.fromkeys(key for row in rows for key in _in_order(row) if key != "label"))
     rank = {f"{name}_{moment}": index for index, name in enumerate(ESTIMATES) for moment in MOMENTS}
     return sorted(keys, key=lambda key: rank.get(key, len(rank)) if key in rank or key.endswith(MOMENTS) else -1)
 
 
 def _cell(row: Row, key: str) -> str:
+    """A cell as text; an estimate with its interval, and `?` where it is unresolved."""
     value = row.get(key)
     if value is None:
         return NOT_REACHED if key == "steps_to_baseline_loss" else "-"
@@ -170,4 +172,5 @@ def _cell(row: Row, key: str) -> str:
 
 
 def _number(value: float) -> str:
+    """A number in three digits."""
     return f"{value:.3g}" if math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""The cache folder: what was trained once (tokenizers, full-precision models) and is used again."""
+"""The cache folder, which keeps trained tokenizers and full-precision models for the next run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from spectra.backend.errors import InputError
 
-FORMAT = 1  # part of every key: raise it when the same key would stand for something else
+FORMAT = 1  # part of every key; raise it when what is cached changes
 
 
 def cache_folder() -> Path:

@@ -23,7 +23,7 @@ FILES_TO_SPLIT_BY = 10  # of fewer files than this, each gives its last tenth to
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the bytes and the end of text
 DATASET_CHARACTERS = 20_000_000  # how much of a dataset on the hub is read
-# Packages of others, tests, tables of characters, generated documentation, and what only some installations carry.
+# Installed packages, tests, character tables, generated documentation, and parts that some installations lack.
 SKIPPED_FOLDERS = frozenset(
     [
         *("site-packages", "dist-packages", "__pycache__", "lib-dynload", "test", "tests", "encodings", "pydoc_data"),
@@ -209,6 +209,7 @@ def trained_tokenizer(text: Text, vocabulary_size: int = 1024) -> Any:
         raise InputError(f"a byte-level vocabulary has {SMALLEST_VOCABULARY} tokens or more, got {vocabulary_size}")
 
     def make(folder: Path) -> None:
+        """Train the tokenizer and save it in the folder."""
         from tokenizers import ByteLevelBPETokenizer
 
         tokenizer = ByteLevelBPETokenizer()
@@ -243,7 +244,7 @@ class Blocks(Dataset):
         return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
 
     def evenly(self, count: int) -> Blocks:
-        """At most `count` of the blocks, at equal distances over all of them."""
+        """At most `count` of the blocks, at equal distances."""
         if count >= len(self):
             return self
         return Blocks(self.blocks[torch.arange(count) * len(self) // count].flatten(), self.length)

@@ -15,6 +15,8 @@ from qat.text.corpus import Blocks
 from spectra.backend.errors import InputError
 from spectra.integrations.loading import longest_sequence
 
+BLOCK = 2048  # tokens a block, where the model takes as many
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -67,7 +69,7 @@ def evaluate(model: nn.Module, blocks: Blocks, *, batch_size: int = 16) -> Evalu
     return Evaluation(total / count, count, blocks.length)
 
 
-def perplexity(model: nn.Module, tokens: torch.Tensor, *, block: int = 2048, batch_size: int = 1) -> Evaluation:
+def perplexity(model: nn.Module, tokens: torch.Tensor, *, block: int | None = None, batch_size: int = 1) -> Evaluation:
     """Perplexity of a text in blocks that do not overlap.
 
     An incomplete last block is left out, unless it is the only one.
@@ -75,22 +77,30 @@ def perplexity(model: nn.Module, tokens: torch.Tensor, *, block: int = 2048, bat
     Args:
         model: A causal language model of transformers.
         tokens: Token ids, (number of tokens,).
-        block: Tokens a block; where the model takes fewer, that many.
+        block: Tokens a block; where the text has fewer, that many. None: 2048, or the most that the model takes.
         batch_size: Blocks a forward pass.
 
     Returns:
         The loss, with `.perplexity`.
 
     Raises:
-        InputError: There are fewer than two tokens, or `block` is below 2.
+        InputError: There are fewer than two tokens, or `block` is below 2 or longer than the model takes.
     """
     if len(tokens) < 2:
         raise InputError(f"perplexity needs two tokens or more, the text has {len(tokens)}: give a longer text")
-    if block < 2:
-        raise InputError(f"a block has two tokens or more, got --block {block}")
+    check_block(block)
     longest = longest_sequence(model)  # type: ignore[arg-type]
-    length = min(block, len(tokens), longest if longest is not None else block)
-    return evaluate(model, Blocks(tokens, length), batch_size=batch_size)
+    if block is None:
+        block = min(BLOCK, longest or BLOCK)
+    if longest is not None and block > longest:
+        raise InputError(f"the model takes blocks of at most {longest} tokens, got --block {block}: lower it")
+    return evaluate(model, Blocks(tokens, min(block, len(tokens))), batch_size=batch_size)
+
+
+def check_block(block: int | None) -> None:
+    """Raise an InputError for a number of tokens that no block can have."""
+    if block is not None and block < 2:
+        raise InputError(f"a block has two tokens or more, got --block {block}")
 
 
 @contextlib.contextmanager

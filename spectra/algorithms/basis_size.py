@@ -10,19 +10,19 @@ from spectra.backend import memory, ranks
 from spectra.backend.errors import InputError
 from spectra.operators.base import LinearOperator
 
-MEMORY_PART = 3 / 4  # of the free memory that a search may take; products need some of the rest
-WORK_VECTORS = 6  # of a search beside basis and result: the newest basis vector, a product, and temporaries
+MEMORY_PART = 3 / 4  # part of the free memory that a search may take; products need some of the rest
+WORK_VECTORS = 6  # vectors beside basis and result: the newest basis vector, a product, and temporaries
 
 
 @dataclass(frozen=True)
 class Basis:
-    """A Krylov basis.
+    """The size of a Krylov basis and the memory that holds it.
 
     Attributes:
         k: How many eigenpairs are searched for.
         size: How many vectors it holds at once.
-        on_host: Whether it lies in host memory, although the operator's device is another.
-        can_move: Whether it could lie there.
+        on_host: Whether it is kept in host memory while the operator is on another device.
+        can_move: Whether it could be kept in host memory.
     """
 
     k: int
@@ -32,11 +32,11 @@ class Basis:
 
     @property
     def vectors(self) -> int:
-        """How many vectors of n numbers the search holds at most, with those it returns."""
+        """How many vectors of n numbers the search holds at most, including those that it returns."""
         return self.size + self.k + WORK_VECTORS
 
     def smaller(self) -> Basis | None:
-        """What to try where this basis turned out not to fit; None where nothing is left to try."""
+        """The basis to try next where this one did not fit in memory; None where there is none."""
         if self.size > comfortable(self.k):
             return replace(self, size=max(comfortable(self.k), self.size * 2 // 3))
         if self.can_move and not self.on_host:
@@ -47,24 +47,24 @@ class Basis:
 
 
 def comfortable(k: int) -> int:
-    """How many basis vectors a search for k pairs restarts well with."""
+    """How many basis vectors a search for k pairs needs to converge fast."""
     return k + max(k // 2, 10)
 
 
 def fewest(k: int) -> int:
-    """How many basis vectors a search for k pairs needs; with less room it hardly moves from restart to restart."""
+    """How many basis vectors a search for k pairs needs at least; with fewer it hardly converges."""
     return k + max(k // 4, 4)
 
 
 def choose_basis(op: LinearOperator, k: int, wanted: int) -> Basis:
-    """The basis of a search for k eigenpairs: as wanted, or what memory holds.
+    """Choose the basis of a search for k eigenpairs: of the wanted size, or what fits in memory.
 
-    Where the device holds too few vectors for a search that restarts well, the basis goes to host memory.
+    Where the device has room for too few vectors to converge fast, the basis goes to host memory.
 
     Args:
         op: The operator, of shape (n, n).
         k: How many eigenpairs, at most `wanted` - 2.
-        wanted: Basis vectors where memory does not matter.
+        wanted: How many basis vectors to hold if memory allows.
 
     Returns:
         The basis.
@@ -85,7 +85,7 @@ def choose_basis(op: LinearOperator, k: int, wanted: int) -> Basis:
 
 
 def no_memory(op: LinearOperator, k: int) -> InputError:
-    """The error that says how much memory a search for k eigenpairs needs at least."""
+    """The error for a search that does not fit; it says how much memory k eigenpairs need at least."""
     needed = (fewest(k) + k + WORK_VECTORS) * op.vector_bytes / MEMORY_PART
     return InputError(
         f"{k} eigenpairs of {op.shape[0]:,} parameters need {needed / 2**30:.2g} GiB of free memory at least, and "

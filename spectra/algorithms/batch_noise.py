@@ -1,4 +1,4 @@
-"""How uncertain a quantity is because of the probe vectors, and how uncertain because of the choice of batches."""
+"""The uncertainty of a quantity from the probe vectors, and that from the choice of batches (batch noise)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class NoiseSplit:
         estimate: The quantity on these batches; its interval covers the error of the probe vectors and of a
             finite number of Lanczos steps.
         probe_half_width: Half-width of that interval.
-        batch_half_width: t_{g-1} times the jackknife's standard error over g groups of batches.
-        bias: How much the finite number of batches raises the quantity on average, to first order in 1 / batches.
+        batch_half_width: Student's quantile t_{g-1} times the jackknife's standard error over g groups of batches.
+        bias: The jackknife's estimate of how much the finite number of batches raises the quantity on average.
         total: The estimate with both half-widths added in quadrature, and extended by the bias on the side where the
             true value then lies.
     """
@@ -66,11 +66,11 @@ def batch_noise(
     left out, always with the same probe vectors, and `jackknife` turns the differences into a standard error. The cost
     is groups + 1 spectra, all but one of them on fewer batches.
 
-    A group weighs as many tokens as it contributes to the loss, or its rows if `build` returns an operator without an
-    objective. If there are fewer batches than groups, batches are divided by rows. Rows that were drawn together, such
-    as windows of one document, should be in one group: otherwise the batch noise comes out too small. With few probe
-    vectors, and groups that have little in common, part of the probe vectors' error is counted as batch noise too; the
-    total interval is then wider than necessary.
+    The weight of a group is the number of its tokens that the loss counts, or of its rows if `build` returns an
+    operator without an objective. If there are fewer batches than groups, batches are divided by rows. Rows that were
+    drawn together, such as windows of one document, should be in one group: otherwise the batch noise comes out too
+    small. With few probe vectors, and groups that have little in common, part of the probe vectors' error is counted as
+    batch noise too; the total interval is then wider than necessary.
 
         build = lambda batches: spectra.HessianOperator(model, batches)
         print(spectra.batch_noise(build, batches)["trace"])
@@ -97,6 +97,7 @@ def batch_noise(
     reasons: list[str] = []  # why an operator's numbers cannot be relied on
 
     def measure(operator: LinearOperator) -> dict[str, Estimate]:
+        """The quantities of one operator, which is closed afterwards."""
         try:
             density = slq(operator, probes=probes, steps=steps, seed=seed, deflate=deflate)
         finally:
@@ -119,11 +120,11 @@ def jackknife(
 ) -> dict[str, NoiseSplit]:
     """The delete-a-group jackknife with groups of unequal weight, for each quantity.
 
-    With g groups of weights m_j, n = sum_j m_j and h_j = n / m_j, let theta be the estimate from all groups and theta_j
-    the one without group j. The pseudo-values are p_j = h_j theta - (h_j - 1) theta_j, the corrected estimate is
-    theta_J = g theta - sum_j (1 - m_j / n) theta_j, the bias is theta - theta_J, and the variance is
-    (1 / g) sum_j (p_j - theta_J)^2 / (h_j - 1) (Busing, Meijer and van der Leeden, Statistics and Computing 9, 1999).
-    For a weighted mean over the groups the p_j are the groups' means, and the bias is zero.
+    Let there be g groups of weights m_j, n = sum_j m_j and h_j = n / m_j. Let theta be the estimate from all groups and
+    theta_j the one without group j. The pseudo-values are p_j = h_j theta - (h_j - 1) theta_j, the corrected estimate
+    is theta_J = g theta - sum_j (1 - m_j / n) theta_j, the bias is theta - theta_J, and the variance is (1 / g) sum_j
+    (p_j - theta_J)^2 / (h_j - 1) (Busing, Meijer and van der Leeden, Statistics and Computing 9, 1999). For a weighted
+    mean over the groups the p_j are the groups' means, and the bias is zero.
 
     Args:
         full: The estimate of each quantity on all the data.

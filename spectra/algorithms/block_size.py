@@ -1,21 +1,21 @@
-"""How many probe vectors are advanced, and so multiplied, at once."""
+"""How many probe vectors are advanced, and so multiplied, at once (the block size)."""
 
 from __future__ import annotations
 
 from spectra.backend import memory, ranks
 from spectra.operators.base import LinearOperator
 
-CPU_BLOCK_BYTES = 32 << 20  # of vectors advanced at once on a CPU: large models gain nothing from more
-CPU_BLOCK_BYTES_DEFLATED = 1 << 30  # the same with deflation: one pass over the deflated vectors serves the whole block
-VECTORS_PER_PROBE = 5  # of n numbers each: the last two of a recurrence, the new one, and temporaries
+CPU_BLOCK_BYTES = 32 << 20  # size of the vectors advanced at once on a CPU: large models gain nothing from more
+CPU_BLOCK_BYTES_DEFLATED = 1 << 30  # the same with deflation: the block shares each pass over the deflated vectors
+VECTORS_PER_PROBE = 5  # vectors of n numbers in a recurrence: the last two, the new one, and temporaries
 
 
 def probe_block_size(op: LinearOperator, basis_size: int, *, deflated: bool = False) -> int:
     """How many probe vectors to advance at once.
 
-    On a GPU, which gains from large blocks, as many as memory holds. On a CPU, where a Hessian-vector product is
-    compute-bound, as many as a fixed number of bytes holds: more with deflation, because each pass over the deflated
-    vectors then serves the whole block.
+    A GPU gains from large blocks, so the block is as large as memory allows. On a CPU a Hessian-vector product is
+    compute-bound, so the block has a fixed size in bytes. With deflation that size is larger, because the block shares
+    each pass over the deflated vectors.
 
     Args:
         op: The operator.

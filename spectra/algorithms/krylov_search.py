@@ -17,8 +17,8 @@ from spectra.backend.vectors import norm, orthogonalize_, row_dots
 from spectra.operators.base import LinearOperator
 
 START_PERTURBATION = 1e-2  # norm of the random vector added to a guess, so that no eigenvector is orthogonal to it
-STRICT = 0.1  # of the tolerance: residual at which an extreme Ritz value counts as the end of the spectrum
-SLICE_BYTES = 1 << 26  # of a basis that is rotated in slices of columns, where memory holds no second basis
+STRICT = 0.1  # residual / tolerance at which an extreme Ritz value counts as the end of the spectrum
+SLICE_BYTES = 1 << 26  # size of the slices of columns in which a basis is rotated where memory holds no second one
 ROUNDING = 10  # units of rounding error, relative to the norm of A, below which a residual counts as zero
 
 
@@ -29,7 +29,7 @@ def select(values: np.ndarray, k: int, which: str, *, margin: np.ndarray | float
         values: (m,) in any order.
         k: How many are wanted; all m if there are fewer.
         which: "LM", "LA", "SA" or "BE" as in `topk`.
-        margin: (m,) or one number, by which each value is taken to be more extreme than it is.
+        margin: (m,) or one number, which is added to the extremeness of each value in the comparison.
 
     Returns:
         The indices, (k,).
@@ -48,7 +48,7 @@ def select(values: np.ndarray, k: int, which: str, *, margin: np.ndarray | float
 
 @dataclass(frozen=True)
 class RitzValues:
-    """Eigenvalues of the projected operator.
+    """Ritz values: eigenvalues of the operator projected onto the Krylov basis.
 
     Attributes:
         values: (m,) ascending.
@@ -71,11 +71,12 @@ class _Projection:
 
     Args:
         size: How many basis vectors there is room for.
-        locked: m, the number of locked vectors.
+        locked: How many vectors are locked, m.
 
     Attributes:
         matrix: (size, size), Q A Q^T in its first `filled` rows and columns.
-        coupling: (m, size), the products of m locked vectors with A Q^T; not zero, as locked pairs are not exact.
+        coupling: (m, size), the products of the m locked vectors with A Q^T. They are not zero, because locked pairs
+            are not exact.
         filled: How many basis vectors have been multiplied.
     """
 
@@ -83,7 +84,7 @@ class _Projection:
         self.matrix, self.coupling, self.filled = np.zeros((size, size)), np.zeros((locked, size)), 0
 
     def append(self, column: np.ndarray, coupling: np.ndarray) -> None:
-        """Add what the product with the next basis vector gave."""
+        """Add a column of `matrix` and one of `coupling`, from the product with the next basis vector."""
         self.filled += 1
         self.matrix[: self.filled, self.filled - 1] = self.matrix[self.filled - 1, : self.filled] = column
         self.coupling[:, self.filled - 1] = coupling
@@ -110,10 +111,10 @@ class KrylovSearch:
         basis_size: How many Krylov basis vectors to hold at once; one more is allocated.
         tol: Relative tolerance of residuals.
         seed: Seed of all random vectors.
-        max_products: Products after which every call ends with what it has.
+        max_products: Products after which every call returns what it has found.
 
     Attributes:
-        products: Products spent over all calls.
+        products: Products taken in all calls.
         norm: The largest magnitude of a Ritz value seen in all calls, an estimate of ||A||.
     """
 
@@ -123,7 +124,7 @@ class KrylovSearch:
         self._eps = torch.finfo(op.dtype).eps
         self._basis = torch.empty(basis_size + 1, op.shape[0], dtype=op.dtype, device=op.device)
         self._random_vectors = 0  # drawn so far
-        self._unwanted: RitzValues  # of the last call: those that it did not return; their basis is still in _basis
+        self._unwanted: RitzValues  # those that the last call did not return, in terms of self._basis
 
     @property
     def out_of_products(self) -> bool:
@@ -150,7 +151,7 @@ class KrylovSearch:
             which: Which of the eigenvalues, as in `topk`.
             locked: (m, n) with orthonormal rows, eigenvectors that are known already.
             beyond: (low, high), with k = 2 and which = "BE": only eigenvalues below `low` or above `high` are wanted.
-                The search ends once neither end of the spectrum can lie there, or each that does has converged.
+                The search ends when each end of the spectrum lies within these bounds or has converged.
             start: (n, j), guesses of eigenvectors; the recurrence starts from their perturbed sum.
 
         Returns:
@@ -176,7 +177,7 @@ class KrylovSearch:
                 done = self.products - first_product >= MAX_STEPS and self._none_left_beyond(ritz, beyond)
             if exhausted or done or self.out_of_products:
                 return self._result(projection, ritz, wanted)
-            if beta <= ROUNDING * self._eps * self.norm:  # the basis spans an invariant subspace: go on outside of it
+            if beta <= ROUNDING * self._eps * self.norm:  # an invariant subspace: go on with a random vector
                 self._draw(projection.filled, locked)
             if projection.filled == len(projection.matrix):
                 self._restart(projection, ritz, k, which)
@@ -190,13 +191,13 @@ class KrylovSearch:
     def _extend(self, projection: _Projection, locked: torch.Tensor) -> float:
         """Multiply the newest basis vector and orthogonalize the product; returns the norm of what is left."""
         last = projection.filled
-        image = self.op @ self._basis[last]
+        product = self.op @ self._basis[last]
         self.products += 1
-        (column, coupling), beta = orthogonalize_(image, self._basis[: last + 1], locked)
+        (column, coupling), beta = orthogonalize_(product, self._basis[: last + 1], locked)
         if not np.isfinite(beta):
             raise NonFiniteError(f"product number {self.products} of the operator is not finite: check the operator")
         if beta > 0:
-            torch.div(image, beta, out=self._basis[last + 1])
+            torch.div(product, beta, out=self._basis[last + 1])
         projection.append(column, coupling)
         return beta
 
@@ -218,7 +219,7 @@ class KrylovSearch:
     def _result(
         self, projection: _Projection, ritz: RitzValues, wanted: np.ndarray
     ) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
-        """The wanted pairs as `find` returns them; remembers the others for `rules_out_missed`."""
+        """The wanted pairs as `find` returns them; stores the others for `rules_out_missed`."""
         self._unwanted = ritz.without(wanted)
         coefficients = ritz.coefficients[:, wanted]
         along_locked = np.linalg.norm(projection.coupling[:, : projection.filled] @ coefficients, axis=0)
@@ -226,11 +227,11 @@ class KrylovSearch:
         return ritz.values[wanted], self._ritz_vectors(coefficients), residuals
 
     def rules_out_missed(self, vectors: torch.Tensor, beyond: tuple[float, float]) -> bool:
-        """Whether the last call of `find` missed no eigenvalue beyond bounds, as far as a random vector can tell.
+        """Whether the last call of `find` missed no eigenvalue beyond the bounds (`rules_out_eigenvalues_beyond`).
 
-        The Ritz vectors that `find` did not return are projected out as well, which saves products. A residual norm r
-        at a distance d from a bound moves an eigenvalue there by at most r^2 / d. Ritz vectors are projected out in
-        the order of that number, as long as the sum stays within the tolerance.
+        Ritz vectors that `find` did not return are projected out as well, which saves products. Projecting out a Ritz
+        vector with residual norm r at a distance d from a bound moves an eigenvalue there by at most r^2 / d. Ritz
+        vectors are projected out in the order of that number, while their sum stays within the tolerance.
 
         Args:
             vectors: (k, n) with orthonormal rows, the eigenvectors that were found.
@@ -258,7 +259,7 @@ class KrylovSearch:
         return answer
 
     def _draw(self, row: int, locked: torch.Tensor) -> None:
-        """Make basis vector `row` a random direction orthogonal to those before it and to the locked vectors."""
+        """Set basis vector `row` to a random unit vector orthogonal to those before it and to the locked vectors."""
         vector = gaussian(self.op, seed=self.seed, index=self._random_vectors, stream="topk")
         self._random_vectors += 1
         for _ in range(2):
@@ -288,6 +289,7 @@ class KrylovSearch:
         _normalized_(target)
 
     def _rotation(self, coefficients: np.ndarray) -> torch.Tensor:
+        """The coefficients transposed, as a tensor on the operator's device."""
         return torch.as_tensor(coefficients.T, dtype=self.op.dtype, device=self.op.device)
 
     def _restart(self, projection: _Projection, ritz: RitzValues, k: int, which: str) -> None:

@@ -15,7 +15,7 @@ from spectra.backend.vectors import row_dots, subtract_and_dot_
 from spectra.operators.base import LinearOperator
 
 REORTHOGONALIZATION = ("auto", "full", "none")
-SMALL_BASIS_BYTES = 32 << 20  # a basis up to this size stays in a cache, so reorthogonalizing costs next to nothing
+SMALL_BASIS_BYTES = 32 << 20  # a basis up to this size fits in a cache, where reorthogonalizing costs little
 BREAKDOWN = 10  # units of rounding error, relative to the norm of T, below which a residual counts as zero
 
 
@@ -25,8 +25,8 @@ class Tridiagonal:
 
     Attributes:
         alphas: (m,) the diagonal of T.
-        betas: (m,) the off-diagonal; betas[j] couples rows j and j + 1, and the last is the norm of the residual. It is
-            zero after a breakdown, when the Krylov space is invariant and the eigenvalues of T are eigenvalues of A.
+        betas: (m,) the off-diagonal, and last the norm of the residual; betas[j] couples rows j and j + 1. The last is
+            zero after a breakdown: the Krylov space is then invariant, and the eigenvalues of T are eigenvalues of A.
         basis: (m, n) with the Krylov basis vectors q_j in its rows, or None where they were not stored.
     """
 
@@ -44,8 +44,8 @@ class Tridiagonal:
 def lanczos(op: LinearOperator, start: torch.Tensor, steps: int, *, reorthogonalize: str = "full") -> Tridiagonal:
     """The Jacobi matrix of a start vector by the Lanczos recurrence.
 
-    beta_j q_{j+1} = A q_j - alpha_j q_j - beta_{j-1} q_{j-1}, one product a step. Stops early at a breakdown, where the
-    residual falls to rounding level relative to the norm of T.
+    beta_j q_{j+1} = A q_j - alpha_j q_j - beta_{j-1} q_{j-1}, with one product in each step. The recurrence ends early
+    at a breakdown, where the residual falls to rounding level relative to the norm of T.
 
     Args:
         op: A, a symmetric operator (n, n).
@@ -53,8 +53,8 @@ def lanczos(op: LinearOperator, start: torch.Tensor, steps: int, *, reorthogonal
         steps: The largest number of Lanczos steps, at least 1.
         reorthogonalize: "full" stores the basis and orthogonalizes each new vector against it by classical
             Gram-Schmidt, twice where the residual is small (Giraud, Langou and Rozloznik, Comput. Math. Appl. 50,
-            2005). "none" stores three vectors whatever the number of steps; converged Ritz values then appear in
-            several copies, whose weights add up to the right total (Greenbaum, Linear Algebra Appl. 113, 1989).
+            2005). "none" stores three vectors whatever the number of steps. Converged Ritz values then appear several
+            times, and the weights of the copies add up to the right weight (Greenbaum, Linear Algebra Appl. 113, 1989).
 
     Returns:
         The `Tridiagonal`, with its basis if `reorthogonalize` is "full".
@@ -81,17 +81,17 @@ def lanczos(op: LinearOperator, start: torch.Tensor, steps: int, *, reorthogonal
 
 
 class LanczosRecurrence:
-    """Lanczos recurrences from several start vectors, advanced together and as far as the caller wants.
+    """Lanczos recurrences from several start vectors, advanced together.
 
-    Scalars are in float64, vectors in the dtype of the operator. A step multiplies all current vectors in one call and
-    waits for the device once. A recurrence that breaks down keeps a vector of zeros while the others go on.
+    Scalars are in float64, vectors in the dtype of the operator. A step multiplies all current vectors in one call, and
+    waits for the device once. After a breakdown a recurrence has a vector of zeros, while the others go on.
 
     Args:
         op: A, a symmetric operator (n, n).
         starts: (k, n), or (n,) for one. Unit vectors are used without a copy.
         basis_size: How many basis vectors of each recurrence to store and to reorthogonalize against; 0 for none.
             With a basis no more steps than this are possible.
-        first_images: (k, n), A applied to `starts`, if the caller has it already; it is overwritten.
+        first_products: (k, n), A applied to `starts`, if the caller has it already; it is overwritten.
 
     Raises:
         InputError: If a start vector is zero or not finite.
@@ -103,18 +103,18 @@ class LanczosRecurrence:
         starts: torch.Tensor,
         *,
         basis_size: int = 0,
-        first_images: torch.Tensor | None = None,
+        first_products: torch.Tensor | None = None,
     ):
         starts = torch.atleast_2d(starts)
         lengths = row_dots(starts, starts).sqrt()
         if not bool((lengths > 0).all() and torch.isfinite(lengths).all()):
             raise InputError(f"the start vectors must be finite and not zero, their norms are {lengths.tolist()}")
         self.op = op
-        images = None if first_images is None else torch.atleast_2d(first_images)
+        products = None if first_products is None else torch.atleast_2d(first_products)
         if bool(((lengths - 1).abs() > 4 * torch.finfo(op.dtype).eps).any()):  # unit vectors need no scaled copy
             scale = lengths[:, None].to(starts.dtype)
-            starts, images = starts / scale, None if images is None else images / scale
-        self._vectors, self._previous, self._first_images = starts, None, images
+            starts, products = starts / scale, None if products is None else products / scale
+        self._vectors, self._previous, self._first_products = starts, None, products
         count, size = len(starts), min(basis_size, op.shape[0])
         self._alphas: list[np.ndarray] = []  # one array (k,) a step
         self._betas: list[np.ndarray] = []
@@ -134,7 +134,7 @@ class LanczosRecurrence:
 
         Args:
             steps: How many more steps.
-            on_step: Called after each.
+            on_step: Called after each step.
         """
         for _ in range(steps):
             if self.broken_down or len(self._alphas) >= self.op.shape[0]:
@@ -180,18 +180,18 @@ class LanczosRecurrence:
         self._previous, self._vectors = vectors, residuals.mul_(scale.to(vectors.dtype))
 
     def _multiply(self, vectors: torch.Tensor) -> torch.Tensor:
-        """A applied to each row; at the first step the products that the caller gave, if any."""
-        if self._first_images is None:
+        """A applied to each row; in the first step the products that the caller gave, if any."""
+        if self._first_products is None:
             return self.op.multiply_rows(vectors)
-        images, self._first_images = self._first_images, None
-        return images
+        products, self._first_products = self._first_products, None
+        return products
 
     def _needs_second_pass(self, alphas: np.ndarray, betas: np.ndarray) -> bool:
         """Whether one pass of Gram-Schmidt may have left the basis less than semi-orthogonal.
 
-        T is as accurate as with full orthogonality while inner products stay below the square root of the rounding
-        unit (Simon, Math. Comp. 42, 1984). Rounding error is relative to the norm of T, and so weighs more the smaller
-        the residual is.
+        T is as accurate as with full orthogonality while inner products of basis vectors stay below the square root of
+        the rounding unit (Simon, Math. Comp. 42, 1984). Rounding error is relative to the norm of T, so it matters more
+        the smaller the residual is.
         """
         norms = np.maximum(self._norms, np.abs(alphas) + betas)
         return bool((betas[self._active] < np.sqrt(torch.finfo(self.op.dtype).eps) * norms[self._active]).any())
@@ -215,11 +215,11 @@ def _orthogonalize_each_(vectors: torch.Tensor, bases: torch.Tensor) -> torch.Te
 
 
 def choose_reorthogonalization(op: LinearOperator, steps: int, reorthogonalize: str) -> str:
-    """Replace "auto" by "full" or "none"; the shares and sums of a density do not depend on which (`lanczos`).
+    """Replace "auto" by "full" or "none". Either gives the same shares and sums of a density (see `lanczos`).
 
     Args:
         op: The operator.
-        steps: Lanczos steps, and so basis vectors of n numbers.
+        steps: How many Lanczos steps, and so how many basis vectors of n numbers.
         reorthogonalize: "auto", "full" or "none".
 
     Returns:

@@ -1,4 +1,4 @@
-"""Whether a search for eigenvalues missed some, judged by Lanczos from a random vector outside of what it found."""
+"""Whether a search missed eigenvalues: a few Lanczos steps from a random vector orthogonal to what it found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spectra.operators.base import LinearOperator
 from spectra.operators.derived import DeflatedOperator
 
 MAX_STEPS = 15  # Lanczos steps; an eigenvalue clearly outside the others shows in fewer
-MISS_PROBABILITY = 0.05  # accepted, of missing an eigenvalue beyond the bounds
+MISS_PROBABILITY = 0.05  # accepted probability of missing an eigenvalue beyond the bounds
 
 
 def rules_out_eigenvalues_beyond(
@@ -38,16 +38,16 @@ def rules_out_eigenvalues_beyond(
     residual norms, stay within [low, high].
 
     Args:
-        op: A, (n, n).
+        op: The operator A, (n, n).
         basis: (m, n) with orthonormal rows.
-        low: Lower bound; -inf to ask about the upper end only.
-        high: Upper bound; inf to ask about the lower end only.
+        low: Lower bound; -inf to check the upper end only.
+        high: Upper bound; inf to check the lower end only.
         seed: Seed of the random vector.
         stream: Name of the purpose of the random vector (`random_vectors.gaussian`).
-        max_steps: Lanczos steps, each of which costs one product.
+        max_steps: The largest number of Lanczos steps, each of which costs one product.
 
     Returns:
-        The answer: True if there is none, as far as can be told.
+        False if there is an eigenvalue outside, or may well be one.
     """
     dimension = op.shape[0] - len(basis)
     if not dimension:
@@ -79,7 +79,7 @@ def missed_probability_bound(found: Tridiagonal, dimension: int, end: float) -> 
 
     Args:
         found: The Jacobi matrix of the start vector.
-        dimension: d, of the space from which the start vector was drawn.
+        dimension: Dimension d of the space from which the start vector was drawn.
         end: A point outside the Ritz values; infinite where that end of the spectrum does not matter.
 
     Returns:

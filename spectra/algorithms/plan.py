@@ -1,4 +1,4 @@
-"""How much memory a measurement will take, computed before it starts."""
+"""How much memory a measurement will take, known before it starts."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class MemoryPlan:
     """Bytes that a measurement takes on the operator's device, apart from the model and its batches.
 
     Attributes:
-        graphs: Of the gradient and of the autograd graphs of it that are kept between products.
-        product: That one product takes on top while it runs.
-        recurrence: Of the Lanczos vectors of the probe vectors advanced at once, with their bases where those are
-            stored.
-        deflation: Of the deflated eigenvectors.
-        search: Of the Krylov basis in which those eigenvectors are searched for.
+        graphs: Bytes of the gradient and of its autograd graphs that are kept between products.
+        product: Additional bytes while one product runs.
+        recurrence: Bytes of the Lanczos vectors of the probe vectors that are advanced at once, with their bases where
+            those are stored.
+        deflation: Bytes of the deflated eigenvectors.
+        search: Bytes of the Krylov basis in which those eigenvectors are searched for.
         kept: How many microbatches keep their graph; the others rebuild it in every product.
         pieces: How many microbatches there are.
-        rows: Of the largest microbatch.
+        rows: How many rows the largest microbatch has.
         together: How many probe vectors are advanced at once.
-        basis: How many Krylov basis vectors that search holds at once; fewer than usual where memory is short.
-        host: Bytes of the search in host memory, where the device is too small for it.
+        basis: How many Krylov basis vectors the search holds at once; fewer than usual where memory is short.
+        host: Bytes of the search in host memory, where the device has too little memory for it.
     """
 
     graphs: int
@@ -74,9 +74,9 @@ def plan(
 
     Args:
         op: The Hessian operator.
-        probes: Probe vectors.
-        steps: Lanczos steps.
-        deflate: Eigenvalues to deflate.
+        probes: How many probe vectors.
+        steps: How many Lanczos steps.
+        deflate: How many eigenvalues to deflate.
         reorthogonalize: "auto", "full" or "none", as in `spectra.slq`.
 
     Returns:

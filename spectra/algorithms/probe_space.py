@@ -17,14 +17,14 @@ from spectra.estimates.measure import KnownEigenvalues
 from spectra.operators.base import LinearOperator
 from spectra.operators.derived import DeflatedOperator
 
-DEFLATION_TOLERANCE = 1e-3  # residual / |lambda|: what remains of an eigenvalue is lambda times its square
+DEFLATION_TOLERANCE = 1e-3  # residual / |lambda|; deflation leaves lambda times its square of an eigenvalue
 
 
 class ProbeSpace:
     """The orthogonal complement of deflated eigenvectors and of coordinates that the operator maps to zero.
 
-    The coordinates, with zero rows and columns, are detected in the first product. They and the deflated eigenvalues
-    are counted exactly, and probe vectors sample the rest of the spectrum.
+    These coordinates have zero rows and columns, which are detected in the first product. They and the deflated
+    eigenvalues are counted exactly. Probe vectors sample the rest of the spectrum.
 
     Args:
         op: A, a symmetric operator (n, n).
@@ -40,11 +40,11 @@ class ProbeSpace:
 
     def __init__(self, op: LinearOperator, pairs: Eigenpairs | None, *, seed: int):
         self.pairs, self.seed = pairs, seed
-        # a recurrence that starts orthogonal to the deflated vectors stays so: only images need projecting
+        # the vectors of a recurrence stay orthogonal to the deflated ones: only its products need projecting
         self.op = op
         if pairs is not None:
             self.op = deflated = DeflatedOperator(op, pairs.vectors, inputs="orthogonal")
-            self.pairs = replace(pairs, vectors=deflated.vectors)  # does not keep a second copy of the vectors
+            self.pairs = replace(pairs, vectors=deflated.vectors)  # avoids a second copy of the vectors
         self.zero_count = 0
         self._zeros: torch.Tensor | None = None  # mask (n,) of the coordinates that the operator maps to zero
 
@@ -73,44 +73,44 @@ class ProbeSpace:
         del drawn
         if isinstance(self.op, DeflatedOperator):
             starts = self.op.project(starts)
-        images = self._detect_zeros(starts) if self._zeros is None else None
+        products = self._detect_zeros(starts) if self._zeros is None else None
         assert self._zeros is not None
         if self.dimension <= 0:
             return None
         if self.zero_count:
             starts.masked_fill_(self._zeros, 0)
-            if isinstance(self.op, DeflatedOperator):  # whose vectors have changed in `_detect_zeros`
+            if isinstance(self.op, DeflatedOperator):  # `_detect_zeros` has changed its vectors
                 starts = self.op.project(starts)
-        return LanczosRecurrence(self.op, starts, basis_size=basis_size, first_images=images)
+        return LanczosRecurrence(self.op, starts, basis_size=basis_size, first_products=products)
 
     def _detect_zeros(self, starts: torch.Tensor) -> torch.Tensor:
-        """Multiply the first start vectors, and take the coordinates that are exactly zero in all images for zero rows.
+        """Multiply the first start vectors, and find the coordinates that are exactly zero in all products: zero rows.
 
-        Zero rows of a symmetric matrix are zero columns. The images are therefore also those of the start vectors with
-        these coordinates set to zero, and no product is wasted. The coordinates are removed from the deflated
-        eigenvectors as well. Returns the images (k, n).
+        Zero rows of a symmetric matrix are zero columns. The products are therefore also those of the start vectors
+        with these coordinates set to zero, and the recurrence can use them. The coordinates are removed from the
+        deflated eigenvectors as well. Returns the products (k, n).
         """
         inner = self.op.inner if isinstance(self.op, DeflatedOperator) else self.op
-        images = inner.multiply_rows(starts)
-        self._zeros = zeros = ~images.any(dim=0)
+        products = inner.multiply_rows(starts)
+        self._zeros = zeros = ~products.any(dim=0)
         self.zero_count = int(torch.count_nonzero(zeros))
         if isinstance(self.op, DeflatedOperator):
             if self.zero_count:
                 vectors = self.op.vectors.masked_fill(zeros[:, None], 0)
                 self.op = DeflatedOperator(inner, vectors, inputs="orthogonal")
-            images = self.op.project(images)
-        return images
+            products = self.op.project(products)
+        return products
 
     def density(
         self, results: Sequence[Tridiagonal], *, probes: int, steps: int, rounding_error: float | None = None
     ) -> SpectralDensity:
-        """Build the density from the Jacobi matrices of probe vectors and from what is known of the spectrum.
+        """Build the density from the Jacobi matrices of probe vectors and from the eigenvalues that are known.
 
         Args:
             results: The Jacobi matrix of each probe vector; empty where nothing is left to sample.
             probes: Number of rows of the density's arrays.
             steps: Number of their columns; matrices that a breakdown made smaller are padded with zeros.
-            rounding_error: Bound on how far arithmetic has moved an eigenvalue, by default the operator's relative
+            rounding_error: Bound on how far rounding error has moved an eigenvalue, by default the operator's relative
                 rounding error times a bound on the norm of the Jacobi matrices.
 
         Returns:

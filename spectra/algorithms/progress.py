@@ -1,4 +1,4 @@
-"""How far a measurement is, in products."""
+"""The progress of a measurement, counted in products."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Progress:
             self._report()
 
     def finish(self) -> None:
-        """Say that nothing is left to do."""
+        """Report the end: the total becomes what was done."""
         if self.done != self.total:
             self.total = self.done
             self._report()
 
     def part(self, remaining: int) -> Callback:
-        """A callback for a computation that comes next, with `remaining` products to do after it."""
+        """A callback for the next part of the measurement, with `remaining` products to do after it."""
         before = self.done
 
         def report(done: int, total: int) -> None:
@@ -54,5 +54,6 @@ class Progress:
         return report
 
     def _report(self) -> None:
+        """Call the callback, if there is one and a product is done."""
         if self._callback is not None and self.done:
             self._callback(self.done, self.total)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import scipy
 import torch
 
 from spectra.algorithms.block_size import max_vectors_in_memory
+from spectra.algorithms.congruence import Congruence
+from spectra.algorithms.inertia import recurrences_after_congruence
 from spectra.algorithms.lanczos import LanczosRecurrence
 from spectra.algorithms.origin import unverified
 from spectra.algorithms.probe_space import DEFLATION_TOLERANCE, ProbeSpace
 from spectra.algorithms.progress import Callback, Progress
+from spectra.algorithms.share_recurrences import Part, ShareRecurrences
 from spectra.algorithms.slq import slq
 from spectra.algorithms.topk import Eigenpairs
 from spectra.backend.errors import InputError
@@ -30,16 +32,22 @@ FEWEST_PRODUCTS = 20  # of a budget
 SEARCH_PART = 0.12  # of the budget, spent on the search for outliers to deflate
 SEARCH_STEPS = (20, 160)  # fewest and most Lanczos steps of that search
 SEARCH_BASIS_BYTES = 1 << 30  # of its basis on a CPU: reorthogonalizing against more costs more than deflation saves
+GROWTH = 0.5  # of the number of Lanczos steps from one look at the interval to the next
+PROMISING = 0.17  # half-width at which one of two ways to the share goes on alone
 FIRST_STEPS = 50  # Lanczos steps before the interval is first looked at
 FIRST_PART = 1 / 8  # of the budget, also spent before that: an interval can be narrow early while its middle is far off
 
 
 @dataclass(frozen=True)
 class _Target:
-    """Which share to read from a density, and the half-width to reach."""
+    """Which share to measure, as the bounds (low, high) of an interval, and the half-width to reach."""
 
-    read: Callable[[SpectralDensity], Estimate]
+    bounds: tuple[float, float]
     half_width: float
+
+    def read(self, density: SpectralDensity) -> Estimate:
+        """The share, from a density."""
+        return density.share_between(*self.bounds)
 
 
 @in_float32
@@ -52,9 +60,14 @@ def resolve(
     half_width: float = RESOLVED_HALF_WIDTH,
     budget: int = 1500,
     seed: int = 0,
+    congruence: Congruence | None = None,
     progress: Callback | None = None,
 ) -> Estimate:
     """A share of the eigenvalues to a wanted half-width, for a limited number of products.
+
+    Where the operator knows the shapes of its parameters, as a Hessian does, the eigenvalues below each bound are
+    counted after a change of variables (`spectra.algorithms.congruence`), which takes far fewer products for most
+    models. Where that is slow, and for every other operator:
 
     1. A short Lanczos run finds the outliers, which are deflated; each would cost the following recurrences many steps.
     2. As many probe vectors as the sampling variance asks for advance together, without a stored basis, until the
@@ -70,6 +83,8 @@ def resolve(
         half_width: The half-width of the 95 % interval to reach, between 0 and 0.5.
         budget: The largest number of products, at least 20.
         seed: Seed of the random vectors.
+        congruence: A change of variables found earlier (`find_congruence`), such as at the last checkpoint. The search
+            starts from it and takes fewer products. It need not fit: only the width of the interval depends on it.
         progress: Called as progress(products done, products in total). The total is the budget until less turns out to
             be enough.
 
@@ -88,30 +103,65 @@ def resolve(
         >>> print(f"{share.value:.2f}", share.resolved)
         0.25 True
     """
-    target = _Target(_share_reader(share, tol, between), half_width)
+    target = _Target(_bounds(share, tol, between), half_width)
     if not 0 < half_width < 0.5:
         raise InputError(f"the half-width must lie between 0 and 0.5, got {half_width}")
     if budget < FEWEST_PRODUCTS:
         raise InputError(f"a budget of at least {FEWEST_PRODUCTS} products is expected, got {budget}")
     before, count = op.products, Progress(progress, min(budget, op.shape[0]))
-    estimate = _measure(op, target, budget, seed, count)
+    estimate = _measure(op, target, budget, seed, congruence, count)
     count.finish()
     estimate = _compare_with_target(estimate, target, op.products - before, budget)
     return unresolved(estimate, unverified(op))
 
 
-def _measure(op: LinearOperator, target: _Target, budget: int, seed: int, progress: Progress) -> Estimate:
-    """The share as the density gives it, exact where the budget allows that."""
+def _measure(
+    op: LinearOperator, target: _Target, budget: int, seed: int, congruence: Congruence | None, progress: Progress
+) -> Estimate:
+    """The share as densities give it, exact where the budget allows that."""
     n, before = op.shape[0], op.products
     if n <= budget:
         return target.read(slq(op, probes=1, steps=n, seed=seed, progress=lambda done, _: progress.reach(done)))
-    wanted = _search_products(op, budget)
-    pairs = find_outliers(op, products=wanted, seed=seed, on_step=partial(progress.add, 1))
-    spent = op.products - before
-    first_look = int(FIRST_PART * budget) - spent
-    return _advance_until(
-        target, op, pairs, max_products=budget - spent, first_look=first_look, seed=seed, progress=progress
+
+    def remaining() -> int:
+        return before + budget - op.products
+
+    def on_product() -> None:
+        progress.reach(op.products - before)
+
+    def direct() -> ShareRecurrences:
+        return _recurrences_of(op, target, remaining, seed=seed, on_product=on_product)
+
+    changed = recurrences_after_congruence(
+        op,
+        target.bounds,
+        probes=lambda dimension, counts: _probes_needed(dimension, target.half_width / counts),
+        seed=seed,
+        start=congruence,
+        remaining=remaining,
+        on_product=on_product,
     )
+    if changed is None:
+        return direct().advance_until(target.half_width)
+    return _narrower(changed, direct, remaining, target.half_width)
+
+
+def _narrower(
+    changed: ShareRecurrences, direct: Callable[[], ShareRecurrences], remaining: Callable[[], int], half_width: float
+) -> Estimate:
+    """The share from the recurrences after a change of variables, or from those without it where these do better.
+
+    Where the first leave the interval wide after their first steps, both advance side by side until one is promising.
+    """
+    promising = max(PROMISING, half_width)
+    if changed.advance().half_width <= promising or remaining() < FEWEST_PRODUCTS:
+        return changed.advance_until(half_width)
+    sides = [direct(), changed]
+    while not all(side.finished for side in sides):
+        for side in sides:
+            if not side.finished and side.advance().half_width <= promising:
+                return side.advance_until(half_width)
+    return min((side.estimate() for side in sides), key=lambda estimate: estimate.half_width)
 
 
 def find_outliers(
@@ -159,38 +209,29 @@ def _search_products(op: LinearOperator, budget: int) -> int:
     return min(wanted, room) if room >= fewest else 0
 
 
-def _advance_until(
-    target: _Target,
+def _recurrences_of(
     op: LinearOperator,
-    pairs: Eigenpairs | None,
+    target: _Target,
+    remaining: Callable[[], int],
     *,
-    max_products: int,
-    first_look: int,
     seed: int,
-    progress: Progress,
-) -> Estimate:
-    """Advance probe vectors until the share is as narrow as the target, or `max_products` are spent.
-
-    The interval is looked at after `first_look` products at least, and then each time that the number of Lanczos steps
-    has grown by half.
-    """
-    space = ProbeSpace(op, pairs, seed=seed)
+    on_product: Callable[[], None],
+) -> ShareRecurrences:
+    """Recurrences of the operator itself, without the outliers that a short search finds."""
+    budget = remaining()
+    pairs = find_outliers(op, products=_search_products(op, budget), seed=seed, on_step=on_product)
+    space, left = ProbeSpace(op, pairs, seed=seed), remaining()
     probes = _probes_needed(space.dimension, target.half_width)
-    probes = max(min(probes, max_products // FIRST_STEPS), 1)
-    recurrence = space.recurrence(range(probes), 0)
-    if recurrence is None:
-        return target.read(space.density([], probes=1, steps=1))
-    steps, max_steps = 0, max(max_products // probes - 1, 1)
-    first_steps = max(FIRST_STEPS, math.ceil(first_look / probes))
-    while True:
-        next_steps = min(max(first_steps, steps + steps // 2), max_steps)
-        recurrence.advance(next_steps - steps, on_step=partial(progress.add, probes))
-        steps = next_steps
-        results = recurrence.tridiagonals()
-        density = space.density(results, probes=probes, steps=max(result.steps for result in results))
-        estimate = target.read(density)
-        if estimate.half_width <= target.half_width or steps >= max_steps or recurrence.broken_down:
-            return estimate
+    probes = max(min(probes, left // FIRST_STEPS), 1)
+    first_look = int(FIRST_PART * budget) - (budget - left)
+    return ShareRecurrences(
+        [Part(space, space.recurrence(range(probes), 0), probes, target.read)],
+        lambda estimates: estimates[0],
+        remaining=remaining,
+        on_step=on_product,
+        first_steps=max(FIRST_STEPS, math.ceil(first_look / probes)),
+        growth=GROWTH,
+    )
 
 
 def _probes_needed(dimension: int, half_width: float) -> int:
@@ -199,22 +240,24 @@ def _probes_needed(dimension: int, half_width: float) -> int:
     return max(math.ceil((3 * per_probe / half_width) ** 2), 1)
 
 
-def _share_reader(
-    share: str, tol: float | None, between: tuple[float, float] | None
-) -> Callable[[SpectralDensity], Estimate]:
-    """The function that reads the wanted share from a density."""
+def _bounds(share: str, tol: float | None, between: tuple[float, float] | None) -> tuple[float, float]:
+    """The bounds (low, high) of the wanted share."""
     if share not in SHARES:
         raise InputError(f"share must be one of {', '.join(SHARES)}, got {share!r}")
     if share == "negative":
-        return lambda density: density.negative_share()
+        return -math.inf, 0.0
     if share == "near_zero":
         if tol is None:
             raise InputError("share='near_zero' needs tol=..., the |lambda| below which an eigenvalue counts")
-        return lambda density: density.near_zero_share(tol)
+        if not tol > 0:
+            raise InputError(f"the tolerance must be positive, got {tol}")
+        return -tol, tol
     if between is None:
         raise InputError("share='between' needs between=(low, high)")
     low, high = between
-    return lambda density: density.share_between(low, high)
+    if not low < high:
+        raise InputError(f"an interval with low < high is expected, got [{low}, {high}]")
+    return low, high
 
 
 def _compare_with_target(estimate: Estimate, target: _Target, products: int, budget: int) -> Estimate:

@@ -53,19 +53,19 @@ def slq(
         probes: How many probe vectors.
         steps: Lanczos steps for each probe vector.
         seed: Seed of the probe vectors; vector i depends on (seed, i) alone.
-        deflate: How many eigenvalues of largest magnitude to compute with `topk` first (whose products come on top), or
-            the result of `topk`. They are projected out of the recurrences and enter the density with exact weights.
-            This saves many steps wherever a few eigenvalues lie far from the others.
+        deflate: How many eigenvalues of largest magnitude to compute with `topk` first, which takes additional
+            products, or the result of `topk`. They are projected out of the recurrences and enter the density with
+            exact weights. This saves many steps wherever a few eigenvalues lie far from the others.
         reorthogonalize: "full", "none" (see `spectra.lanczos`), or "auto": full while the basis is small.
-        rounding_error: How far rounding may have moved an eigenvalue, in the units of the eigenvalues. By default
-            the operator's relative `rounding` times the norm of T; measuring it costs three products for a Hessian.
+        rounding_error: How far rounding error may have moved an eigenvalue, in the units of the eigenvalues. By default
+            the operator's relative `rounding` times the norm of T; measuring that costs three products for a Hessian.
         spread: "probes" distributes the probe vectors over the ranks of torch.distributed (`spectra.distributed`).
             Every rank gets the whole density, which does not depend on the number of ranks.
-        progress: Called as progress(products done, products in total), those of deflation among them. How many that
-            takes is not known in advance, so the total may change until it is done.
+        progress: Called as progress(products done, products in total), including those of deflation. How many deflation
+            takes is not known in advance, so the total changes until it is done.
 
     Returns:
-        The `SpectralDensity`, from which shares, sums and extremes are read with their intervals.
+        The `SpectralDensity`, whose methods give shares, sums and extreme eigenvalues with intervals.
 
     Raises:
         InputError: If a count is below one, or an option has an unknown value.
@@ -109,11 +109,13 @@ def _measure(
     if pairs is not None and len(pairs.values) + steps >= n:
         return _exact(op, probes, steps, progress)
     space = _probe_space(op, pairs, seed)
-    del pairs  # whose vectors the space has in a form of its own
+    del pairs  # frees their vectors: the space has its own copy
     indices = list(range(probes))
     if spread == "probes":
         if probes < ranks.rank_count():
-            raise InputError(f"at least one probe a rank is expected, got {probes} for {ranks.rank_count()} ranks")
+            raise InputError(
+                f"at least one probe vector for each rank is expected, got {probes} for {ranks.rank_count()} ranks"
+            )
         indices = ranks.items_of_rank(indices)
     basis_size = steps if reorthogonalize == "full" else 0
     results = _tridiagonals(space, indices, steps, basis_size, progress)
@@ -124,6 +126,7 @@ def _measure(
 
 
 def _probe_space(op: LinearOperator, pairs: Eigenpairs | None, seed: int) -> ProbeSpace:
+    """The space that probe vectors are drawn from; an InputError where memory is too short for it."""
     try:
         return ProbeSpace(op, pairs, seed=seed)
     except torch.OutOfMemoryError:
@@ -174,7 +177,7 @@ def largest_eigenpairs(
 ) -> Eigenpairs:
     """The eigenpairs of largest magnitude, to the accuracy that deflation needs.
 
-    Missed copies of repeated eigenvalues are not searched for. The recurrences see and count them all the same.
+    Missed copies of repeated eigenvalues are not searched for, because the recurrences of the probe vectors count them.
 
     Args:
         op: A, a symmetric operator (n, n).

@@ -1,4 +1,4 @@
-"""Extreme eigenvalues and their eigenvectors, with residuals."""
+"""Extreme eigenpairs: eigenvalues with their eigenvectors and residuals."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ DENSE_LIMIT = 4096  # dimension up to which a search that does not converge ends
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Eigenvalues with their eigenvectors, and how good they are.
+    """Eigenvalues with their eigenvectors and the residuals that show their accuracy.
 
     Attributes:
         values: (k,) ascending.
         vectors: (n, k) with orthonormal columns.
         residuals: (k,) the residual norms ||A x - lambda x||.
         converged: (k,) whether each residual met the tolerance.
-        products: Products spent on them.
+        products: How many products the search took.
         unverified: Why the operator's numbers cannot be relied on; empty where nothing speaks against them.
     """
 
@@ -44,7 +44,7 @@ class Eigenpairs:
 
     @property
     def resolved(self) -> np.ndarray:
-        """(k,) whether each pair has converged, and nothing speaks against the operator's numbers."""
+        """(k,) whether each pair has converged and the operator's numbers can be relied on."""
         return self.converged & (not self.unverified)
 
 
@@ -69,33 +69,34 @@ def topk(
     copy ("ghost"). Matrices with n <= max(4 k, 64) are formed and diagonalized instead, and so are those up to n = 4096
     on which n products were not enough.
 
-    A single Krylov space holds one copy of a repeated eigenvalue. With `verify` the orthogonal complement of the pairs
-    found is therefore searched from a fresh random vector, which usually costs four to fifteen products. It stops when
-    an eigenvalue that belongs to those wanted would be missed with a probability of at most 5 %, or after 15 steps if
-    the Ritz values stay short of the wanted ones; where it meets a wanted eigenvalue, the search goes on there
-    (`spectra.algorithms.missed`).
+    A single Krylov space holds one copy of a repeated eigenvalue. With `verify` a few Lanczos steps from another random
+    vector, orthogonal to the pairs found, check whether a wanted eigenvalue was missed; this usually costs four to
+    fifteen products. The check ends when the probability of missing one is at most 5 %, or after 15 steps. If it finds
+    an eigenvalue that is wanted, the search goes on there (`spectra.algorithms.missed`).
 
     Args:
         op: A, a symmetric operator (n, n).
         k: How many pairs, from 1 to n.
         which: "LM" for the largest magnitude, "LA" the largest, "SA" the smallest, "BE" both ends (the odd one from
             the top).
-        tol: A pair has converged when ||A x - lambda x|| <= tol |lambda|, or is at rounding level relative to ||A||.
+        tol: A pair has converged when ||A x - lambda x|| <= tol |lambda|, or when it is at rounding level.
             Residuals include the error of products in a lower precision ("tf32", "bfloat16"), so a tolerance below
             that error is not met.
         seed: Seed of the random vectors.
-        basis: Krylov basis vectors held at once, at least k + 2; by default max(3 k + 10, 40). Where memory is short
-            there are fewer, or they are kept in host memory (`spectra.plan`), and the search takes more products.
+        basis: How many Krylov basis vectors to hold at once, at least k + 2; by default max(3 k + 10, 40). Where memory
+            is short there are fewer, or they are kept in host memory (`spectra.plan`), and the search takes more
+            products.
         max_products: Products after which the search ends and marks what has not converged; by default 100 times the
-            basis.
+            size of the basis.
         verify: Whether to search for missed copies of repeated eigenvalues.
         start: (n, j), guesses of eigenvectors, such as those of an earlier checkpoint. The search starts from their
             sum.
-        progress: Called as progress(products done, products expected in total). The expectation grows while the search
-            goes on.
+        progress: Called as progress(products done, products expected in total). The expected total grows during the
+            search.
 
     Returns:
-        The `Eigenpairs`, ascending, with vectors on the operator's device unless they fit in host memory only.
+        The `Eigenpairs` in ascending order. Vectors are on the operator's device, or in host memory if they only fit
+        there.
 
     Raises:
         InputError: If k, `which`, `tol` or `basis` is out of range, or memory is too short for the search.
@@ -118,7 +119,7 @@ def topk(
     if basis_size < k + 2:
         raise InputError(f"the basis must hold at least k + 2 = {k + 2} vectors, got {basis_size}")
     dense_allowed = max_products is None and n <= DENSE_LIMIT
-    limit = max_products or (n if dense_allowed else 100 * basis_size)  # beyond n products a dense matrix costs less
+    limit = max_products or (n if dense_allowed else 100 * basis_size)  # a dense matrix costs n products
     counted.progress.total = min(basis_size, limit)
     pairs = _search_in_memory(
         counted, choose_basis(op, k, basis_size), which, tol, seed, max_products=limit, verify=verify, start=start
@@ -140,7 +141,7 @@ def _search_in_memory(
     verify: bool,
     start: torch.Tensor | None,
 ) -> Eigenpairs:
-    """The pairs from the largest basis that fits, beginning with the one given."""
+    """The pairs found with the largest basis that fits in memory; `basis` is tried first."""
     spent = 0
     while True:
         before = op.products
@@ -148,7 +149,7 @@ def _search_in_memory(
             pairs = _search(op, basis, which, tol, seed, max_products=max_products - spent, verify=verify, start=start)
             return replace(pairs, products=pairs.products + spent)
         except torch.OutOfMemoryError:
-            if op.spread != "none":  # the other ranks go on with the basis that they have
+            if op.spread != "none":  # the other ranks would go on with the basis that they have
                 raise
         spent = min(spent + op.products - before, max_products - 1)
         smaller = basis.smaller()

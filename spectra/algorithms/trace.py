@@ -1,4 +1,4 @@
-"""The trace of an operator, estimated from a few products."""
+"""The trace of an operator, estimated from a few operator-vector products."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from spectra.operators.base import LinearOperator
 
 METHODS = ("hutchinson", "hutch++", "xtrace")
 FEWEST_PRODUCTS = {"hutchinson": 1, "hutch++": 6, "xtrace": 4}
-# XTrace's samples share a sketch, so their variance understates that of their mean: Student's interval covered 88 % of
-# 2,800 spectra of benchmarks/trust, and one wider by this factor 97 % of 800.
+# XTrace's samples share a sketch, so their variance underestimates that of their mean. Student's interval covered 88 %
+# of 2,800 spectra of benchmarks/trust, and an interval wider by this factor 97 % of 800.
 XTRACE_INFLATION = 1.5
-MAX_BLOCK = 10  # vectors multiplied at once: a GPU gains little from more, and products hold memory for each
-FEWEST_BLOCKS = 12  # into which Hutch++ divides its products: the first two show whether a range dominates
+MAX_BLOCK = 10  # most vectors multiplied at once: a GPU gains little from more, and products hold memory for each
+FEWEST_BLOCKS = 12  # of Hutch++'s products: the first two blocks show whether a range dominates
 ENERGY_DECAY = 0.5  # energy that the next block of the Krylov space is expected to capture, relative to the last block
 NEGLIGIBLE = 1e3  # units of rounding error, relative to ||A||, below which a direction is rounding error alone
 
@@ -50,12 +50,11 @@ def trace(
     """The trace of a symmetric operator with a 95 % interval.
 
     * "hutchinson": tr A is n times the mean of v . A v over random unit vectors v (Hutchinson, Commun. Stat. 18, 1989).
-    * "hutch++": tr A = tr(Q A Q^T) + tr(P A P) with P = I - Q^T Q. The first part is exact, on a basis Q of a dominant
-      range, and Hutchinson estimates the second (Meyer, Musco, Musco and Woodruff, SOSA 2021). Q spans a block Krylov
-      space, whose products serve both to find the range and to take its trace (Chen and Hallman, SIAM J. Matrix Anal.
-      44, 2023). It grows to at most half of the products, and only as long as that is expected to narrow the interval
-      (as in Persson, Cortinovis and Kressner, SIAM J. Matrix Anal. 43, 2022), so little is lost where no range
-      dominates.
+    * "hutch++": tr A = tr(Q A Q^T) + tr(P A P) with P = I - Q^T Q, where Q is a basis of a dominant range. The first
+      part is exact, and Hutchinson estimates the second (Meyer, Musco, Musco and Woodruff, SOSA 2021). Q spans a block
+      Krylov space, whose products give both the range and its trace (Chen and Hallman, SIAM J. Matrix Anal. 44, 2023).
+      Q takes at most half of the products, and grows only while that is expected to narrow the interval (as in
+      Persson, Cortinovis and Kressner, SIAM J. Matrix Anal. 43, 2022). So little is lost where no range dominates.
     * "xtrace": half of the products give a basis for the range, the others its trace. Each random vector in turn is
       left out of the basis and used to estimate the rest (Epperly, Tropp and Webber, SIAM J. Matrix Anal. 45, 2024).
 
@@ -64,13 +63,13 @@ def trace(
     Args:
         op: A, a symmetric operator (n, n).
         method: "hutchinson", "hutch++" or "xtrace".
-        probes: How many products to spend. With n or more the trace is the exact sum of the diagonal, from n products.
+        probes: How many products to take. With n or more the trace is the exact sum of the diagonal, from n products.
         seed: Seed of the random vectors.
         progress: Called as progress(products done, products in total).
 
     Returns:
-        The `Estimate`, with the products spent. It is unresolved where the interval holds zero or is longer than half
-        of the value.
+        The `Estimate`, with the number of products taken. It is unresolved where the interval holds zero or is longer
+        than half of the value.
 
     Raises:
         InputError: If the method is unknown, or `probes` is too small for it.
@@ -126,12 +125,12 @@ def _quadratic_forms(
     for first in range(0, count, block_size):
         vectors = torch.stack([draw(index) for index in range(first, min(first + block_size, count))])
         if basis is not None:
-            project_out_(vectors, basis)  # once is enough: hardly any of a random vector lies in a small basis
+            project_out_(vectors, basis)  # one pass is enough, because little of a random vector lies in a small basis
             vectors /= row_dots(vectors, vectors).sqrt()[:, None].to(vectors.dtype)
-        images = op.multiply_rows_checked(vectors)
-        forms += row_dots(vectors, images).tolist()
-        inside = 0.0 if basis is None else (images @ basis.T).double().square().sum(dim=1)
-        squares += (row_dots(images, images) - inside).tolist()
+        products = op.multiply_rows_checked(vectors)
+        forms += row_dots(vectors, products).tolist()
+        inside = 0.0 if basis is None else (products @ basis.T).double().square().sum(dim=1)
+        squares += (row_dots(products, products) - inside).tolist()
     return forms, squares
 
 
@@ -143,10 +142,10 @@ def _block_size(op: LinearOperator, basis: torch.Tensor | None = None) -> int:
 def _multiply(op: LinearOperator, vectors: torch.Tensor) -> torch.Tensor:
     """A applied to each row (k, n), in blocks that fit in memory."""
     block_size = _block_size(op)
-    images = torch.empty_like(vectors)
+    products = torch.empty_like(vectors)
     for first in range(0, len(vectors), block_size):
-        images[first : first + block_size] = op.multiply_rows_checked(vectors[first : first + block_size])
-    return images
+        products[first : first + block_size] = op.multiply_rows_checked(vectors[first : first + block_size])
+    return products
 
 
 def _sphere_interval(forms: list[float], squares: list[float], n: int) -> Estimate:
@@ -195,23 +194,23 @@ def _dominant_range(op: LinearOperator, probes: int, seed: int) -> tuple[torch.T
     captured_trace = captured_energy = energy = norm = 0.0
     filled = 0
     while True:
-        images = _multiply(op, block)
+        products = _multiply(op, block)
         basis[filled : filled + block_size] = block
-        squares = row_dots(images, images)
-        inside = images @ basis[: filled + block_size].T
+        squares = row_dots(products, products)
+        inside = products @ basis[: filled + block_size].T
         coupling = inside[:, :filled]  # to earlier blocks, which appears on both sides of the diagonal of Q A Q^T
         gain = float(2 * squares.sum() - inside.double().square().sum() - coupling.double().square().sum())
-        captured_trace += float(row_dots(block, images).sum())
+        captured_trace += float(row_dots(block, products).sum())
         captured_energy += gain
         norm = max(norm, float(squares.max().sqrt()))
-        if filled == 0:  # the first block is random, so its images estimate ||A||_F^2
+        if filled == 0:  # the first block is random, so its products estimate ||A||_F^2
             energy = op.shape[0] * float(squares.sum()) / block_size
         filled += block_size
         worthwhile = ENERGY_DECAY * gain * (probes - filled) > block_size * max(energy - captured_energy, 0.0)
         if filled + block_size > max_size or not (worthwhile or filled == block_size):
             return basis[:filled], captured_trace
-        images.addmm_(inside, basis[:filled], alpha=-1)
-        lower, block = orthonormal_rows(project_out_(images, basis[:filled]))
+        products.addmm_(inside, basis[:filled], alpha=-1)
+        lower, block = orthonormal_rows(project_out_(products, basis[:filled]))
         rounding = NEGLIGIBLE * torch.finfo(op.dtype).eps * norm
         block = _complete_block(op, block[torch.diagonal(lower).abs() > rounding], basis[:filled], block_size, seed)
 
@@ -239,8 +238,8 @@ def _xtrace(op: LinearOperator, probes: int, seed: int) -> Estimate:
     n, count = op.shape[0], probes // 2
     tests = _test_vectors(op, range(count), seed)
     lower, basis = orthonormal_rows(_multiply(op, tests))
-    images = _multiply(op, basis)
-    small = (lower.T, inner_products(basis, images), inner_products(basis, tests), inner_products(images, tests))
+    products = _multiply(op, basis)
+    small = (lower.T, inner_products(basis, products), inner_products(basis, tests), inner_products(products, tests))
     r, h, w, t = (matrix.cpu().numpy() for matrix in small)
     h = (h + h.T) / 2
     diagonal = np.abs(np.diag(r))

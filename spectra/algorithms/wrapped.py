@@ -1,4 +1,4 @@
-"""Operators that multiply as another one does, and count the products, or keep the vectors in host memory."""
+"""Wrappers of an operator: one reports its products, the other keeps the vectors in host memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spectra.operators.base import LinearOperator
 
 
 class _Wrapped(LinearOperator):
-    """The same matrix as that of `inner`, which counts the products too."""
+    """The same matrix as that of `inner`. Products count in both operators."""
 
     def __init__(self, inner: LinearOperator):
         self.inner = inner
@@ -22,20 +22,20 @@ class _Wrapped(LinearOperator):
         self.inner.raise_non_finite(vectors.to(self.inner.device))
 
     def precision_error(self) -> float:
-        """That of the inner operator."""
+        """The precision error of the inner operator."""
         return self.inner.precision_error()
 
     def rounding(self) -> float:
-        """That of the inner operator."""
+        """The rounding error of the inner operator."""
         return self.inner.rounding()
 
 
 class CountingOperator(_Wrapped):
-    """Reports every product of an operator.
+    """Reports every product of an operator to a `Progress`.
 
     Args:
         inner: The operator.
-        progress: What the products are counted in.
+        progress: Counts the products.
     """
 
     def __init__(self, inner: LinearOperator, progress: Progress):
@@ -43,9 +43,9 @@ class CountingOperator(_Wrapped):
         self.progress = progress
 
     def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
-        images = self.inner.multiply_rows(vectors)
+        products = self.inner.multiply_rows(vectors)
         self.progress.add(len(vectors))
-        return images
+        return products
 
 
 class HostOperator(_Wrapped):

@@ -1,1 +1,1 @@
-"""What every other sub-package stands on: vectors, true float32, free memory, ranks, errors."""
+"""What every other sub-package uses: vectors, random numbers, true float32, free memory, ranks, errors."""

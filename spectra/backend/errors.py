@@ -15,7 +15,7 @@ class NonFiniteError(InputError):
 def first_line(error: BaseException) -> str:
     r"""The first line of an error's message without its closing punctuation, or the name of its class if it has none.
 
-    Other libraries raise errors with many lines; a message of ours quotes the first.
+    Errors of other libraries may have many lines. Messages of `spectra` quote the first one.
 
     Args:
         error: Any exception.

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from spectra.backend.errors import InputError
 
-# By package, the extra of pyproject.toml that installs it.
+# Which extra of pyproject.toml installs a package.
 EXTRA_OF = {
     "matplotlib": "plots",
     "jinja2": "plots",
@@ -22,7 +22,7 @@ class MissingExtraError(InputError, ImportError):
 
 
 def missing(package: str) -> MissingExtraError:
-    """Return the error for an optional package that is not there.
+    """Return the error for an optional package that is not installed.
 
     Args:
         package: A key of `EXTRA_OF`.
@@ -44,7 +44,7 @@ def need(*packages: str) -> None:
         *packages: Keys of `EXTRA_OF`, such as "matplotlib".
 
     Raises:
-        MissingExtraError: If one of them is not there.
+        MissingExtraError: If one of them is not installed.
     """
     for package in packages:
         if find_spec(package) is None:

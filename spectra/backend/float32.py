@@ -29,8 +29,8 @@ def float32_products(device: torch.device, *, tf32: bool = False, convolutions: 
 
     A caller's autocast, which would run matrix products in bfloat16, is off inside.
 
-    A training script often allows TF32, which rounds operands to 10 bits of fraction, for the whole program. Linear
-    combinations of basis vectors computed so are orthonormal to three digits only.
+    A training script often allows TF32 for the whole program. TF32 rounds operands to 10 bits of fraction, so that
+    linear combinations of basis vectors would be orthonormal to three digits only.
 
     torch holds these settings twice, in an older and in a newer interface, and refuses to read the older one where the
     two disagree. Both are set here, or the newer one alone where the caller has made them disagree.
@@ -38,8 +38,8 @@ def float32_products(device: torch.device, *, tf32: bool = False, convolutions: 
     Args:
         device: Where the products run.
         tf32: Whether to multiply in TF32 instead of float32.
-        convolutions: Whether convolutions and recurrent layers follow too; torch lets them use TF32 on a GPU by
-            default.
+        convolutions: Whether to fix the precision of convolutions and recurrent layers too; torch lets them use TF32
+            on a GPU by default.
     """
     backends: Any = torch.backends  # torch's stubs do not declare all of its attributes
     places = [backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul]
@@ -71,6 +71,7 @@ def float32_products(device: torch.device, *, tf32: bool = False, convolutions: 
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context without the caller's autocast."""
     if not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

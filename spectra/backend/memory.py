@@ -18,7 +18,7 @@ _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 def available(device: torch.device) -> int:
     """Bytes that can still be allocated on a device.
 
-    On a CPU the smaller of what the machine has left and what the process's control group has left.
+    On a CPU this is what the machine has left, or what the process's control group has left if that is less.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -79,5 +79,5 @@ class AllocationMeter(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    """The tensors anywhere in nested arguments or results."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    """The dense tensors anywhere in nested arguments or results; others have no storage to ask for."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided]

@@ -1,4 +1,4 @@
-"""One measurement on several processes (ranks) of torch.distributed.
+"""One measurement shared by several processes (ranks) of torch.distributed.
 
 With spread="probes" each rank takes a part of the probe vectors, and the ranks exchange results once, at the end. With
 spread="batches" each rank takes a part of the batches, and every Hessian-vector product ends in one all-reduce. Start
@@ -7,6 +7,7 @@ with `torchrun --nproc-per-node N`. Every rank makes the same calls on the same 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -48,6 +49,7 @@ def start(*, device: str | None = None, minutes: float = 30.0) -> torch.device:
     if not distributed.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
+        atexit.register(stop)  # gloo aborts (exit code 134) where its threads outlive the interpreter
     return chosen
 
 

@@ -1,8 +1,8 @@
-"""Linear algebra on long vectors: dot products that keep their digits, and orthonormal rows.
+"""Linear algebra on long vectors: accurate dot products, and orthonormal rows.
 
 A float32 sum over ten million entries can lose half of its digits: on a CPU a norm has been seen to be off by 4e-4,
-which hides every eigenvalue below that. Dot products and norms are therefore accumulated in float64, whatever the dtype
-of the vectors.
+which hides every eigenvalue below that size. Dot products and norms are therefore accumulated in float64, whatever the
+dtype of the vectors.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-CHUNK_SIZES = {"cpu": 1 << 16, "cuda": 1 << 22}  # entries processed at once: they fit a CPU's cache, or fill a GPU
-DOT_CHUNK_SIZES = {"cpu": 1 << 17, "cuda": 1 << 26}  # length up to which a float32 dot product keeps its digits
+CHUNK_SIZES = {"cpu": 1 << 16, "cuda": 1 << 22}  # entries processed at once, which fit into a CPU's cache or fill a GPU
+DOT_CHUNK_SIZES = {"cpu": 1 << 17, "cuda": 1 << 26}  # length up to which a float32 dot product is accurate
 CHOLESKY_LIMIT = 1e-6  # smallest ratio of a Cholesky factor's diagonal entries at which Cholesky QR is accurate
 SECOND_PASS_BELOW = 0.1  # ratio of norms after and before a Gram-Schmidt pass below which a second pass is made
 
@@ -32,8 +32,9 @@ def norm(v: torch.Tensor) -> float:
 def row_dots(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Dot products of corresponding rows, u_i . v_i.
 
-    Each row is split into chunks. The device's own dot product sums a chunk in the dtype of the vectors, and the chunks
-    are summed in float64: one pass over memory, with an error of a few units of float32's last digit.
+    Each row is split into chunks. The device's own dot product sums a chunk in the dtype of the vectors, and the sums
+    of the chunks are added in float64. This takes one pass over memory, and the error is a few units of float32's last
+    digit.
 
     Args:
         u: (k, n).
@@ -95,8 +96,8 @@ def basis_coefficients(basis: torch.Tensor, vector: torch.Tensor) -> torch.Tenso
     """Q v, the dot products of a vector with each row of a basis, accumulated in float64 on a CPU.
 
     Args:
-        basis: Q, (m, n).
-        vector: v, (n,).
+        basis: The rows of Q, (m, n).
+        vector: The vector v, (n,).
 
     Returns:
         (m,) in float64.
@@ -136,8 +137,8 @@ def orthogonalize_(vector: torch.Tensor, *bases: torch.Tensor) -> tuple[list[np.
     would spoil the orthogonality of the result (Daniel, Gragg, Kaufman and Stewart, Math. Comp. 30, 1976).
 
     Args:
-        vector: v, (n,), overwritten.
-        *bases: each (m, n); all rows together are orthonormal.
+        vector: The vector v, (n,), overwritten.
+        *bases: Bases (m, n), whose rows are orthonormal all together; Q has the rows of all of them.
 
     Returns:
         The coefficients Q v, an array (m,) in float64 for each basis, and the norm of the vector that is left.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from spectra.backend.errors import InputError
 from spectra.backend.extras import EXTRA_OF, missing
@@ -14,6 +16,14 @@ from spectra.backend.extras import EXTRA_OF, missing
 INTERRUPTED = 130  # as shells count it: 128 and the number of the signal
 
 Main = Callable[[Sequence[str] | None], int | None]
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, with its errors in one line as all others are; the parsers of its commands are of this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2 and one line."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
 def run_command(main: Main, *, name: str | None = None) -> Callable[..., int]:

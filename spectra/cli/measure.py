@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +18,15 @@ from spectra.cli.command_line import on_terminal
 from spectra.cli.tables import aligned, quantity_name
 from spectra.operators.hessian.parameters import ParameterSpace
 from spectra.operators.hessian.precision import COPIES, LOWER, PRECISIONS
-from spectra.runs.folder import CONFIG, RECORDS, check_free
+from spectra.runs.folder import CONFIG, LANCZOS, RECORDS, Run, check_free, is_recorded, refuse_differences
+from spectra.runs.jsonlines import plain
 from spectra.runs.probe import SpectrumProbe
+from spectra.runs.provenance import fingerprint_of_weights
 from spectra.runs.record import SpectrumRecord
 from spectra.runs.settings import DEFLATED, MeasurementSettings
 
 DEFAULTS = MeasurementSettings()
+NOT_SETTINGS = ("command", "model", "json")  # options that config.json does not repeat
 USAGE = "spectra measure MODEL --text FILE... --out DIR [options]"  # argparse's own would name the model last
 
 
@@ -66,17 +69,21 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure, write the run folder, and print the record as a table."""
+    known = is_recorded(options.out)
     try:
         record = _measure(options)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted before the spectrum was complete; nothing is kept") from None
+        kept = f"the spectrum is kept in {options.out}" if is_recorded(options.out) else ""
+        lost = "interrupted before the spectrum was complete; nothing is kept"
+        raise KeyboardInterrupt(f"interrupted: {kept}" if kept else lost) from None
     if options.json:
         print(json.dumps({"out": options.out, **record.to_dict()}, indent=2))
         return
     for line in _record_lines(record):
         print(line)
     folder = shlex.quote(options.out)
-    print(f"written to {options.out}; next: spectra plot {folder}, or spectra report {folder}")
+    done = "measured before, in" if known else "written to"
+    print(f"{done} {options.out}; next: spectra plot {folder}, or spectra report {folder}")
 
 
 def _measure(options: argparse.Namespace) -> SpectrumRecord:
@@ -91,10 +98,12 @@ def _measure(options: argparse.Namespace) -> SpectrumRecord:
         deflate=options.deflate,
         precision=options.dtype if options.dtype in LOWER else None,
     )
+    config = {key: value for key, value in vars(options).items() if key not in NOT_SETTINGS}
+    config["checkpoint"] = options.model
+    _check_same(options.out, config)
     model, batches = _load(options)
     ParameterSpace(model, options.params)  # refuses a glob that matches nothing before a folder is made
-    config = {key: value for key, value in vars(options).items() if key not in ("command", "model", "json")}
-    config |= {"checkpoint": options.model, "length": batches[0]["input_ids"].shape[1]}
+    config["length"] = batches[0]["input_ids"].shape[1]
     with quiet_transformers(), _progress_bar() as progress:
         probe = SpectrumProbe(
             model,
@@ -109,9 +118,21 @@ def _measure(options: argparse.Namespace) -> SpectrumRecord:
         return _measure_once(probe)
 
 
+def _check_same(out: str, config: Mapping[str, Any]) -> None:
+    """Raise an InputError where a folder holds anything but a spectrum that was measured with these options.
+
+    Options that are None, such as the length, follow from the model; the probe compares them, with the batches.
+    """
+    if not is_recorded(out) or "checkpoint" not in Run(out).config:
+        check_free(out)
+        return
+    run = Run(out)
+    given = {name: value for name, value in config.items() if value is not None or name == "params"}
+    refuse_differences(run, plain(given), {name for name in run.config if name not in given})
+
+
 def _check(options: argparse.Namespace) -> None:
     """Raise an InputError for options that cannot be used, whatever the model."""
-    check_free(options.out)
     for name, least in (("sequences", 1), ("batch_size", 1), ("length", 2)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -136,16 +157,19 @@ def _load(options: argparse.Namespace) -> tuple[nn.Module, list[dict[str, torch.
 
 
 def _measure_once(probe: SpectrumProbe) -> SpectrumRecord:
-    """Measure; if that fails, leave the folder free for another try."""
+    """Measure, or take the record that the folder holds; if that fails, leave the folder free for another try."""
     try:
+        weights = {record.weights for record in probe.records}
+        if weights - {"", fingerprint_of_weights(probe.model)}:
+            raise InputError("out= holds the spectrum of a checkpoint with other weights: choose another out=")
         return probe.measure(0)[0]
     finally:
         run = probe.run
         if run is not None:
             run.close()
         if run is not None and not run.records:
-            for name in (CONFIG, RECORDS):
-                (run.folder / name).unlink(missing_ok=True)
+            for path in (*(run.folder / name for name in (CONFIG, RECORDS)), *(run.folder / LANCZOS).glob("*-step-*")):
+                path.unlink(missing_ok=True)
 
 
 def _record_lines(record: SpectrumRecord) -> list[str]:

@@ -7,11 +7,15 @@ section 2.5; Golub and Meurant, Matrices, Moments and Quadrature, 2010, chapter 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from spectra.estimates.quadrature import gauss_rule
+from spectra.estimates.quadrature import GaussRule, gauss_rule
+
+BREAKDOWN_TOLERANCE = 1e-12  # relative distance within which eigenvalues count as at a node after a breakdown
+RULES = 8  # Gauss-Radau rules that share the gaps between Ritz values
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,105 @@ def bracket(alphas: np.ndarray, betas: np.ndarray, threshold: float) -> Bracket:
         >>> bracket(np.array([1.0]), np.array([0.0]), threshold=2.0)
         Bracket(below=1.0, at=0.0)
     """
-    scale = float(np.abs(alphas).max() + 2 * np.abs(betas).max()) or 1.0
+    scale = _largest_entry(alphas, betas)
     if betas[-1] <= 0:
-        return _exact_bracket(alphas, betas, threshold, tolerance=1e-12 * scale)
-    bordered = np.append(alphas, _radau_entry(alphas, betas, threshold, smallest_pivot=np.finfo(float).eps * scale))
-    rule = gauss_rule(bordered, betas)
-    node = int(np.argmin(np.abs(rule.nodes - threshold)))
+        return _exact_bracket(alphas, betas, threshold, tolerance=BREAKDOWN_TOLERANCE * scale)
+    rule, node = _radau_rule(alphas, betas, threshold)
     return Bracket(float(rule.weights[:node].sum()), float(rule.weights[node]))
+
+
+def mass_bounds(
+    alphas: np.ndarray,
+    betas: np.ndarray,
+    thresholds: np.ndarray,
+    *,
+    exactly_at: Sequence[float] = (),
+    rules: int = RULES,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bound the mass of a spectral measure below many thresholds, with few quadrature rules.
+
+    The bounds are hardly wider than those of `bracket`, which needs a rule for each threshold:
+
+    * A Gauss-Radau rule is extremal at each of its nodes, so it has m + 1 brackets. Monotonicity carries them on.
+    * The bracket at t holds the mass that any of the rules has below t, and its width is the Christoffel function
+      1 / sum_{j<=m} p_j(t)^2, which costs O(m). So it reaches no farther than this width below the largest of these
+      masses, and above the smallest (Akhiezer, 1965, section 2.5).
+
+    The rules are the Gauss rule and those of T bordered by betas[-1] and the diagonal entries
+    alphas[-1] + betas[-1] tan(phi), phi evenly spaced, whose nodes share the gaps between the Ritz values.
+
+    Args:
+        alphas: (m,) diagonal of the Jacobi matrix T.
+        betas: (m,) its off-diagonal, and last the norm of the residual.
+        thresholds: (g,) where the mass is cut.
+        exactly_at: Those of the thresholds at which the bounds shall be those of `bracket`, at a rule each.
+        rules: How many rules share the gaps.
+
+    Returns:
+        (g,) lower bounds of the mass strictly below each threshold, and (g,) upper bounds of the mass below and at it.
+
+    Example:
+        >>> low, high = mass_bounds(np.array([1.0]), np.array([0.0]), np.array([0.0, 2.0]))
+        >>> low.tolist(), high.tolist()
+        ([0.0, 1.0], [0.0, 1.0])
+    """
+    if betas[-1] <= 0:
+        tolerance = BREAKDOWN_TOLERANCE * _largest_entry(alphas, betas)
+        found = [_exact_bracket(alphas, betas, float(t), tolerance=tolerance) for t in thresholds]
+        return np.array([one.below for one in found]), np.array([one.below + one.at for one in found])
+    widths = _bracket_widths(alphas, betas, thresholds)
+    low, high = np.zeros(len(thresholds)), np.ones(len(thresholds))
+    for nodes, weights in _rules(alphas, betas, rules, exactly_at):
+        mass = np.append(0.0, np.cumsum(weights))
+        before, up_to = (np.searchsorted(nodes, thresholds, side=side) for side in ("left", "right"))
+        low = np.maximum(
+            low, mass[np.maximum(up_to - 1, 0)]
+        )  # the bracket of the next node at or left of the threshold
+        high = np.minimum(high, mass[np.minimum(before + 1, len(nodes))])
+        low, high = np.maximum(low, mass[up_to] - widths), np.minimum(high, mass[before] + widths)
+    return low, high
+
+
+def _rules(
+    alphas: np.ndarray, betas: np.ndarray, count: int, thresholds: Sequence[float]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Nodes and weights of rules with the moments of T: `count` that share the gaps, and one for each threshold."""
+    rule = gauss_rule(alphas, betas)
+    yield rule.nodes, rule.weights
+    for phase in np.pi * (np.arange(1, count) / count - 0.5):
+        rule = gauss_rule(np.append(alphas, alphas[-1] + betas[-1] * np.tan(phase)), betas)
+        yield rule.nodes, rule.weights
+    for threshold in thresholds:
+        rule, node = _radau_rule(alphas, betas, threshold)
+        yield np.where(np.arange(len(rule.nodes)) == node, threshold, rule.nodes), rule.weights
+
+
+def _bracket_widths(alphas: np.ndarray, betas: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """The widths of the brackets at the thresholds, 1 / sum_{j<=m} p_j(t)^2 by the three-term recurrence.
+
+    Rounding acts on them as a move of the threshold by some eps |T| does.
+    """
+    previous, current = np.zeros(len(thresholds)), np.ones(len(thresholds))
+    total = current.copy()
+    with np.errstate(over="ignore", invalid="ignore"):  # far outside the spectrum the polynomials overflow: width 0
+        for step, (alpha, beta) in enumerate(zip(alphas, betas, strict=True)):
+            coupling = betas[step - 1] * previous if step else 0.0
+            previous, current = current, ((thresholds - alpha) * current - coupling) / beta
+            total += current**2
+    return 1 / np.where(np.isfinite(total), total, np.inf)
+
+
+def _largest_entry(alphas: np.ndarray, betas: np.ndarray) -> float:
+    """A bound on the norm of T that costs nothing; 1 for T = 0."""
+    return float(np.abs(alphas).max() + 2 * np.abs(betas).max()) or 1.0
+
+
+def _radau_rule(alphas: np.ndarray, betas: np.ndarray, threshold: float) -> tuple[GaussRule, int]:
+    """The Gauss-Radau rule with a node at the threshold, and which of its nodes that is."""
+    smallest_pivot = np.finfo(float).eps * _largest_entry(alphas, betas)
+    bordered = np.append(alphas, _radau_entry(alphas, betas, threshold, smallest_pivot=smallest_pivot))
+    rule = gauss_rule(bordered, betas)
+    return rule, int(np.argmin(np.abs(rule.nodes - threshold)))
 
 
 def _exact_bracket(alphas: np.ndarray, betas: np.ndarray, threshold: float, *, tolerance: float) -> Bracket:

@@ -181,7 +181,7 @@ def _difference(key: str, before: Estimate, after: Estimate, limits: Limits) -> 
     end_unresolved = quantity.kind is Kind.END and bool(reasons)
     if not (too_wide or end_unresolved or not math.isfinite(difference.half_width)):
         return difference
-    reason = reasons[0] if reasons else f"the change is known to +-{difference.half_width:.2g} only: use more probes"
+    reason = reasons[0] if reasons else f"the change is known to +-{difference.half_width:.2g}: use more probe vectors"
     return replace(difference, resolved=False, reason=reason)
 
 

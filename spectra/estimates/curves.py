@@ -22,10 +22,10 @@ def kernel_widths(nodes: np.ndarray) -> np.ndarray:
 
 
 def smoothed_density(nodes: np.ndarray, weights: np.ndarray, widths: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Spread each node by a Gaussian kernel and average over rules and over the cell of each grid point.
+    """Smooth each node by a Gaussian kernel, and average over rules and over the cell of each grid point.
 
-    Each cell holds the mass that falls into it, so the trapezoid rule over a grid that holds the spectrum gives 1 for
-    any grid spacing.
+    The cell of a grid point reaches halfway to its neighbours. The density times the cell is the mass in the cell. So
+    the trapezoid rule over a grid that covers the spectrum gives 1 for any grid spacing.
 
     Args:
         nodes: (probes, m) nodes of each rule.
@@ -42,8 +42,8 @@ def smoothed_density(nodes: np.ndarray, weights: np.ndarray, widths: np.ndarray,
     mass = np.zeros(len(grid))
     for row_nodes, row_weights, row_widths in zip(nodes, weights, widths, strict=True):
         used = row_weights > 0
-        steps = np.diff(ndtr((edges[:, None] - row_nodes[used]) / row_widths[used]), axis=0)
-        mass += steps @ row_weights[used]
+        in_cells = np.diff(ndtr((edges[:, None] - row_nodes[used]) / row_widths[used]), axis=0)
+        mass += in_cells @ row_weights[used]
     return mass / len(nodes) / np.diff(edges)
 
 
@@ -73,7 +73,7 @@ def cumulative_share(nodes: np.ndarray, weights: np.ndarray, grid: np.ndarray) -
 
 
 def _merge_equal_nodes(nodes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Merge nodes that differ by rounding only, such as ghost copies of a converged outlier."""
+    """Merge nodes that differ by rounding error only, such as ghost copies of a converged outlier."""
     tolerance = 1e-12 * max(float(np.abs(nodes).max()), 1e-300)
     starts = np.concatenate([[True], np.diff(nodes) > tolerance])
     return nodes[starts], np.bincount(np.cumsum(starts) - 1, weights=weights)

@@ -1,8 +1,9 @@
-"""The spectral density that stochastic Lanczos quadrature estimates, and every number read from it."""
+"""The spectral density that stochastic Lanczos quadrature estimates, and the quantities that follow from it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,20 +11,30 @@ import numpy as np
 
 from spectra.backend.errors import InputError
 from spectra.estimates import curves, ends, moments
-from spectra.estimates.estimate import Estimate, judged_by_size, scaled, square_root, unresolved
+from spectra.estimates.band import CumulativeBand, cumulative_band
+from spectra.estimates.estimate import (
+    CONFIDENCE,
+    RESOLVED_HALF_WIDTH,
+    Estimate,
+    judged_by_size,
+    scaled,
+    square_root,
+    unresolved,
+)
 from spectra.estimates.measure import JacobiMatrices, KnownEigenvalues, SpectralMeasure, no_numbers
 from spectra.estimates.origin import Origin
 from spectra.estimates.quadrature import GaussRule
 from spectra.estimates.shares import share_inside
+from spectra.estimates.signs import DecidedSigns, decided_signs, with_decided_signs
 
 SEED_BITS = 0xFFFFFFFFFFFFFFFF  # probe vectors depend on the lowest 64 bits of a seed
 
 
 @dataclass(frozen=True, init=False, eq=False)
 class SpectralDensity:
-    """The density of the eigenvalues of a symmetric operator A, as several probe vectors saw it.
+    """The density of the eigenvalues of a symmetric operator A, estimated from several probe vectors.
 
-    Each probe vector gives a quadrature rule with nodes theta_i and weights w_i. With the known eigenvalues put back at
+    Each probe vector gives a quadrature rule with nodes theta_i and weights w_i. With the known eigenvalues added at
     their exact weights, the mean over probe vectors of sum_i w_i theta_i^k estimates tr(A^k) / n. Every `Estimate` has
     a 95 % interval.
 
@@ -33,11 +44,11 @@ class SpectralDensity:
             `spectra.Tridiagonal`).
         betas: (probes, steps) their off-diagonals, with the last residual norm.
         lengths: (probes,) how many entries of each row are used.
-        atoms: (a,) eigenvalues known one by one, in ascending order and outside what the probe vectors saw: deflated
-            outliers, and the zeros of directions that the operator never touches.
+        atoms: (a,) eigenvalues known one by one, in ascending order, which the probe vectors did not sample: deflated
+            outliers, and the zeros of coordinates that the operator maps to zero.
         counts: (a,) multiplicity of each.
         atom_residuals: (a,) bounds on their errors.
-        rounding_error: How far rounding may have moved an eigenvalue, in the units of the eigenvalues.
+        rounding_error: How far rounding error may have moved an eigenvalue, in the units of the eigenvalues.
         exact: Whether nothing was sampled, so that every eigenvalue is in `atoms`.
         seed: Seed of the probe vectors, None where it is unknown. Two densities from one seed can be compared in pairs
             (`spectra.compare`).
@@ -46,9 +57,9 @@ class SpectralDensity:
 
     Attributes:
         measure: The Jacobi matrices and the known eigenvalues as one value.
-        exact: As above.
-        seed: As above.
-        origin: As above.
+        exact: Whether nothing was sampled.
+        seed: Seed of the probe vectors, or None.
+        origin: The parameters and batches that were measured.
 
     Example:
         >>> density = SpectralDensity.from_eigenvalues(np.array([-1.0, 1.0, 3.0, 5.0]))
@@ -91,7 +102,7 @@ class SpectralDensity:
 
         Args:
             eigenvalues: (n,) in any order.
-            probes: How many equal rows `nodes` and `weights` have.
+            probes: How many rows `nodes` and `weights` have, which are all equal.
             steps: How many columns they have at least.
             rounding_error: Bound on the error of each eigenvalue, except those that are exactly 0.
 
@@ -108,6 +119,7 @@ class SpectralDensity:
         return self._changed(self.measure.known, origin)
 
     def _changed(self, known: KnownEigenvalues, origin: Origin) -> SpectralDensity:
+        """The same Jacobi matrices with other known eigenvalues and another origin."""
         return SpectralDensity(
             self.measure.sampled_dimension + known.total,
             self.alphas,
@@ -161,7 +173,7 @@ class SpectralDensity:
 
     @property
     def rounding_error(self) -> float:
-        """How far rounding may have moved an eigenvalue."""
+        """How far rounding error may have moved an eigenvalue."""
         return self.measure.rounding_error
 
     # -- the density as a curve
@@ -181,6 +193,7 @@ class SpectralDensity:
 
     @cached_property
     def _nodes_and_weights(self) -> tuple[np.ndarray, np.ndarray]:
+        """`nodes` and `weights`."""
         probes, steps = self.alphas.shape
         columns = max(steps, int(self.lengths.max(initial=0)) + len(self.atoms))
         nodes, weights = np.zeros((probes, columns)), np.zeros((probes, columns))
@@ -216,19 +229,19 @@ class SpectralDensity:
         return curves.kernel_widths(self.nodes)
 
     def grid(self, points: int = 1024) -> np.ndarray:
-        """Return an even grid (points,) that holds the whole smoothed density."""
+        """Return an evenly spaced grid (points,) that covers the whole smoothed density."""
         margin = 4 * self.bandwidths()
         return np.linspace((self.nodes - margin).min(), (self.nodes + margin).max(), points)
 
     def density(self, grid: np.ndarray, bandwidth: float | None = None) -> np.ndarray:
         """Return the density smoothed by a Gaussian kernel, at each grid point the mean over its cell.
 
-        The trapezoid rule over a grid that holds the spectrum gives 1.
+        The trapezoid rule over a grid that covers the spectrum gives 1.
 
         Args:
             grid: (g,) increasing points, at least two.
-            bandwidth: Standard deviation of the kernel. By default that of each node is the local node spacing, which
-                is what the recurrence resolves.
+            bandwidth: Standard deviation of the kernel. By default that of each node is the local node spacing, the
+                resolution of the recurrence.
 
         Returns:
             (g,) the density, in units of 1 / eigenvalue.
@@ -247,8 +260,11 @@ class SpectralDensity:
     # -- shares of the eigenvalues
 
     def negative_share(self) -> Estimate:
-        """Estimate the share of eigenvalues below zero, #{lambda < 0} / n."""
-        return self._share(-math.inf, 0.0)
+        """Estimate the share of eigenvalues below zero, #{lambda < 0} / n.
+
+        Where it is unresolved, the reason also says how far from zero the signs are known; see `decided_signs`.
+        """
+        return self._verified(with_decided_signs(share_inside(self.measure, -math.inf, 0.0), self.measure))
 
     def near_zero_share(self, tol: float, *, relative: bool = False) -> Estimate:
         """Estimate the share of eigenvalues with |lambda| < tol.
@@ -285,11 +301,52 @@ class SpectralDensity:
             raise InputError(f"an interval with low < high is expected, got [{low}, {high}]")
         return self._share(low, high)
 
+    def decided_signs(self, half_width: float = RESOLVED_HALF_WIDTH) -> DecidedSigns:
+        """Find the least t for which the shares of eigenvalues below -t and above t are each known to a half-width.
+
+        Lanczos steps place the mass near zero last, so this is what can be said where the negative share is unresolved.
+
+        Args:
+            half_width: Of the 95 % interval of each of the two shares.
+
+        Returns:
+            t with two digits, and both shares.
+
+        Raises:
+            InputError: For a half-width that is not positive.
+        """
+        if not half_width > 0:
+            raise InputError(f"the half-width must be positive, got {half_width}")
+        found = decided_signs(self.measure, half_width)
+        return DecidedSigns(found.beyond, self._verified(found.below), self._verified(found.above))
+
+    def band(self, level: float = CONFIDENCE, *, known: Mapping[float, Estimate] | None = None) -> CumulativeBand:
+        """Bound the share of eigenvalues below t, #{lambda < t} / n, for all t at once.
+
+        The brackets of the quadrature rules hold at all thresholds at once. What chance adds is bounded at all
+        thresholds at once too, by the law of Kolmogorov and Smirnov with (n + 2) / 2 points a probe vector: the squared
+        coordinates of a uniform unit vector have a Dirichlet law, whose partial sums are a Brownian bridge as the
+        errors of an empirical distribution are (see `spectra.estimates.band.simultaneous_error`).
+
+        Args:
+            level: The probability with which the whole curve shall lie inside.
+            known: Intervals of the share below some thresholds that are known from elsewhere, by threshold, such as
+                {0.0: spectra.resolve(op)}. Monotonicity carries them to other thresholds. Each takes .05, by which it
+                may fail, from the level of the band; one of width 0 is certain and takes nothing.
+
+        Returns:
+            The band: `thresholds`, `low`, `high` and `level`, and `at` for any other thresholds.
+
+        Raises:
+            InputError: For a level outside (0, 1), a threshold that is not finite, or an interval that misses the band.
+        """
+        return replace(cumulative_band(self.measure, level=level, known=known), reason=self.origin.unverified)
+
     def zero_share(self) -> float:
         """Return the share of eigenvalues known to be exactly zero.
 
-        They belong to directions that the operator never touches, such as weights that are not used. They are part of
-        every share whose interval holds zero.
+        They belong to coordinates that the operator maps to zero, such as weights that are not used. They count in
+        every share of an interval that contains zero.
         """
         return float(self.counts[self.atoms == 0].sum()) / self.dimension
 
@@ -304,7 +361,7 @@ class SpectralDensity:
         """
         known = self.measure.known.without_zeros()
         if self.measure.sampled_dimension + known.total == 0:
-            raise InputError("every eigenvalue is known to be zero: nothing else is left to look at")
+            raise InputError("every eigenvalue is known to be zero: there are no others")
         return self._changed(known, replace(self.origin, parameters=""))
 
     # -- sums over the eigenvalues, and the ends of the spectrum
@@ -331,24 +388,27 @@ class SpectralDensity:
         return self._verified(moments.negative_part_share(self.measure, power=1))
 
     def lambda_max(self) -> Estimate:
-        """Estimate the largest eigenvalue: the largest node, with room above for what has not converged."""
+        """Estimate the largest eigenvalue: the largest node; the interval above it covers what has not converged."""
         return self._verified(ends.largest_eigenvalue(self.measure))
 
     def lambda_min(self) -> Estimate:
-        """Estimate the smallest eigenvalue: the smallest node, with room below for what has not converged."""
+        """Estimate the smallest eigenvalue: the smallest node; the interval below it covers what has not converged."""
         return self._verified(ends.smallest_eigenvalue(self.measure))
 
     def _share(self, low: float, high: float) -> Estimate:
+        """The share of eigenvalues with low < lambda < high."""
         return self._verified(share_inside(self.measure, low, high))
 
     def _frobenius(self) -> Estimate:
+        """||A||_F, without the judgement whether it is resolved."""
         return square_root(self._sum(np.square))
 
     def _verified(self, estimate: Estimate) -> Estimate:
-        """The estimate as every method returns it: unresolved where the operator's numbers cannot be relied on."""
+        """The estimate, marked unresolved where the operator's numbers cannot be relied on."""
         return unresolved(estimate, self.origin.unverified)
 
     def _sum(self, function: moments.Function) -> Estimate:
+        """The sum of a function over all eigenvalues."""
         return moments.sum_over_eigenvalues(
             function, self.measure, relative_rounding_error=self.measure.relative_rounding_error
         )

@@ -9,20 +9,20 @@ import numpy as np
 from spectra.estimates.estimate import Estimate, negated
 from spectra.estimates.measure import KnownEigenvalues, SpectralMeasure
 
-ROUNDING_FACTOR = 16  # of one product's rounding error: a recurrence and an eigensolver add theirs
+ROUNDING_FACTOR = 16  # on the rounding error of a product: the recurrence and the eigensolver add theirs
 RESOLVED_END = 0.05  # relative half-width up to which an extreme eigenvalue counts as resolved
 
 
 def largest_eigenvalue(measure: SpectralMeasure) -> Estimate:
     """Estimate the largest eigenvalue.
 
-    A Ritz value never passes the end of the spectrum, so the largest one is a lower bound, less rounding. Above it the
-    interval has room for what has not converged: the residual norm of that Ritz pair, and its distance to the median
-    over probe vectors. A deflated eigenvalue is known to within its residual norm, and the inexact vectors it was
-    deflated with shift the others (`KnownEigenvalues.deflation_shift`).
+    Apart from rounding error, a Ritz value never exceeds the largest eigenvalue, so the largest Ritz value is a lower
+    bound. The interval extends above it by what has not converged: the residual norm of that Ritz pair, or its distance
+    to the median over probe vectors if that is larger. A deflated eigenvalue is known to within its residual norm.
+    Deflation with inexact eigenvectors shifts the other eigenvalues (`KnownEigenvalues.deflation_shift`).
 
     Args:
-        measure: What the probe vectors saw.
+        measure: The Jacobi matrices and the known eigenvalues.
 
     Returns:
         The eigenvalue; unresolved where its half-width is above 5 % of it.
@@ -47,7 +47,7 @@ def smallest_eigenvalue(measure: SpectralMeasure) -> Estimate:
 
 @dataclass(frozen=True)
 class _Ends:
-    """Of each probe vector's rule: the largest node, the smallest one, and the residual norm of the largest."""
+    """The largest node of each probe vector's rule, its smallest node, and the residual norm of the largest."""
 
     largest: np.ndarray
     smallest: np.ndarray
@@ -55,8 +55,9 @@ class _Ends:
 
 
 def _largest(ends: _Ends, known: KnownEigenvalues, rounding_error: float) -> Estimate:
+    """The largest of the nodes and the known eigenvalues, with its interval."""
     rounding = ROUNDING_FACTOR * rounding_error
-    # value, room below and room above of each candidate for the largest eigenvalue
+    # each candidate for the largest eigenvalue: its value, and how far the interval extends below and above
     candidates = [(float(value), float(r), float(r)) for value, r in zip(known.values, known.errors, strict=True)]
     if len(ends.largest):
         best = int(ends.largest.argmax())

@@ -1,4 +1,4 @@
-"""What probe vectors saw of a spectrum: their Jacobi matrices, and the eigenvalues that are known one by one."""
+"""What is measured of a spectrum: the Jacobi matrices of probe vectors, and eigenvalues that are known one by one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class KnownEigenvalues:
         that remains between them and the rest (Parlett, The Symmetric Eigenvalue Problem, 1998, chapter 11).
 
         Args:
-            point: Where the other eigenvalues are looked at, in their units.
+            point: The value near which the other eigenvalues lie, in their units.
 
         Returns:
             The bound, in the same units.
@@ -58,7 +58,7 @@ class KnownEigenvalues:
 
     @property
     def any_deflated(self) -> bool:
-        """Whether eigenvalues other than exact zeros are known, so that more deflation is no new advice."""
+        """Whether eigenvalues other than exact zeros are known, which means that some were deflated."""
         return bool(np.any(self.values != 0))
 
     def without_zeros(self) -> KnownEigenvalues:
@@ -74,7 +74,7 @@ class JacobiMatrices:
     Attributes:
         alphas: (probes, steps) diagonals.
         betas: (probes, steps) off-diagonals; the last used entry of a row is the norm of the last Lanczos residual.
-        lengths: (probes,) how many entries of each row are used; 0 for a probe vector that was not needed.
+        lengths: (probes,) how many entries of each row are used; 0 where no recurrence was run.
     """
 
     alphas: np.ndarray
@@ -96,14 +96,14 @@ class JacobiMatrices:
 class SpectralMeasure:
     """All that was measured of the spectrum of a symmetric operator.
 
-    Probe vectors are uniform on the unit sphere of the space that is orthogonal to the known eigenvectors. Each sees
-    the spectral measure sum_k (u_k . v)^2 delta(lambda - lambda_k) through its Jacobi matrix.
+    Probe vectors are uniform on the unit sphere of the space that is orthogonal to the known eigenvectors. The Jacobi
+    matrix of a probe vector v has the moments of its spectral measure, sum_k (u_k . v)^2 delta(lambda - lambda_k).
 
     Attributes:
         jacobi: The Jacobi matrices of the probe vectors.
         sampled_dimension: Dimension of the space that the probe vectors were drawn from.
         known: The eigenvalues outside that space.
-        rounding_error: Bound on how far arithmetic has moved an eigenvalue, in the units of the eigenvalues.
+        rounding_error: Bound on how far rounding error has moved an eigenvalue, in the units of the eigenvalues.
     """
 
     jacobi: JacobiMatrices
@@ -131,15 +131,15 @@ class SpectralMeasure:
 
     @cached_property
     def radius(self) -> float:
-        """The largest |lambda| that was seen."""
+        """The largest |lambda| among nodes and known eigenvalues."""
         seen = [rule.nodes for rule in self.rules] + [self.known.values]
         return float(np.abs(np.concatenate(seen)).max())
 
     @property
     def relative_rounding_error(self) -> float:
-        """Rounding error of a sum over eigenvalues, relative to the sum of their sizes."""
+        """Rounding error of a sum over eigenvalues, relative to the sum of their absolute values."""
         return max(FLOAT64_ERROR, self.rounding_error / self.radius if self.radius > 0 else 0.0)
 
     def shortened(self, divisor: int) -> SpectralMeasure:
-        """Return what was known after a fraction 1 / divisor of the Lanczos steps."""
+        """Return the measure after a fraction 1 / divisor of the Lanczos steps."""
         return replace(self, jacobi=self.jacobi.shortened(divisor))

@@ -5,10 +5,10 @@ For a probe vector v uniform on the unit sphere of n dimensions, v . f(A) v has 
 of v are Dirichlet(1/2, ..., 1/2). The moments of f on the right are estimated from the same quadrature rules, so one
 probe vector is enough for an interval.
 
-p probe vectors know the variance with p n (mean (f - m)^2)^2 / mean (f - m)^4 degrees of freedom (Satterthwaite,
-Biometrics Bulletin 2, 1946). These are many unless a few eigenvalues make up the sum. Then a sum of terms of one sign
-is skewed, and the skewness widens the interval. A sum of terms of both signs may not be skewed, so its interval uses
-Student's quantile for the degrees of freedom.
+p probe vectors give the variance with p n (mean (f - m)^2)^2 / mean (f - m)^4 degrees of freedom (Satterthwaite,
+Biometrics Bulletin 2, 1946). They are many unless a few eigenvalues dominate the sum. In that case a sum of terms of
+one sign is skewed, and the skewness widens the interval. A sum of terms of both signs may not be skewed, so its
+interval uses Student's quantile for the degrees of freedom.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from spectra.estimates.measure import FLOAT64_ERROR, SpectralMeasure
 
 Function = Callable[[np.ndarray], np.ndarray]  # eigenvalues (m,) -> values (m,)
 BISECTIONS = 50
-FEWEST_DEGREES_OF_FREEDOM = 3.0  # below, Satterthwaite's approximation is worse than what it corrects
+FEWEST_DEGREES_OF_FREEDOM = 3.0  # with fewer, Satterthwaite's approximation does more harm than good
 
 
 def sum_over_eigenvalues(
@@ -43,11 +43,11 @@ def sum_over_eigenvalues(
     """Estimate sum_k f(lambda_k): exact over the known eigenvalues, by quadrature over the others.
 
     Args:
-        function: f, from eigenvalues (m,) to values (m,).
-        measure: What the probe vectors saw.
+        function: The function f, from eigenvalues (m,) to values (m,).
+        measure: The Jacobi matrices and the known eigenvalues.
         relative_rounding_error: Rounding error of the sum, relative to sum_k |f(lambda_k)|.
-        both_signs: Whether f takes both signs. The sum then need not be skewed where few eigenvalues make it up, and
-            the interval uses the degrees of freedom of the variance instead.
+        both_signs: Whether f has both signs. A sum that few eigenvalues dominate may then have no skewness, and the
+            interval uses the degrees of freedom of the variance instead.
 
     Returns:
         The sum with its interval.
@@ -72,13 +72,13 @@ def ratio_of_sums(part: Function, whole: Function, measure: SpectralMeasure) -> 
     """Estimate sum_k part(lambda_k) / sum_k whole(lambda_k), for 0 <= part <= whole.
 
     A ratio r is in the interval if 0 is in the interval of sum_k (part - r whole)(lambda_k) (Fieller, J. R. Stat. Soc.
-    B 16, 1954). Probe vectors that saw too much of a few large eigenvalues make both the ratio and its standard error
-    too small. Fieller's interval computes the standard error for each r, which leaves room on the far side.
+    B 16, 1954). Probe vectors with too much weight on a few large eigenvalues make both the ratio and its standard
+    error too small. Fieller's interval computes the standard error for each r, and so extends further above the ratio.
 
     Args:
-        part: The numerator's function of an eigenvalue.
-        whole: The denominator's.
-        measure: What the probe vectors saw.
+        part: The function of an eigenvalue that the numerator sums.
+        whole: The function that the denominator sums.
+        measure: The Jacobi matrices and the known eigenvalues.
 
     Returns:
         The ratio in [0, 1] with its interval; unresolved where every eigenvalue is zero.
@@ -110,16 +110,16 @@ def ratio_value(part: Function, whole: Function, measure: SpectralMeasure) -> fl
 def negative_part_share(measure: SpectralMeasure, power: int) -> Estimate:
     """Estimate sum over lambda < 0 of |lambda|^power, divided by the sum over all eigenvalues.
 
-    The negative part of |lambda|^power has a kink at zero, which a short recurrence smooths. The interval therefore has
-    a margin for what more Lanczos steps would change, estimated from a quarter, half and all of them.
+    The negative part of |lambda|^power has a kink at zero, where quadrature with few nodes is inexact. The interval
+    therefore has a margin for what more Lanczos steps would change, estimated from a quarter, half and all of them.
 
     Args:
-        measure: What the probe vectors saw.
+        measure: The Jacobi matrices and the known eigenvalues.
         power: 1 for the magnitude, 2 for the energy.
 
     Returns:
-        The share, unresolved where its interval reaches further than .05 to one side: where chance made the share
-        small, its standard error is small too, and only the far side shows it.
+        The share. It is unresolved where its interval extends more than .05 to either side. Both sides count, because a
+        share that is small by chance has a small standard error too.
     """
     part, whole = negative_power(power), absolute_power(power)
     estimate = ratio_of_sums(part, whole, measure)
@@ -130,7 +130,7 @@ def negative_part_share(measure: SpectralMeasure, power: int) -> Estimate:
     if max(estimate.high - estimate.value, estimate.value - estimate.low) <= RESOLVED_HALF_WIDTH:
         return estimate
     remedy = "use more" if measure.known.any_deflated else "use more, or deflate"
-    return unresolved(estimate, f"{len(measure.rules)} probes are too few: {remedy}")
+    return unresolved(estimate, f"{len(measure.rules)} probe vectors are too few: {remedy}")
 
 
 def absolute_power(power: int) -> Function:
@@ -144,15 +144,16 @@ def negative_power(power: int) -> Function:
 
 
 def bisect_to_edge(holds: Callable[[float], bool], inside: float, outside: float) -> float:
-    """Find by bisection where a condition stops to hold.
+    """Find by bisection where a condition ceases to hold.
 
     Args:
         holds: The condition on a number.
         inside: A number for which it holds.
-        outside: The end of the search.
+        outside: The other end of the search.
 
     Returns:
-        `outside` where the condition holds there; else the edge between, rounded toward `outside`.
+        `outside` where the condition holds there too; else the number where it ceases to hold, on the side of
+        `outside`.
     """
     if holds(outside):
         return outside
@@ -166,7 +167,7 @@ def bisect_to_edge(holds: Callable[[float], bool], inside: float, outside: float
 
 
 def _mean_over_probes(function: Function, measure: SpectralMeasure) -> tuple[float, float, float, float]:
-    """Mean over probe vectors of f under their rules: its value, standard error, skewness, and degrees of freedom."""
+    """The mean of f over the probe vectors' rules: its value, standard error, skewness and degrees of freedom."""
     rules, n = measure.rules, measure.sampled_dimension
     values = [function(rule.nodes) for rule in rules]
     mean = float(np.mean([rule.weights @ v for rule, v in zip(rules, values, strict=True)]))
@@ -183,10 +184,10 @@ def _mean_over_probes(function: Function, measure: SpectralMeasure) -> tuple[flo
 
 
 def _distance_to_limit(quarter: float, half: float, whole: float) -> float:
-    """Estimate how far a sequence is from its limit, from its values after a quarter, half and all Lanczos steps.
+    """Estimate how far a value is from its limit, from the values after a quarter, half and all Lanczos steps.
 
-    If changes shrink by a ratio r at each doubling, r / (1 - r) of the last change is left. r is measured, and clipped
-    to [1/8, 1/2]: 1/8 is the ratio for |lambda|^2 at a smooth density.
+    If changes shrink by a ratio r at each doubling of the steps, r / (1 - r) of the last change remains. The ratio is
+    measured, and clipped to [1/8, 1/2]; it is 1/8 for |lambda|^2 at a smooth density.
     """
     last, before = abs(whole - half), abs(half - quarter)
     ratio = min(max(last / before if before > 0 else 0.5, 1 / 8), 1 / 2)

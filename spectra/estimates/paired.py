@@ -1,4 +1,4 @@
-"""Intervals of the difference between two spectra, narrower where the same probe vectors saw both."""
+"""Intervals of the difference between two spectra, which are narrower with the same probe vectors for both."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class MeanOverProbes:
     Attributes:
         estimate: The quantity with its own interval.
         values: (probes,) v . F v of each probe vector, up to a constant.
-        eigenvalues: For each probe vector the eigenvalues (m,) of F that it saw, divided by n and centred: less the
-            mean over probe vectors.
-        counts: For each probe vector how many eigenvalues (m,) each of them stands for.
+        eigenvalues: For each probe vector the eigenvalues (m,) of F at its nodes, less the mean over probe vectors and
+            divided by n.
+        counts: For each probe vector how many eigenvalues (m,) each node stands for.
         dimension: Dimension n of the sampled space.
-        truncation: What half the Lanczos steps would have changed of the quantity.
+        truncation: How much the quantity changed with the second half of the Lanczos steps.
         rounding_error: Bound on the rounding error of the quantity.
     """
 
@@ -78,7 +78,7 @@ def mean_over_probes(density: SpectralDensity, key: str, estimate: Estimate) -> 
     """Write a quantity as a mean over probe vectors, to first order in their sampling errors.
 
     Args:
-        density: What the probe vectors saw.
+        density: The measured density.
         key: The quantity, one with `is_mean_over_probes`.
         estimate: The quantity as read from the density.
 
@@ -88,14 +88,14 @@ def mean_over_probes(density: SpectralDensity, key: str, estimate: Estimate) -> 
     measure = density.measure
     n, rules, known = measure.sampled_dimension, measure.rules, measure.known
     function = _influence(density, key, estimate)
-    images = [function(rule.nodes) for rule in rules]
-    values = np.array([rule.weights @ image for rule, image in zip(rules, images, strict=True)])
-    size = float(np.mean([rule.weights @ np.abs(image) for rule, image in zip(rules, images, strict=True)]))
+    at_nodes = [function(rule.nodes) for rule in rules]
+    values = np.array([rule.weights @ f for rule, f in zip(rules, at_nodes, strict=True)])
+    size = float(np.mean([rule.weights @ np.abs(f) for rule, f in zip(rules, at_nodes, strict=True)]))
     size += float(known.counts @ np.abs(function(known.values))) / n
     return MeanOverProbes(
         estimate=estimate,
         values=values,
-        eigenvalues=[(image - values.mean()) / n for image in images],
+        eigenvalues=[(f - values.mean()) / n for f in at_nodes],
         counts=[n * rule.weights for rule in rules],
         dimension=n,
         truncation=_truncation(density, key, estimate),
@@ -118,7 +118,7 @@ def _influence(density: SpectralDensity, key: str, estimate: Estimate) -> moment
 
 
 def _truncation(density: SpectralDensity, key: str, estimate: Estimate) -> float:
-    """What half the Lanczos steps would have changed; 0 for polynomials, which quadrature integrates exactly."""
+    """How much the second half of the Lanczos steps changed; 0 for polynomials, which quadrature integrates exactly."""
     power = describe(key).power
     if power is None:
         return 0.0
@@ -131,7 +131,7 @@ class PairedMeans:
 
     Args:
         before: The quantity in the first spectrum.
-        after: The same quantity in the second, seen by the same probe vectors in the same order.
+        after: The same quantity in the second spectrum, from the same probe vectors in the same order.
     """
 
     def __init__(self, before: MeanOverProbes, after: MeanOverProbes):
@@ -149,10 +149,10 @@ class PairedMeans:
         return self._limits(factor, factor)
 
     def ratio_limits(self, factor: float) -> tuple[float, float]:
-        """Return the interval of after - factor * before that the interval of the ratio is made from.
+        """Return the interval of after - factor * before from which the interval of the ratio follows.
 
-        after - factor before = (after - pivot before) + (pivot - factor) before with the measured ratio as pivot. Only
-        the first term's standard error comes from the few pairs; that of the second is known from one spectrum.
+        after - factor before = (after - pivot before) + (pivot - factor) before, with the measured ratio as pivot. The
+        standard error of the first term is estimated from the few pairs, that of the second from the first spectrum.
         """
         return self._limits(factor, self._b.estimate.value / self._a.estimate.value)
 
@@ -171,7 +171,7 @@ class PairedMeans:
         return self._error_and_skewness(self._after - factor * self._before)
 
     def error_from_correlation(self, factor: float) -> float:
-        """Return the standard error of after - factor * before from that of each side and the pairs' correlation."""
+        """Return the standard error of after - factor * before from those of both sides and the pairs' correlation."""
         first, second = (self._error_and_skewness(spectrum)[0] for spectrum in (self._before, self._after))
         variance = (factor * first) ** 2 + second**2 - 2 * self._correlation * factor * first * second
         return math.sqrt(max(variance, 0.0))
@@ -210,7 +210,7 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float:
 def _coupled_by_quantiles(
     values_a: np.ndarray, counts_a: np.ndarray, values_b: np.ndarray, counts_b: np.ndarray, total: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Put two spectra of `total` eigenvalues side by side in ascending order: both values and each pair's count."""
+    """Pair two spectra of `total` eigenvalues in ascending order: the values of both, and the count of each pair."""
     (x, ranks_x), (y, ranks_y) = (
         _quantile_function(values, counts, total) for values, counts in ((values_a, counts_a), (values_b, counts_b))
     )
@@ -222,9 +222,9 @@ def _coupled_by_quantiles(
 
 
 def _quantile_function(values: np.ndarray, counts: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values in ascending order and how many eigenvalues lie up to each, `total` up to the last.
+    """Values in ascending order, and the number of eigenvalues up to and including each; `total` for the last.
 
-    Dimensions that only the other spectrum samples are added at the mean, which is 0.
+    Dimensions that only the other spectrum samples are added with the mean value, which is 0.
     """
     values, counts = np.append(values, 0.0), np.append(counts, max(total - counts.sum(), 0.0))
     order = np.argsort(values, kind="stable")

@@ -1,4 +1,4 @@
-"""From a Jacobi matrix, which a Lanczos recurrence leaves, to its Gauss quadrature rule."""
+"""The Gauss quadrature rule of a Jacobi matrix, which the Lanczos recurrence gives."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def gauss_rule(alphas: np.ndarray, betas: np.ndarray) -> GaussRule:
 
 
 def _eigh_tridiagonal(diagonal: np.ndarray, off_diagonal: np.ndarray) -> Any:
+    """Eigenvalues (m,) and eigenvectors (m, m) of a symmetric tridiagonal matrix."""
     try:
         return scipy.linalg.eigh_tridiagonal(diagonal, off_diagonal)
     except np.linalg.LinAlgError:  # LAPACK's fast driver fails on rare matrices; the QR driver does not

@@ -14,7 +14,7 @@ EIGENVALUE_UNIT = "loss per parameter²"
 
 
 class Kind(Enum):
-    """What a quantity is in terms of the eigenvalues, which decides how its interval behaves."""
+    """What a quantity is in terms of the eigenvalues; intervals of changes depend on it."""
 
     SUM = "a sum over eigenvalues"
     NORM = "the root of a sum or mean of squared eigenvalues"
@@ -33,8 +33,9 @@ class Quantity:
         unit: Its unit; empty for a plain number.
         meaning: What it says, in a sentence.
         kind: What it is in terms of the eigenvalues.
-        power: Of |lambda|, for a weighted share.
-        read: (density, tolerance for near zero) -> Estimate; None for a number that does not come from a density.
+        power: The power of |lambda| in a weighted share.
+        read: Called as read(density, tolerance for near zero), returns the Estimate; None for a number that does not
+            come from a density.
     """
 
     name: str
@@ -143,7 +144,7 @@ ESTIMATES = tuple(key for key, quantity in QUANTITIES.items() if quantity.read i
 
 
 def describe(key: str) -> Quantity:
-    """Return the quantity with this key; one that is not known here is named by the words of its key.
+    """Return the quantity with this key. A quantity that is not in `QUANTITIES` is named by the words of its key.
 
     Args:
         key: Name of the quantity in a record or a log.

@@ -1,4 +1,4 @@
-"""The share of eigenvalues in an interval: what quadrature rules can and cannot say about a count."""
+"""The share of eigenvalues in an interval, estimated from quadrature rules with bounds on what they leave open."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from spectra.estimates.brackets import Bracket, bracket
 from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, normal_quantile
 from spectra.estimates.measure import KnownEigenvalues, SpectralMeasure
 
-SETTLED_RATIO = 1.5  # a smooth measure halves a Radau node's weight at every doubling of the steps, a ratio of 2
+# Smallest ratio of the changes at two doublings of the Lanczos steps at which an extrapolation is made. For a smooth
+# measure the ratio is 2, because the weight of a Radau node halves at each doubling.
+SETTLED_RATIO = 1.5
 
 
 def share_inside(measure: SpectralMeasure, low: float, high: float) -> Estimate:
     """Estimate the share of eigenvalues with low < lambda < high.
 
-    The interval adds up what may be wrong:
+    The interval adds up these errors:
 
-    * The bracket of Chebyshev, Markov and Stieltjes at each bound, averaged over probe vectors. It holds whatever the
-      finite recurrence has not seen.
-    * The rounding error: each bound is moved by it outward and inward.
+    * The bracket of Chebyshev, Markov and Stieltjes at each bound, averaged over probe vectors. It contains the mass of
+      every spectrum that agrees with the finite recurrence.
+    * The rounding error: the brackets are also taken at bounds that are moved by it outward and inward.
     * The sampling error, whose variance is known: 2 p (1 - p) / ((n + 2) k) for a share p of n eigenvalues and k probe
       vectors that are uniform on the sphere.
-    * Each known eigenvalue whose error reaches across a bound.
+    * Each known eigenvalue that lies within its error of a bound.
 
-    The value is the difference of the brackets' middles, without the mass that seems to sit exactly at a bound.
+    The value is the difference of the brackets' middles, without the estimated mass exactly at a bound.
 
     Args:
         measure: What the probe vectors saw.
@@ -40,7 +42,7 @@ def share_inside(measure: SpectralMeasure, low: float, high: float) -> Estimate:
     known = _count_known(measure.known, low, high)
     if n == 0 or not measure.jacobi.used:
         estimate = Estimate(known.by_value / total, known.certainly / total, known.possibly / total)
-        return _unresolved_if_wide(estimate, "rounding hides the signs of the rest")
+        return _unresolved_if_wide(estimate, "eigenvalues lie within the rounding error of a bound")
     sampled = _sampled_share(measure, low, high)
     value = (known.by_value + n * sampled.value) / total
     lower = min((known.certainly + n * sampled.low) / total, value)
@@ -65,6 +67,7 @@ class _KnownCounts:
 
 
 def _count_known(known: KnownEigenvalues, low: float, high: float) -> _KnownCounts:
+    """Count the known eigenvalues inside (low, high), with multiplicity."""
     values, errors = known.values, known.errors
     inside = (values > low) & (values < high)
     certainly = (values - errors > low) & (values + errors < high) & inside
@@ -78,7 +81,7 @@ def _sampled_share(measure: SpectralMeasure, low: float, high: float) -> Estimat
     at_low, at_high = (_mass_below(measure, bound) for bound in (low, high))
     value = max(at_high.below - at_low.up_to, 0.0)
     lower, upper = max(at_high.low - at_low.high, 0.0), min(at_high.high - at_low.low, 1.0)
-    widest = min(max(0.5, lower), upper)  # of the shares in [lower, upper], the one with the largest sampling error
+    widest = min(max(0.5, lower), upper)  # the share in [lower, upper] with the largest sampling error
     sampling_error = normal_quantile() * math.sqrt(2 * widest * (1 - widest) / ((n + 2) * probes))
     if math.isinf(low) and math.isinf(high):
         sampling_error = 0.0
@@ -88,7 +91,7 @@ def _sampled_share(measure: SpectralMeasure, low: float, high: float) -> Estimat
         remedy = "use more steps" if measure.known.any_deflated else "use more steps, or deflate"
         reason = f"{steps} steps leave {min(2 * unplaced, 1):.2f} of the mass near the bounds unplaced: {remedy}"
     else:
-        reason = f"{probes} probes of {n} eigenvalues leave +-{sampling_error:.2f}: use more probes"
+        reason = f"the sampling error of {probes} probe vectors is +-{sampling_error:.2f}: use more probe vectors"
     return Estimate(value, max(lower - sampling_error, 0.0), min(upper + sampling_error, 1.0), reason=reason)
 
 
@@ -110,6 +113,7 @@ class _MassBelow:
 
 
 def _mass_below(measure: SpectralMeasure, bound: float) -> _MassBelow:
+    """The mass below a bound, averaged over probe vectors."""
     if math.isinf(bound):
         mass = 0.0 if bound < 0 else 1.0
         return _MassBelow(mass, mass, mass, mass)
@@ -121,7 +125,7 @@ def _mass_below(measure: SpectralMeasure, bound: float) -> _MassBelow:
 def _mass_below_of_probe(
     alphas: np.ndarray, betas: np.ndarray, bound: float, shift: float
 ) -> tuple[float, float, float, float]:
-    """The fields of `_MassBelow` for one probe vector; shift: how far eigenvalues may have been moved."""
+    """The fields of `_MassBelow` for one probe vector, whose eigenvalues may have been moved by up to `shift`."""
     here = bracket(alphas, betas, bound)
     left = bracket(alphas, betas, bound - shift) if shift > 0 else here
     right = bracket(alphas, betas, bound + shift) if shift > 0 else here
@@ -134,9 +138,10 @@ def _mass_below_of_probe(
 def _atom_at(alphas: np.ndarray, betas: np.ndarray, bound: float, here: Bracket) -> float:
     """Estimate the mass that sits exactly at the bound.
 
-    The weight of the Radau node at the bound falls like 1/m where the measure is smooth, and stays where it has an
-    atom. Aitken extrapolation from m/4, m/2 and m steps leaves the atom. Where the weight does not settle, as for a
-    mass spread over decades around the bound, the estimate is 0.
+    With the number m of Lanczos steps, the weight of the Radau node at the bound falls like 1/m where the measure is
+    smooth. Where the measure has an atom, the weight tends to the atom's mass. Aitken extrapolation from m/4, m/2 and m
+    steps estimates that limit. Where the weight does not converge, as for a density over many decades around the bound,
+    the estimate is 0.
     """
     if betas[-1] <= 0:
         return here.at

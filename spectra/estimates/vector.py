@@ -12,13 +12,13 @@ from spectra.estimates.estimate import CONFIDENCE, student_quantile
 
 @dataclass(frozen=True)
 class VectorEstimate:
-    """Values (n,) with a 95 % interval [low, high] for each entry by itself, not for all of them at once.
+    """Values (n,) with a 95 % interval [low, high] for each entry. The intervals do not hold for all entries at once.
 
     Attributes:
-        value: the estimates, (n,).
-        low: lower ends, (n,).
-        high: upper ends, (n,).
-        reason: why the estimates cannot be relied on; empty where nothing speaks against them.
+        value: The estimates, (n,).
+        low: Lower ends, (n,).
+        high: Upper ends, (n,).
+        reason: Why the estimates cannot be relied on; empty where nothing speaks against them.
     """
 
     value: np.ndarray
@@ -41,10 +41,10 @@ def vector_interval(
     """The mean of independent samples of a vector with Student's interval for each entry, mean +- t_{k-1} s / sqrt(k).
 
     Args:
-        sums: the sum of the samples, (n,).
-        squares: the sum of their squares, (n,).
-        count: k, the number of samples, at least 2.
-        confidence: of each interval.
+        sums: Sums of the samples of each entry, (n,).
+        squares: Sums of their squares, (n,).
+        count: The number k of samples, at least 2.
+        confidence: Probability that each interval covers its mean, for normal samples.
 
     Returns:
         The mean and the bounds, (n,) each.

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: whether it answers, offline mode while it does not, and what of it is in the cache."""
+"""The Hugging Face hub: whether it can be reached, offline mode if not, and which files are in the cache."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def hub_reachable(timeout: float = TIMEOUT_SECONDS) -> bool:
 
 @contextmanager
 def offline_unless_reachable() -> Iterator[bool]:
-    """Let the hub's clients look only into the cache of this machine for as long as the hub does not answer.
+    """A context in which the hub's clients use only the cache of this machine if the hub does not answer.
 
     Offline mode is a constant that `huggingface_hub` reads at each use, and that `datasets` copies when it is
     imported. Both are set, and put back on exit.

@@ -89,8 +89,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or of a model on the hub.
 
-    transformers makes an empty tokenizer for some architectures where a folder holds none, without a word. Such a
-    folder is refused, and so is a tokenizer that makes no tokens of a text.
+    For some architectures transformers silently makes an empty tokenizer where a folder holds none. Such a folder is
+    refused, and so is a tokenizer that makes no tokens of a text.
 
     Args:
         name: A folder or a hub name, as in `load_causal_lm`.
@@ -105,7 +105,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    # Code of its own may keep its vocabulary under any name.
+    # The code of a custom tokenizer may use any name for its vocabulary.
     files = (*TOKENIZER_FILES, "tokenizer_config.json") if trust_remote_code else TOKENIZER_FILES
     tokenizer = _load(
         AutoTokenizer.from_pretrained,
@@ -159,7 +159,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.
     """The tokens of all texts end to end, each text closed by the end-of-text token if the tokenizer has one.
 
     Args:
-        tokenizer: What makes the tokens; it adds no other special tokens.
+        tokenizer: Makes the tokens. No other special tokens are added.
         texts: The texts, each of any length.
 
     Returns:
@@ -167,7 +167,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = []
-    with quiet_transformers():  # it would warn of a text that is longer than the model takes, which is meant here
+    with quiet_transformers():  # it would warn that the text is longer than the model's longest sequence
         for text in texts:
             ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
             rows.append(np.array([*ids, *end], dtype=np.int64))
@@ -183,14 +183,14 @@ def sequence_batches(
     length: int | None = None,
     batch_size: int = 8,
 ) -> list[dict[str, torch.Tensor]]:
-    """Sequences spread evenly over the texts, as batches with labels. No padding is needed.
+    """Sequences at equal distances in the texts, as batches with labels. There is no padding.
 
-    The tokens of all texts stand end to end and are cut into pieces of `length`; of all pieces, `sequences` at equal
-    distances are taken.
+    The tokens of all texts are joined and cut into pieces of `length`, and `sequences` of the pieces are taken at equal
+    distances.
 
     Args:
-        model: Decides the longest sequence, the known tokens and the device.
-        tokenizer: The model's own.
+        model: The model; its longest sequence, its vocabulary and its device matter.
+        tokenizer: The tokenizer of the model.
         texts: The texts to cut.
         sequences: How many sequences to take.
         length: Tokens a sequence; None is 256, or the model's longest sequence if that is shorter.
@@ -230,7 +230,7 @@ def sequence_batches(
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers and the hub client from writing anything but errors; what they were set to comes back."""
+    """A context in which transformers and the hub client write nothing but errors."""
     from transformers.utils import logging as transformers_logging
 
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
@@ -249,6 +249,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or by default the first GPU if there is one; an InputError if it cannot be used."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -267,7 +268,7 @@ def _load(
     trust_remote_code: bool,
     **options: Any,
 ) -> Any:
-    """What `load` makes of a folder that holds one of `files`, or of a hub name; errors in one line."""
+    """Call `load` on a folder that holds one of `files`, or on a hub name; errors become an InputError."""
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not any((folder / file).is_file() for file in files):
@@ -295,7 +296,7 @@ def _load(
 
 
 def _explained(error: Exception, what: str, name: str, *, trust_remote_code: bool) -> InputError:
-    """An error of transformers as one line that says what to do next."""
+    """The InputError for an error of transformers, in one line that says what to do next."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     causes = _causes(error)

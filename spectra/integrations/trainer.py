@@ -19,13 +19,11 @@ from spectra.integrations.trainer_loss import (
     calling_trainer,
     loss_of,
     notes_of_precision,
-    without_autocast,
 )
 from spectra.operators.hessian.checks import StraightThrough
-from spectra.operators.hessian.operator import HessianOperator
 from spectra.runs.failure import Failure
 from spectra.runs.kept import randomness_kept
-from spectra.runs.probe import END, START, OperatorBuilder, SpectrumProbe
+from spectra.runs.probe import END, START, OperatorBuilder, SpectrumProbe, default_modes
 from spectra.runs.settings import MeasurementSettings
 
 STRAIGHT_THROUGH = "quantized layers are measured by their straight-through derivative, the mode 'ste'"
@@ -92,7 +90,7 @@ class SpectrumCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         trainer = self.trainer or calling_trainer(self)
-        with self._ending_no_training(), randomness_kept(), without_autocast(kwargs["model"]):
+        with self._ending_no_training(), randomness_kept():
             probe = self._probe(args, trainer, kwargs["model"], kwargs.get("train_dataloader"))
             self.probe = probe
             probe.measure(state.global_step, START)
@@ -100,7 +98,7 @@ class SpectrumCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure if it is time; the last training step is left to `on_train_end`."""
         if self.probe is not None and state.global_step < state.max_steps:
-            with self._ending_no_training(), without_autocast(self.probe.model):
+            with self._ending_no_training():
                 self.probe.step(state.global_step)
 
     def on_train_end(
@@ -114,7 +112,7 @@ class SpectrumCallback(TrainerCallback):
                 if args.load_best_model_at_end and state.best_model_checkpoint is not None:
                     best = os.path.basename(state.best_model_checkpoint)
                     self._notes.append(BEST.format(best, state.global_step))
-                with self._ending_no_training(), without_autocast(self.probe.model):
+                with self._ending_no_training():
                     self.probe.measure(state.global_step, END)
         finally:
             if self.probe.run is not None:
@@ -138,7 +136,7 @@ class SpectrumCallback(TrainerCallback):
             self._notes += said
         modes = options.pop("modes", None)
         if modes is None:
-            modes = {"full": HessianOperator}
+            modes = default_modes(model)
             if any(isinstance(module, StraightThrough) for module in model.modules()):
                 self._notes.append(STRAIGHT_THROUGH)
         if isinstance(modes, dict):  # what is none is refused by the probe

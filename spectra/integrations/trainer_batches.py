@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from spectra.backend.errors import InputError
-from spectra.integrations.object_state import held, kept
 from spectra.runs.kept import randomness_kept
+from spectra.runs.object_state import held, kept
 from spectra.runs.provenance import fingerprint
 
 DRAWN = "the training data are drawn at random (collator or data set): one draw of them, fixed by the seed, is measured"

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from spectra.backend.errors import InputError
-from spectra.integrations.object_state import kept
+from spectra.runs.object_state import kept
 
 NOT_FOUND = (
     "the Trainer was not found, so the model's own loss is measured, whatever loss is trained: pass "
@@ -79,24 +79,6 @@ def notes_of_precision(args: TrainingArguments) -> list[str]:
     """
     trained = "bfloat16" if args.bf16 else "float16" if args.fp16 else ""
     return [f"trained with autocast to {trained}, measured in the precision of the weights"] if trained else []
-
-
-@contextlib.contextmanager
-def without_autocast(model: nn.Module) -> Iterator[None]:
-    """Inside, a model that accelerate prepared for mixed precision has the forward pass that it had before.
-
-    Args:
-        model: The model.
-    """
-    tables = [vars(module) for module in model.modules() if "_original_forward" in vars(module)]
-    wrapped = [(table, table["forward"]) for table in tables if "forward" in table]
-    try:
-        for table, _ in wrapped:
-            table["forward"] = table["_original_forward"]
-        yield
-    finally:
-        for table, forward in wrapped:
-            table["forward"] = forward
 
 
 class _TrainersLoss:

@@ -18,22 +18,24 @@ from spectra.estimates.vector import VectorEstimate, vector_interval
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
-ROUNDING_STEPS = 4  # roundings that a product may have gone through, each of the dtype's floating-point spacing
-GAP_TO_ROUNDING = 2  # three products round in a linearity gap; an eigenvalue moves by at most the norm of the error
-DENSE_BLOCK_BYTES = 1 << 26  # of the unit vectors that `to_dense` multiplies at once
-DENSE_BLOCK = 64  # unit vectors at once, the most: an operator's batched product holds memory for each
+UNITS_OF_ROUNDING = 4  # rounding error of a product at least, in units of the dtype's floating-point spacing
+# Factor from a linearity gap, which holds the rounding errors of three products, to a bound on the error of
+# eigenvalues: an eigenvalue moves by at most the norm of the error of the matrix.
+GAP_TO_ROUNDING = 2
+DENSE_BLOCK_BYTES = 1 << 26  # largest size of the unit vectors that `to_dense` multiplies at once
+DENSE_BLOCK = 64  # most unit vectors at once: an operator's batched product holds memory for each
 EXACT_DIAGONAL_LIMIT = 4096  # dimension up to which `diagonal` takes n products by default
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a few products and gradients tell about an operator before its numbers are used.
+    """What a few products and gradients show about an operator before its numbers are used.
 
     Attributes:
-        symmetry_gap: see `LinearOperator.symmetry_gap`.
-        linearity_gap: see `LinearOperator.linearity_gap`.
-        repeatability: relative difference of the gradient computed twice from scratch; 0 for a deterministic loss.
-        precision_error: see `LinearOperator.precision_error`.
+        symmetry_gap: See `LinearOperator.symmetry_gap`.
+        linearity_gap: See `LinearOperator.linearity_gap`.
+        repeatability: Relative difference of the gradient computed twice from scratch; 0 for a deterministic loss.
+        precision_error: See `LinearOperator.precision_error`.
     """
 
     symmetry_gap: float
@@ -45,18 +47,19 @@ class Preflight:
 class LinearOperator:
     """A symmetric n x n matrix A, known only as the map v -> A v.
 
-    A subclass sets `shape`, `dtype` and `device` and defines `_matvec(v)` for v: (n,) on that device and in that dtype.
-    Where several vectors at once are cheaper it also defines `_multiply_rows(V)` for vectors in the rows of V: (k, n).
+    A subclass sets `shape`, `dtype` and `device`, and defines `_matvec(v)` for a vector v (n,) on that device and in
+    that dtype. Where multiplying several vectors at once is cheaper, it also defines `_multiply_rows(V)` for vectors in
+    the rows of V, (k, n).
 
     Attributes:
         shape: (n, n).
-        dtype: of the vectors, float32 or float64.
-        device: where the vectors lie.
-        products: how many vectors have been multiplied so far.
-        spread: "batches" where a product is a sum over the ranks of torch.distributed. All ranks must then ask for the
-            same products.
-        unverified: why the numbers of this operator cannot be relied on, "" where nothing speaks against them.
-            Every estimate made from the operator is then marked unresolved with this reason.
+        dtype: The dtype of the vectors, float32 or float64.
+        device: Where the vectors lie.
+        products: How many products A v have been computed so far.
+        spread: "batches" where a product is a sum over the ranks of torch.distributed. All ranks must then compute
+            the same products.
+        unverified: Why the numbers of this operator cannot be relied on. Every estimate made from the operator is then
+            marked unresolved with this reason. Empty where nothing speaks against the numbers.
     """
 
     shape: tuple[int, int]
@@ -75,14 +78,14 @@ class LinearOperator:
         """The product A v, or A V for several vectors.
 
         Args:
-            other: a vector (n,) or a matrix (n, k), as a tensor or a NumPy array.
+            other: A vector (n,) or a matrix (n, k), as a tensor or a NumPy array.
 
         Returns:
             A v or A V in the operator's dtype; a NumPy array where one was given.
 
         Raises:
-            InputError: for another shape.
-            NonFiniteError: if the product holds NaN or infinity.
+            InputError: For another shape.
+            NonFiniteError: If the product holds NaN or infinity.
         """
         if isinstance(other, np.ndarray):
             return (self @ torch.from_numpy(np.ascontiguousarray(other))).cpu().numpy()
@@ -97,19 +100,19 @@ class LinearOperator:
         other = other.detach().to(device=self.device, dtype=self.dtype)
         vectors = other[None] if other.ndim == 1 else other.T.contiguous()
         with float32_products(self.device):
-            images = self.multiply_rows_checked(vectors)
-        return images[0] if other.ndim == 1 else images.T
+            products = self.multiply_rows_checked(vectors)
+        return products[0] if other.ndim == 1 else products.T
 
     def multiply_rows_checked(self, vectors: torch.Tensor) -> torch.Tensor:
         """`multiply_rows`, and a NonFiniteError if a product holds NaN or infinity."""
-        images = self.multiply_rows(vectors)
+        products = self.multiply_rows(vectors)
         # the sum of all entries is NaN or infinite if one entry is; if only the sum overflowed, every entry is checked
-        if not torch.isfinite(images.sum()) and not torch.isfinite(images).all():
+        if not torch.isfinite(products.sum()) and not torch.isfinite(products).all():
             self.raise_non_finite(vectors)
-        return images
+        return products
 
     def multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
-        """A applied to each row of `vectors`, without copies and without a check for NaN, which would wait for the GPU.
+        """A applied to each row of `vectors`, without a check for NaN: on a GPU that would wait for the device.
 
         Args:
             vectors: (k, n), on the operator's device and in its dtype.
@@ -126,15 +129,17 @@ class LinearOperator:
         raise NonFiniteError(f"the operator's product is not finite (the vector {finite}); check what it multiplies")
 
     def _matvec(self, vector: torch.Tensor) -> torch.Tensor:
+        """A v for a vector (n,)."""
         raise NotImplementedError
 
     def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
+        """A applied to each row (k, n)."""
         if len(vectors) == 1:
             return self._matvec(vectors[0])[None]
-        images = torch.empty_like(vectors)
-        for image, vector in zip(images, vectors, strict=True):
-            image.copy_(self._matvec(vector))
-        return images
+        products = torch.empty_like(vectors)
+        for product, vector in zip(products, vectors, strict=True):
+            product.copy_(self._matvec(vector))
+        return products
 
     # -- other forms of the matrix
 
@@ -142,7 +147,7 @@ class LinearOperator:
         """The matrix itself, from n products.
 
         Args:
-            on_products: called with the number of products done, after every block.
+            on_products: Called with the number of products done, after every block.
 
         Returns:
             (n, n) in the operator's dtype, symmetrised as (A + A^T) / 2.
@@ -166,14 +171,15 @@ class LinearOperator:
         and whose variance is sum_{j != i} A_ij^2 (Bekas, Kokiopoulou and Saad, Appl. Numer. Math. 57, 2007).
 
         Args:
-            products: k. By default n up to n = 4096, else 100. With n or more the diagonal is exact.
-            seed: of the vectors.
+            products: The number k of products. By default n up to n = 4096, else 100. With n or more the diagonal is
+                exact.
+            seed: Seed of the vectors.
 
         Returns:
             A `VectorEstimate` of n entries.
 
         Raises:
-            InputError: for fewer than two products of a larger matrix.
+            InputError: For fewer than two products of a larger matrix.
         """
         n = self.shape[0]
         wanted = products if products is not None else (n if n <= EXACT_DIAGONAL_LIMIT else 100)
@@ -216,8 +222,8 @@ class LinearOperator:
         Zero for an exactly symmetric operator, at rounding level for a sound Hessian.
 
         Args:
-            probes: pairs of vectors; each costs two products.
-            seed: of the vectors.
+            probes: How many pairs of vectors; each pair costs two products.
+            seed: Seed of the vectors.
 
         Returns:
             The largest of the differences.
@@ -232,10 +238,16 @@ class LinearOperator:
         return max(gaps)
 
     def linearity_gap(self, *, seed: int = 0) -> float:
-        """The rounding error of a product, ||A(u + v) - A u - A v|| / ||A(u + v)|| for random u, v.
+        """The relative rounding error of a product, ||A(u + v) - A u - A v|| / ||A(u + v)|| for random u and v.
 
-        At rounding level of the precision that products are computed in, whatever the dtype of the vectors; larger
-        where products are not repeatable. Costs three products.
+        The gap is at rounding level of the precision that products are computed in, whatever the dtype of the vectors.
+        It is larger where products are not repeatable. It costs three products.
+
+        Args:
+            seed: Seed of the vectors.
+
+        Returns:
+            The gap.
         """
         u = gaussian(self, seed=seed, index=0, stream="linearity")
         both = gaussian(self, seed=seed, index=1, stream="linearity").add_(u)
@@ -252,8 +264,8 @@ class LinearOperator:
         return 0.0
 
     def rounding(self) -> float:
-        """How far rounding may move an eigenvalue, relative to the norm of the matrix that a recurrence sees."""
-        return max(ROUNDING_STEPS * torch.finfo(self.dtype).eps, GAP_TO_ROUNDING * self.linearity_gap())
+        """How far rounding error may move an eigenvalue, relative to the norm of A."""
+        return max(UNITS_OF_ROUNDING * torch.finfo(self.dtype).eps, GAP_TO_ROUNDING * self.linearity_gap())
 
 
 @runtime_checkable
@@ -284,7 +296,7 @@ class HasLoss(Protocol):
         ...
 
     def preflight(self) -> Preflight:
-        """What a few products tell about the operator."""
+        """What a few products and gradients show about the operator."""
         ...
 
     def close(self) -> None:

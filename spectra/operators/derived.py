@@ -1,10 +1,10 @@
-"""Operators made of other operators: their mean, and one without some of its eigenpairs."""
+"""Operators made of other operators: their mean, one without some of its eigenpairs, one in other variables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple
-from typing import NoReturn
+from typing import NoReturn, Protocol, runtime_checkable
 
 import torch
 
@@ -157,3 +157,76 @@ class DeflatedOperator(LinearOperator):
     def rounding(self) -> float:
         """That of the deflated operator."""
         return self.inner.rounding()
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """A nonsingular matrix P, known through its products and those of its transpose."""
+
+    def apply(self, vectors: torch.Tensor) -> torch.Tensor:
+        """P applied to each row of `vectors` (k, n), in their dtype."""
+        ...
+
+    def apply_transposed(self, vectors: torch.Tensor) -> torch.Tensor:
+        """P^T applied to each row of `vectors` (k, n), in their dtype."""
+        ...
+
+
+class CongruentOperator(LinearOperator):
+    """P^T (A - t I) P: the operator A - t I after a change of variables.
+
+    By Sylvester's law of inertia it has as many negative, zero and positive eigenvalues as A - t I, for every
+    nonsingular P (Golub and Van Loan, Matrix Computations, 2013, theorem 8.1.17). So a count of eigenvalues below t can
+    be read from it. Sums, ends and density of the spectrum belong to A and cannot.
+
+    With a mask the operator is that of the coordinates kept, and zero on the others: M P^T M (A - t I) M P M for M the
+    projection on the coordinates kept. Its inertia there is that of the same rows and columns of A - t I wherever these
+    rows and columns of P are nonsingular too, as those of a triangular or positive definite P always are.
+
+    Args:
+        inner: A, which counts the products too.
+        transform: P.
+        shift: t.
+        mask: (n,), True for the coordinates kept; None keeps all of them.
+
+    Raises:
+        InputError: for a mask of another shape.
+    """
+
+    def __init__(
+        self, inner: LinearOperator, transform: Transform, *, shift: float = 0.0, mask: torch.Tensor | None = None
+    ):
+        if mask is not None and mask.shape != inner.shape[:1]:
+            raise InputError(f"a mask ({inner.shape[0]},) is expected, got {tuple(mask.shape)}")
+        self.inner, self.transform, self.shift = inner, transform, float(shift)
+        self.shape, self.dtype, self.device, self.spread = inner.shape, inner.dtype, inner.device, inner.spread
+        self.unverified = inner.unverified
+        self._dropped = None if mask is None else ~mask.to(inner.device, torch.bool)
+        self._rounding: float | None = None
+
+    def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
+        vectors = self._kept(self.transform.apply(self._kept(vectors)))
+        images = self.inner.multiply_rows(vectors)
+        if self.shift:
+            images = torch.sub(images, vectors, alpha=self.shift)
+        return self._kept(self.transform.apply_transposed(self._kept(images)))
+
+    def _kept(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors if self._dropped is None else vectors.masked_fill(self._dropped, 0)
+
+    def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
+        """Raise the error of the operator A where its product is not finite."""
+        vectors = self._kept(self.transform.apply(self._kept(vectors)))
+        if not torch.isfinite(self.inner.multiply_rows(vectors)).all():
+            self.inner.raise_non_finite(vectors)
+        super().raise_non_finite(vectors)
+
+    def rounding(self) -> float:
+        """See `LinearOperator.rounding`; measured once, on these products and not on those of A.
+
+        P may enlarge directions in which A is small, and the rounding error with them. It shows in the products of the
+        congruent operator alone.
+        """
+        if self._rounding is None:
+            self._rounding = super().rounding()
+        return self._rounding

@@ -1,4 +1,4 @@
-"""Operators whose entries or eigenvalues are held in memory: the oracles that other code is tested against."""
+"""Operators given by their entries or by their eigenvalues. Estimates are tested against them."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import numpy as np
 import torch
 
 from spectra.backend.errors import InputError
-from spectra.operators.base import ROUNDING_STEPS, LinearOperator
+from spectra.operators.base import UNITS_OF_ROUNDING, LinearOperator
 
 
 class _ExplicitOperator(LinearOperator):
-    """A product is a single rounding of exact entries, so its rounding error needs no measurement."""
+    """An operator with exact entries. Its products have the rounding error of the dtype, which need not be measured."""
 
     def rounding(self) -> float:
         """A few units of the dtype's floating-point spacing."""
-        return ROUNDING_STEPS * torch.finfo(self.dtype).eps
+        return UNITS_OF_ROUNDING * torch.finfo(self.dtype).eps
 
 
 class DenseOperator(_ExplicitOperator):
     """A symmetric matrix held in memory.
 
     Args:
-        matrix: (n, n) tensor or array, symmetric to rounding.
+        matrix: (n, n) tensor or array, symmetric to rounding error.
 
     Raises:
-        InputError: for a matrix that is not square, not symmetric, complex, or not finite.
+        InputError: For a matrix that is not square, not symmetric, complex, or not finite.
 
     Example:
         >>> import numpy as np, spectra
@@ -54,13 +54,13 @@ class DenseOperator(_ExplicitOperator):
 
 
 class DiagonalOperator(_ExplicitOperator):
-    """The diagonal matrix of given eigenvalues: the oracle of choice at large n.
+    """The diagonal matrix of given eigenvalues, for tests and examples with a known spectrum at large n.
 
     Args:
-        values: the eigenvalues, (n,).
+        values: The eigenvalues, (n,).
 
     Raises:
-        InputError: for values that are not a vector of finite real numbers.
+        InputError: For values that are not a vector of finite real numbers.
 
     Example:
         >>> import numpy as np, spectra
@@ -73,7 +73,7 @@ class DiagonalOperator(_ExplicitOperator):
         if values.ndim != 1 or not len(values):
             raise InputError(f"a vector of eigenvalues is expected, got shape {tuple(values.shape)}")
         if not torch.isfinite(values).all():
-            raise InputError("the values hold NaN or infinity; every one must be finite")
+            raise InputError("the values hold NaN or infinity; every value must be finite")
         self.values = values
         self.shape = (len(values), len(values))
         self.dtype, self.device = values.dtype, values.device
@@ -86,7 +86,7 @@ class DiagonalOperator(_ExplicitOperator):
 
 
 def _real(values: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """A tensor in float32 or float64; integers and narrower floats are widened, complex numbers refused."""
+    """The values in float32 or float64. Integers and narrower floats are converted, complex numbers refused."""
     tensor = torch.as_tensor(values).detach()
     if tensor.is_complex():
         raise InputError(f"real numbers are expected, got {tensor.dtype}")

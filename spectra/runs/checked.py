@@ -8,6 +8,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from spectra.operators.base import HasLoss
@@ -23,17 +24,20 @@ class Checked:
     Attributes:
         figures: By name.
         notes: What the checks had to say.
-        parameters: The model's parameters then. A weight that was replaced is another object.
+        parts: The model's modules and parameters then. A weight that was replaced is another object.
+        states: The dtype of each parameter, and whether it was trained.
     """
 
     figures: dict[str, float]
     notes: list[str]
-    parameters: tuple[weakref.ref[nn.Parameter], ...]
+    parts: tuple[weakref.ref[Any], ...]
+    states: tuple[tuple[torch.dtype, bool], ...]
 
     def holds_for(self, model: nn.Module) -> bool:
-        """Whether the model still has the parameters that were checked."""
-        now = list(model.parameters())
-        return len(now) == len(self.parameters) and all(ref() is p for ref, p in zip(self.parameters, now, strict=True))
+        """Whether the model still has the parameters and modules that were checked."""
+        now = _parts(model)
+        same = len(now) == len(self.parts) and all(ref() is part for ref, part in zip(self.parts, now, strict=True))
+        return same and self.states == _states(model)
 
 
 def check(op: HasLoss, model: nn.Module) -> Checked:
@@ -59,7 +63,7 @@ def check(op: HasLoss, model: nn.Module) -> Checked:
         figures["precision_error"] = preflight.precision_error
     else:
         figures = dataclasses.asdict(preflight)
-    return Checked(figures, notes, tuple(map(weakref.ref, model.parameters())))
+    return Checked(figures, notes, tuple(map(weakref.ref, _parts(model))), _states(model))
 
 
 def take_over(op: HasLoss, checked: Checked) -> bool:
@@ -77,6 +81,16 @@ def take_over(op: HasLoss, checked: Checked) -> bool:
     for member in _members(op):
         member.trust({name: value for name, value in checked.figures.items() if name != "precision_error"})
     return True
+
+
+def _parts(model: nn.Module) -> list[Any]:
+    """The modules and parameters of a model."""
+    return [*model.modules(), *model.parameters()]
+
+
+def _states(model: nn.Module) -> tuple[tuple[torch.dtype, bool], ...]:
+    """The dtype of each parameter, and whether it is trained."""
+    return tuple((p.dtype, p.requires_grad) for p in model.parameters())
 
 
 def _members(op: Any) -> list[HessianOperator]:

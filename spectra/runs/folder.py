@@ -75,6 +75,9 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         lock = WriterLock(folder)
         check_free(folder)  # again, as another process may have been faster
+        if not (folder / RECORDS).exists() or (folder / RECORDS).stat().st_size == 0:
+            for path in (folder / LANCZOS).glob("*-step-*"):  # of a writer that was killed before its first record
+                path.unlink()
         (folder / RECORDS).touch()
         _write_config(folder, config or {})
         return cls._writing(folder, lock)

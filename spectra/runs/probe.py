@@ -11,12 +11,13 @@ import re
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.utils.data import DataLoader
 
 from spectra.algorithms.batch_noise import batch_noise
 from spectra.algorithms.block_size import max_vectors_in_memory
@@ -32,13 +33,15 @@ from spectra.estimates.estimate import Estimate
 from spectra.estimates.quantities import summarize
 from spectra.operators.base import HasLoss, LinearOperator
 from spectra.operators.hessian.batches import as_batches
+from spectra.operators.hessian.checks import StraightThrough
 from spectra.operators.hessian.isolation import unwrap
 from spectra.operators.hessian.operator import HessianOperator
 from spectra.operators.hessian.parameters import ParameterSpace, Selection
 from spectra.runs.checked import Checked, check, take_over
 from spectra.runs.failure import Failure, give_memory_back
 from spectra.runs.folder import Run
-from spectra.runs.kept import model_kept, randomness_kept
+from spectra.runs.kept import model_kept, randomness_kept, without_autocast
+from spectra.runs.object_state import held, kept, modules_in
 from spectra.runs.provenance import device_name, fingerprint, fingerprint_of_weights, versions
 from spectra.runs.record import FAILED, SpectrumRecord
 from spectra.runs.settings import DEFLATED, MeasurementSettings
@@ -81,7 +84,8 @@ class SpectrumProbe:
         out: A run folder to make, or to go on with (`spectra.Run`). None: records are kept in memory.
         modes: Which Hessians to measure, {name: builder}. A builder is called as builder(model, batches, params=,
             loss=, microbatch=), with engine=, precision=, spread= and training= where they are set, and returns an
-            operator that has a loss: a HessianOperator, or a MeanOperator of them. None: {"full": HessianOperator}.
+            operator that has a loss: a HessianOperator, or a MeanOperator of them. None: {"full": HessianOperator}, or
+            {"ste": HessianOperator} for a quantized model, whose straight-through derivative is measured.
         params: Which parameters, see `spectra.ParameterSpace`. None: all that are trained.
         loss: (outputs, targets) -> scalar, see `spectra.Objective`. None: the model's own loss.
         settings: How to measure. None: the defaults of `MeasurementSettings`.
@@ -129,14 +133,14 @@ class SpectrumProbe:
         self.settings = (settings or MeasurementSettings()).changed(**options)
         ranks.check_spread(self.settings.spread)
         self.model, self.every, self.strict, self.training = model, _check_every(every), strict, training
-        self.modes = _check_modes({"full": HessianOperator} if modes is None else modes, training=training)
+        self.modes = _check_modes(default_modes(model) if modes is None else modes, training=training)
         self.extras, self.progress = extras, progress
         params = _check_params(model, params)
         self._operator_options = {"params": params, "loss": loss, **self.settings.operator_options()}
         if training:
             self._operator_options["training"] = True
-        with randomness_kept():
-            self.batches = as_batches(batches)
+        with self._undisturbed():
+            self.batches = _read(batches)
             self._try_modes()
         self._checked: dict[str, Checked] = {}  # by mode
         self._outliers: dict[str, torch.Tensor] = {}  # by mode, the last checkpoint's deflated vectors
@@ -230,12 +234,34 @@ class SpectrumProbe:
 
     # -- measuring
 
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Put back random states, and the modules and generators of the loss function, such as a discriminator.
+
+        Its modules run in the mode that the model runs in.
+        """
+        loss, own = self._operator_options["loss"], set(self.model.modules())
+        others = [module for module in modules_in(loss) if not own & set(module.modules())]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))  # tensors made in it have no graph
+            stack.enter_context(randomness_kept())
+            stack.enter_context(without_autocast(self.model))
+            for module in others:
+                stack.enter_context(model_kept(module))
+                stack.enter_context(kept(*(vars(part) for part in module.modules())))
+            for generator in held(loss):
+                if isinstance(generator, torch.Generator):
+                    stack.enter_context(kept(generator))
+            for part in (part for module in others for part in module.modules()):
+                part.training = part.training and self.training
+            yield
+
     def _measure(self, step: int, label: str) -> tuple[list[SpectrumRecord], list[SpectrumRecord]]:
         """Measure the modes that the folder did not hold. Returns the record of every mode, and those that are new."""
         self._measured_steps.add(step)
         held = {mode: self._held(mode, step, label) for mode in self.modes}
         records, new = [], []
-        with randomness_kept():
+        with self._undisturbed():
             extras: dict[str, float] | Failure | None = None
             for mode, record in held.items():
                 if record is None:
@@ -465,6 +491,38 @@ class SpectrumProbe:
         }
 
 
+def default_modes(model: nn.Module) -> dict[str, OperatorBuilder]:
+    """Which Hessian is measured where none was named.
+
+    Args:
+        model: The model.
+
+    Returns:
+        "full", or "ste" where quantized layers have a straight-through derivative.
+    """
+    quantized = any(isinstance(module, StraightThrough) for module in model.modules())
+    return {"ste" if quantized else "full": HessianOperator}
+
+
+def _read(batches: Any) -> list[Any]:
+    """The batches. What a loader, its data set and its samplers hold is put back.
+
+    Raises InputError for a loader of data that can be read only once.
+    """
+    if not isinstance(batches, DataLoader):
+        return as_batches(batches)
+    if any(isinstance(item, Iterator) for item in held(batches.dataset)):
+        raise InputError(
+            "the loader's data hold an iterator that can be read only once, and the training would miss what is "
+            "measured: pass a list of batches"
+        )
+    with kept(batches):
+        for loader in held(batches):
+            if isinstance(loader, DataLoader):
+                vars(loader)["_iterator"] = None  # persistent workers belong to the training
+        return as_batches(batches)
+
+
 def _notes(op: HasLoss, checked: Checked) -> list[str]:
     """The operator's notes, those of the checks, and one of our own if it is not symmetric."""
     gap = checked.figures.get("symmetry_gap", 0.0)
@@ -530,5 +588,5 @@ def _params_in_words(model: nn.Module, params: Selection) -> Any:
         return params.__name__
     if isinstance(params, list):
         return [_params_in_words(model, item) for item in params]
-    names = [name for name, parameter in model.named_parameters() if params(name, parameter)]  # type: ignore[operator]
+    names = [name for name, parameter in unwrap(model).named_parameters() if params(name, parameter)]  # type: ignore[operator]
     return f"{len(names)} chosen by a function ({hashlib.sha256(' '.join(names).encode()).hexdigest()[:8]})"

@@ -1,4 +1,4 @@
-"""Densities of eigenvalues as curves: which ones, over which range, on which scale."""
+"""The curves of a density figure: which spectra are drawn, over which range and on which scale."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from spectra.estimates.density import SpectralDensity
 
 SCALES = ("auto", "linear", "symlog")
-SHOWN_ZEROS = 0.02  # from this share on, a legend names the eigenvalues that are exactly zero
+SHOWN_ZEROS = 0.02  # smallest share of exact zeros that a legend names
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Curve:
         density: The spectrum.
         label: What a legend calls it.
         style: Keywords of matplotlib.
-        step: The training step, where the colour stands for it; else None.
-        repeated: For a second spectrum at the same training step, how it is called, such as "after the restart".
+        step: The training step if the colour stands for it, else None.
+        repeated: What a second spectrum at the same training step is called, such as "after the restart"; else "".
     """
 
     density: SpectralDensity
@@ -99,7 +99,7 @@ def draw_densities(
     Args:
         panels: Axes, each with the curves to draw on it.
         bandwidth: Standard deviation of the kernel, in units of the eigenvalues; see `SpectralDensity.density`.
-        scale: Of the x axis; see `spectra.plots.density`.
+        scale: Scale of the x axis; see `spectra.plots.density`.
 
     Raises:
         InputError: The scale is not known.
@@ -127,6 +127,41 @@ def draw_densities(
         tidy(ax)
         ax.axvline(0, color=AXIS_COLOUR, linewidth=0.8, zorder=0.5)
         _add_legend(ax, members, lines)
+
+
+def draw_bands(ax: Axes, curves: Sequence[Curve], *, level: float, scale: str) -> None:
+    """Draw the band of each cumulative share, with the interpolated curve inside it.
+
+    Args:
+        ax: The axes.
+        curves: What to draw.
+        level: The probability with which each band holds its curve.
+        scale: Of the x axis; see `spectra.plots.cumulative`.
+
+    Raises:
+        InputError: The scale is not known, or the level is not between 0 and 1.
+    """
+    if scale not in SCALES:
+        raise InputError(f"expected a scale of {', '.join(SCALES)}, got {scale!r}")
+    threshold = None if scale == "linear" else _linear_threshold(curves, always=scale == "symlog")
+    grid = _grid(curves, threshold)
+    lines = []
+    for curve in curves:
+        band, opacity = curve.density.band(level), curve.style.get("alpha", 1.0) * (0.25 if len(curves) < 3 else 0.15)
+        points = np.unique(np.concatenate([grid, band.thresholds.clip(grid[0], grid[-1])]))
+        low, high = band.at(points)
+        ax.fill_between(points, low, high, color=curve.style["color"], alpha=opacity, linewidth=0)
+        middle = curve.density.cumulative(points).clip(low, high)  # wide gaps between nodes take it out of the band
+        lines += ax.plot(points, middle, linewidth=1.5, label=curve.label, **curve.style)
+    if threshold is not None:
+        symlog_axis(ax, grid[0], grid[-1], threshold)
+    ax.set_xlim(grid[0], grid[-1])
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_xlabel(f"eigenvalue λ ({EIGENVALUE_UNIT})")
+    ax.set_ylabel(f"share of eigenvalues below λ ({100 * level:g} % band)")
+    tidy(ax)
+    ax.axvline(0, color=AXIS_COLOUR, linewidth=0.8, zorder=0.5)
+    _add_legend(ax, curves, lines)
 
 
 def _measured_runs(runs: list[Run], mode: str | None) -> list[Run]:

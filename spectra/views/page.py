@@ -1,4 +1,4 @@
-"""The report of a run or a study: one self-contained HTML file with tables, figures, explanations and settings."""
+"""The report of a run or a study: one self-contained HTML page with tables, figures, explanations and settings."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def write(
 
 
 def _render(**content: Any) -> str:
-    """The template filled in. Every text is escaped: what a run holds is never markup."""
+    """The filled template. All text is escaped, so that nothing in a run folder is read as markup."""
     from jinja2 import Environment, StrictUndefined
 
     template = resources.files("spectra.views").joinpath("templates/report.html").read_text(encoding="utf-8")
@@ -85,6 +85,7 @@ def _render(**content: Any) -> str:
 
 
 def _all_records(runs: Iterable[Run]) -> list[SpectrumRecord]:
+    """The measured records of all runs."""
     return [record for single in runs for record in single.measured]
 
 
@@ -111,7 +112,7 @@ def _estimate_tables(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """What was measured, when and with what, in short."""
+    """What was measured, when, and with which settings and software: names and values."""
     records = _all_records(runs)
     times = [record.wall_time for record in records if record.wall_time == record.wall_time]
     products, seconds = sum(record.products for record in records), sum(record.seconds for record in records)
@@ -136,6 +137,7 @@ def _distinct(values: Iterable[str]) -> str:
 
 
 def _duration(seconds: float) -> str:
+    """A time in seconds or minutes, in words."""
     if not seconds < 90:  # NaN, an unknown time, is not below either
         return f"{seconds / 60:.0f} min" if seconds == seconds else "time unknown"
     return f"{seconds:.1f} s"
@@ -162,7 +164,7 @@ def _settings(run: Run, runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, 
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Settings as names and text; those inside others get the outer name in front."""
+    """Settings as names and text; a nested setting has the outer name in front, as in outer.inner."""
     lines = []
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
@@ -182,7 +184,7 @@ def _embedded(picture: Picture, folder: Path | None) -> dict[str, Any]:
     }
     if folder is not None:
         folder.mkdir(exist_ok=True)
-        picture.figure.set_layout_engine("none")  # the layout is computed already, which takes as long as drawing
+        picture.figure.set_layout_engine("none")  # the layout is computed already, which is slow
         picture.figure.savefig(folder / f"{picture.name}.png", dpi=IMAGE_RESOLUTION)
     return embedded
 

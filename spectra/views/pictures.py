@@ -1,4 +1,4 @@
-"""The figures of a report: which ones a run or a study has, with captions and the same in words."""
+"""The figures of a report, with captions and descriptions for readers who cannot see them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 OF_A_MODE = (*ESTIMATES, "zero_share", "loss", "gradient_norm")  # other quantities do not depend on the mode
 LEFT_OUT = ("frobenius", "learning_rate")  # the Frobenius norm is rms times a constant
-FIRST = ("validation_loss", "training_loss")
-MAX_PANELS = 2
+FIRST = ("validation_loss", "training_loss")  # quantities whose figures come first
+MAX_PANELS = 2  # most panels of a figure
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ def _modes(runs: list[Run]) -> list[str | None]:
 
 
 def _mode_in_words(runs: list[Run], mode: str | None) -> str:
+    """The Hessian mode for a caption; all modes of the runs where none is given."""
     return f"Hessian mode {mode or listed(dict.fromkeys(name for single in runs for name in modes(single)))}"
 
 
@@ -173,7 +174,7 @@ def _count_steps(run: Run, quantity: str, mode: str | None) -> int:
 
 
 def _file_name(*parts: str | None) -> str:
-    """Parts joined by hyphens, with a hyphen in place of what a file name should not hold."""
+    """Parts joined by hyphens; a hyphen replaces characters that do not belong in a file name."""
     cleaned = (re.sub(r"[^\w.]+", "-", part or "").strip("-.") for part in parts)
     return "-".join(part for part in cleaned if part)
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectra.backend.errors import InputError
+from spectra.estimates.estimate import CONFIDENCE
 from spectra.runs.folder import Run
 from spectra.runs.series import Point, Series, Steps, as_runs, series
-from spectra.views.densities import curves_of, draw_densities
+from spectra.views.densities import Curve, curves_of, draw_bands, draw_densities
 from spectra.views.style import TEXT_COLOUR, legend_outside, literal, new_axes, run_style, tidy
 from spectra.views.wording import axis_name
 
@@ -42,8 +43,8 @@ def density(
         steps: The training steps whose spectra are drawn: one or several, None for all, "last" for the last record.
         bandwidth: Standard deviation of the kernel, in units of the eigenvalues; see `SpectralDensity.density`.
         labels: A label for each curve, in place of training steps and names of runs.
-        scale: Of the x axis: "linear", "symlog" (linear near zero, logarithmic beyond) or "auto", which is "symlog"
-            where outliers would press the other eigenvalues into a line.
+        scale: Scale of the x axis: "linear", "symlog" (linear near zero, logarithmic beyond) or "auto". "auto" is
+            "symlog" where a few outliers would leave the other eigenvalues too little width.
 
     Returns:
         The axes.
@@ -51,14 +52,45 @@ def density(
     Raises:
         InputError: There is nothing to draw, the scale is not known, or labels and curves differ in number.
     """
-    curves = curves_of(spectra, mode=mode, steps=steps)
-    if labels is not None:
-        if len(labels) != len(curves):
-            raise InputError(f"expected one label for each of the {len(curves)} curves, got {len(labels)}")
-        named = zip(curves, labels, strict=True)
-        curves = [replace(curve, label=label, step=None, repeated="") for curve, label in named]
+    curves = _with_labels(curves_of(spectra, mode=mode, steps=steps), labels)
     ax = new_axes() if ax is None else ax
     draw_densities([(ax, curves)], bandwidth=bandwidth, scale=scale)
+    return ax
+
+
+def cumulative(
+    spectra: Any,
+    *,
+    ax: Axes | None = None,
+    mode: str | None = None,
+    steps: Steps = "last",
+    level: float = CONFIDENCE,
+    labels: Sequence[str] | None = None,
+    scale: str = "symlog",
+) -> Axes:
+    """Draw the share of eigenvalues below each value as a band that holds the whole curve, for each record.
+
+    The line is `SpectralDensity.cumulative`, kept inside the band. Colours and lines are those of `density`.
+
+    Args:
+        spectra: A run, a study (all of its runs), the folder of either, a SpectralDensity, or a list of these.
+        ax: Where to draw; by default on a new figure.
+        mode: The Hessian mode; by default each run's first.
+        steps: The training steps whose spectra are drawn: one or several, None for all, "last" for the last record.
+        level: The probability with which each band holds its curve; see `SpectralDensity.band`.
+        labels: A label for each curve, in place of training steps and names of runs.
+        scale: Of the x axis: "symlog" (linear near zero, logarithmic beyond), "linear", or "auto", which is "symlog"
+            where outliers would press the other eigenvalues into a line.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: There is nothing to draw, the scale or the level is none, or labels and curves differ in number.
+    """
+    curves = _with_labels(curves_of(spectra, mode=mode, steps=steps), labels)
+    ax = new_axes() if ax is None else ax
+    draw_bands(ax, curves, level=level, scale=scale)
     return ax
 
 
@@ -66,8 +98,8 @@ def trajectory(runs: Any, quantity: str, *, ax: Axes | None = None, mode: str | 
     """Draw a quantity over training steps: a line for each run, with its 95 % interval as a band.
 
     A hollow marker is an unresolved estimate. A dotted vertical line joins two measurements at the same training step.
-    A reference with a single measurement is a level line across. A run without the quantity is left out where another
-    has it.
+    A reference run with a single measurement is a horizontal line. Runs without the quantity are left out if another
+    run has it.
 
     Args:
         runs: A run, a study (all of its runs), the folder of either, or a list of these.
@@ -102,6 +134,15 @@ def trajectory(runs: Any, quantity: str, *, ax: Axes | None = None, mode: str | 
     return ax
 
 
+def _with_labels(curves: list[Curve], labels: Sequence[str] | None) -> list[Curve]:
+    """The curves with the caller's labels, where there are any."""
+    if labels is None:
+        return curves
+    if len(labels) != len(curves):
+        raise InputError(f"expected one label for each of the {len(curves)} curves, got {len(labels)}")
+    return [replace(curve, label=label, step=None, repeated="") for curve, label in zip(curves, labels, strict=True)]
+
+
 def _all_series(runs: Sequence[Run], quantity: str, mode: str | None) -> list[tuple[Run, Series]]:
     """The series of every run that has the quantity. Raises the last run's InputError where none has it."""
     drawn, refusal = [], InputError("there is no run to draw: give one run or more")
@@ -124,7 +165,7 @@ def _draw_level(ax: Axes, point: Point, style: dict[str, Any], *, label: str) ->
 
 
 def _draw_line(ax: Axes, line: Series, style: dict[str, Any], *, label: str, opacity: float) -> None:
-    """A line through a run's points, cut where two share a training step; measured ones with markers and intervals."""
+    """A line through a run's points, cut where two share a training step; with markers and intervals if measured."""
     pieces: list[list[Point]] = [[]]
     for point in line.points:
         if point.again and pieces[-1]:
@@ -136,7 +177,7 @@ def _draw_line(ax: Axes, line: Series, style: dict[str, Any], *, label: str, opa
         steps = [point.step for point in piece]
         values = [point.estimate.value for point in piece]
         ax.plot(steps, values, linewidth=1.6 if len(line.points) < 100 else 1.0, label=label, **style)
-        label = "_"  # a label that begins with _ is left out of the legend, so that it names a run once
+        label = "_"  # matplotlib leaves a label that begins with _ out of the legend, so that it names a run once
         if line.measured:
             _draw_intervals(ax, piece, style["color"], opacity)
 
@@ -167,7 +208,7 @@ def _limit_y(ax: Axes, quantity: str, points: Sequence[Point]) -> None:
 
 
 def _add_legend(ax: Axes, *, unresolved: bool) -> None:
-    """Names of the runs, and what a hollow marker means; nothing where there is only one entry."""
+    """A legend with the names of the runs and the meaning of a hollow marker, if there are two entries or more."""
     handles, labels = ax.get_legend_handles_labels()
     if unresolved:
         handles.append(ax.plot([], [], "o", markerfacecolor="white", markeredgecolor=TEXT_COLOUR, markersize=5)[0])

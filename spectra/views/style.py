@@ -1,4 +1,4 @@
-"""How figures look: colours that all kinds of colour vision tell apart, axes, ticks and legends. No global settings."""
+"""The style of figures: colours, lines, axes, ticks and legends. matplotlib's global settings stay as they are."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The palette of Okabe and Ito (Color Universal Design, 2008), for runs that name no colour of their own.
+# The palette of Okabe and Ito (Color Universal Design, 2008), whose colours people with any colour vision distinguish.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 REFERENCE_STYLE = {"color": "#000000", "linestyle": "dashdot"}
-REPEATED_LINE = (0, (2, 1))  # of a second spectrum at the same training step
+REPEATED_LINE = (0, (2, 1))  # line style of a second spectrum at the same training step
 MAX_STEPS_IN_LEGEND = 9  # more training steps get a colour bar
 MAX_LEGEND_ENTRIES = 22  # as many as fit beside a panel
 LEGEND_WIDTH, TITLE_WIDTH = 32, 40  # characters a line
@@ -51,7 +51,7 @@ def literal(text: str) -> str:
 
 
 def wrapped(text: str, width: int) -> str:
-    """Text in up to three lines of `width` characters: a long one would leave the axes no room."""
+    """Text in up to three lines of `width` characters, so that a long one leaves room for the axes."""
     return text if len(text) <= width else "\n".join(wrap(text, width, max_lines=3, placeholder=" …"))
 
 
@@ -61,7 +61,7 @@ def step_colour(step: int, last: int) -> Any:
 
 
 def step_colours() -> Any:
-    """The colour map of training steps, without its lightest end, which can hardly be seen on white."""
+    """The colour map of training steps, without its lightest part, which is hard to see on white."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 

@@ -14,8 +14,8 @@ from spectra.estimates.quantities import ESTIMATES, Quantity
 from spectra.runs.folder import Run
 from spectra.views.wording import record_words, sentence_case
 
-STAGES = ("start", "end")  # of the training: the last part of a key in a study's table
-MAX_RECORDS = 12
+STAGES = ("start", "end")  # of the training; a key of a study's table ends with one of them
+MAX_RECORDS = 12  # most columns of a run's table
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Describe = Callable[[str], Quantity]
@@ -28,9 +28,9 @@ class Cell:
     Attributes:
         text: The value.
         interval: Its 95 % interval, "" where there is none.
-        unresolved: Whether the measurement does not resolve it.
-        reason: Why it does not.
-        words: Whether it is text, not a number.
+        unresolved: Whether it is an unresolved estimate.
+        reason: Why it is unresolved.
+        words: Whether the value is text, not a number.
     """
 
     text: str
@@ -46,7 +46,7 @@ class Row:
 
     Attributes:
         heading: What the row is about.
-        detail: Unit or meaning of it.
+        detail: Its unit or meaning.
         stage: "start" or "end" of the training, or "".
         cells: A cell for each column.
     """
@@ -139,7 +139,7 @@ def estimates_of_run(run: Run) -> Table:
 
 
 def number(value: float) -> str:
-    """Four digits, so that columns line up, with an exponent only where it saves zeros; whole numbers whole."""
+    """A number as text: four digits, an exponent for very large and small numbers, and whole numbers in full."""
     if not math.isfinite(value):
         return "∞" if value == math.inf else "−∞" if value == -math.inf else "not finite"
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e6):
@@ -152,6 +152,7 @@ def number(value: float) -> str:
 
 
 def _row(about: Quantity, cells: list[Cell], *, stage: str = "", mode: str = "") -> Row:
+    """A row about a quantity."""
     heading = sentence_case(about.name) + (f", mode {mode}" if mode else "")
     return Row(heading, about.unit or about.meaning, stage, cells)
 
@@ -172,6 +173,7 @@ def _cell(value: Any) -> Cell:
 
 
 def _is_estimate(value: Any) -> bool:
+    """Whether the value is an estimate, as an object or as its dict."""
     return isinstance(value, Estimate) or (isinstance(value, Mapping) and {"value", "low", "high"} <= set(value))
 
 
@@ -194,12 +196,13 @@ def _split(key: str) -> tuple[str, str, str]:
 
 
 def _rank(key: str) -> tuple[str, int]:
-    """Where a key stands: by mode, then in the order of the quantities that `spectra` knows."""
+    """The sort key of a column: its mode, then the position of its quantity in `ESTIMATES`."""
     mode, quantity, _ = _split(key)
     return mode, ESTIMATES.index(quantity) if quantity in ESTIMATES else len(ESTIMATES)
 
 
 def _label(row: Mapping[str, Any]) -> str:
+    """The label of a row, "" where it has none."""
     value = row.get("label")
     return "" if value is None else str(value)
 

@@ -1,4 +1,4 @@
-"""What runs, records, modes and quantities are called in figures and tables, from what the run folders say."""
+"""Names and meanings of runs, records, modes and quantities in figures and tables, as the run folders give them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def describe(runs: Sequence[Run], key: str) -> Quantity:
 
 
 def axis_name(runs: Sequence[Run], key: str) -> str:
-    """A quantity as an axis is labelled: its name with its unit, or with the tolerance of a near-zero share."""
+    """The label of an axis: the quantity with its unit, or with the tolerance of a near-zero share."""
     about = describe(runs, key)
     return f"{about.name} (|λ| < {tolerance(runs)})" if key == "near_zero_share" else about.axis
 
 
 def tolerance(runs: Sequence[Run]) -> str:
-    """The size below which an eigenvalue counts as near zero; all sizes where the runs used several."""
+    """The |lambda| below which an eigenvalue counts as near zero, in words; all of them where the runs used several."""
     return " or ".join(sorted({f"{record.near_zero_tol:g}" for run in runs for record in run.measured}))
 
 
 def record_words(run: Run, record: SpectrumRecord) -> str:
-    """The label of a record in words; "" where it has none."""
+    """The label of a record as words; "" where it has none."""
     return run.presentation.labels.get(record.label, record.label.replace("-", " "))
 
 
@@ -49,6 +49,6 @@ def sentence_case(words: str) -> str:
 
 
 def listed(items: Iterable[str]) -> str:
-    """Items as in a sentence: "a, b and c". At least one is expected."""
+    """One or more items as in a sentence: "a, b and c"."""
     *others, last = items
     return f"{', '.join(others)} and {last}" if others else last

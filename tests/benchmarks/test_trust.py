@@ -14,6 +14,7 @@ from spectra.estimates.quantities import summarize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "trust"))
 
+import band
 import cases
 import coverage
 import families
@@ -181,3 +182,32 @@ def test_a_bracket_without_reorthogonalisation_holds_the_probes_own_mass():
     assert found.holds(found.full)
     assert found.holds(found.none)
     assert found.difference < found.none.at / 2
+
+
+def test_a_band_is_counted_as_covering_where_the_whole_curve_lies_inside():
+    values, thresholds = np.array([-1.0, 1.0, 2.0, 3.0]), np.array([0.0, 2.5])
+    for low, high, inside in (
+        ([0.2, 0.7], [0.3, 0.8], True),
+        ([0.2, 0.7], [0.2, 0.8], False),
+        ([0.2, 0.8], [1, 1], False),
+    ):
+        found = spectra.estimates.band.CumulativeBand(thresholds, np.array(low), np.array(high), 0.95)
+        assert band.covers(found, values) is inside
+
+
+def test_the_beginning_of_a_measurement_is_the_shorter_measurement():
+    op = spectra.DiagonalOperator(families.eigenvalues("laplace", n=500, radius=27.0, zeros=0.0, seed=1))
+    whole, part = (spectra.slq(op, probes=probes, steps=steps, seed=4) for probes, steps in ((4, 40), (2, 20)))
+    found = band.beginning(whole, 2, 20)
+    assert found.nodes == pytest.approx(part.nodes, abs=1e-9)
+    assert found.weights == pytest.approx(part.weights, abs=1e-9)
+
+
+def test_rows_of_bands_fit_the_table():
+    (case,) = band.cases(["gamma"], 400)
+    rows = band.measure(case, 0) + band.measure(case, 1)
+    assert [line[:3] for line in band.lines(rows)] == [
+        [case.label, size, "2 of 2"] for size in ("2 x 20", "4 x 60", "4 x 100")
+    ]
+    assert len(band.cases([*families.BULKS, *band.MODELS], 400)) == 11
+    assert band.sampling_coverage(100, 2, level=0.95, draws=500) >= 0.93

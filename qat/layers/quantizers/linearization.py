@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 class Linearization:
-    """Holds what has no true derivative, from the forward passes inside `record` for those inside `replay`.
+    """Records values without a true derivative in forward passes inside `record`, and gives them inside `replay`.
 
-    A replay starts with the first recorded forward pass again after the last.
+    After the last recorded forward pass, the next replay uses the first one again.
     """
 
     def __init__(self) -> None:
@@ -27,14 +27,14 @@ class Linearization:
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
-        """Note the held values of one forward pass."""
+        """A context that records the values of one forward pass."""
         self.passes.append([])
         with _active(self):
             yield
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[None]:
-        """Use the values noted in the next of the recorded forward passes."""
+        """A context that uses the values of the next recorded forward pass."""
         self._replayed = iter(self.passes[self._next_pass % len(self.passes)])
         self._next_pass += 1
         try:
@@ -44,7 +44,7 @@ class Linearization:
             self._replayed = None
 
     def hold(self, value: Tensor) -> Tensor:
-        """The value without its graph, as it was when the pass was recorded."""
+        """The value without its graph; in a replay, the recorded value."""
         if self._replayed is not None:
             return next(self._replayed)
         self.passes[-1].append(value.detach())
@@ -73,6 +73,7 @@ def clamped(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _active(linearization: Linearization) -> Iterator[None]:
+    """A context in which `held` and `clamped` use this linearization."""
     global _current
     before, _current = _current, linearization
     try:

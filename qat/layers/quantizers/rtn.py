@@ -47,4 +47,5 @@ class RoundToNearest(Quantizer):
         return self._quantize(weight, floor_scale(held(scale)))
 
     def _quantize(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """scale * clamp(round(weight / scale)) with straight-through rounding."""
         return scale * round_ste(clamped(weight / scale, self.lowest, self.highest))

@@ -1,4 +1,4 @@
-"""Stretched elastic quantization: levels spread evenly over [-s, s], for 1.58 and 2 bits."""
+"""Stretched elastic quantization: evenly spaced levels in [-s, s], for 1.58 and 2 bits."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from spectra.backend import memory
 from spectra.backend.errors import InputError
@@ -47,7 +48,7 @@ def as_batches(batches: Any) -> list[Any]:
     if isinstance(batches, str | bytes) or not isinstance(batches, Iterable):
         raise InputError(
             f"batches must be a list of batches, a DataLoader or one batch, got {type(batches).__name__}: a batch is a "
-            "mapping of tensors or a pair (inputs, targets)"
+            "mapping of tensors or a pair (inputs, targets); a dataset goes into torch.utils.data.DataLoader"
         )
     length = _length(batches)
     if length is not None and length > MOST_BATCHES:
@@ -187,6 +188,11 @@ def mapped(batch: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     """The batch with a function applied to each of its tensors, in containers of the same kind."""
     if isinstance(batch, torch.Tensor):
         return function(batch)
+    if isinstance(batch, PackedSequence):  # its lengths are a tensor too, and belong on the CPU
+        data, lengths, *orders = batch
+        return PackedSequence(
+            function(data), lengths, *(order if order is None else function(order) for order in orders)
+        )
     if isinstance(batch, Mapping):
         return with_items(batch, {key: mapped(value, function) for key, value in batch.items()})
     if isinstance(batch, tuple | list):
@@ -296,13 +302,31 @@ def rows_in(batch: Any) -> int:
     if isinstance(batch, Mapping):
         leading = batch.get("labels", batch.get("input_ids"))
     else:
-        leading = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else batch
+        is_pair = isinstance(batch, tuple | list) and len(batch) == 2 and not isinstance(batch, PackedSequence)
+        leading = batch[1] if is_pair else batch
+    if isinstance(leading, PackedSequence):
+        return int(leading.batch_sizes[0])
+    if isinstance(leading, list) and leading is not batch and _has_item_per_row(leading):
+        return len(leading)
     first = leading if isinstance(leading, torch.Tensor) else next(tensors_of(batch), None)
     return _leading(first) if first is not None else 1
 
 
 def _leading(tensor: torch.Tensor) -> int:
     return tensor.size(0) if tensor.ndim else 1
+
+
+def _has_item_per_row(members: list[Any]) -> bool:
+    """Whether the members of a list can only be one for each row: mappings, scalars or tensors of several lengths."""
+    if all(isinstance(member, torch.Tensor) for member in members):
+        return not any(m.ndim for m in members) or len({_leading(m) for m in members}) > 1
+    return all(isinstance(member, Mapping) for member in members)
+
+
+def _is_list_of_rows(value: Any, rows: int) -> bool:
+    if not isinstance(value, list) or len(value) != rows:
+        return False
+    return _has_item_per_row(value) or not any(_leading(t) == rows for t in tensors_of(value))
 
 
 def rows_between(batch: Any, start: int, stop: int, rows: int) -> Any:
@@ -317,8 +341,12 @@ def spread_rows(batch: Any, count: int) -> Any:
 
 
 def _cut(batch: Any, chosen: slice | list[int], rows: int) -> Any:
-    if isinstance(batch, list) and len(batch) == rows and not any(_leading(t) == rows for t in tensors_of(batch)):
-        return [batch[i] for i in range(rows)[chosen]] if isinstance(chosen, slice) else [batch[i] for i in chosen]
+    indices = list(range(rows)[chosen]) if isinstance(chosen, slice) else chosen
+    if _is_list_of_rows(batch, rows):
+        return [batch[i] for i in indices]
+    if isinstance(batch, PackedSequence):
+        sequences = unpack_sequence(batch)
+        return pack_sequence([sequences[i] for i in indices], enforce_sorted=False) if len(sequences) == rows else batch
     if isinstance(batch, Mapping):
         return with_items(batch, {key: _cut(value, chosen, rows) for key, value in batch.items()})
     if isinstance(batch, tuple | list):
@@ -327,10 +355,15 @@ def _cut(batch: Any, chosen: slice | list[int], rows: int) -> Any:
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.ndim or tensor.size(0) != rows:
             return tensor
-        if tensor.layout == torch.strided and isinstance(chosen, slice):
+        if tensor.layout == torch.strided and isinstance(chosen, slice) and not tensor.is_nested:
             return tensor[chosen]
-        indices = list(range(rows)[chosen]) if isinstance(chosen, slice) else chosen
-        return tensor.index_select(0, torch.tensor(indices, device=tensor.device))
+        if tensor.is_nested:
+            parts = tensor.unbind()
+            return torch.nested.nested_tensor([parts[i] for i in indices], layout=tensor.layout)
+        positions = torch.tensor(indices, device=tensor.device)
+        if tensor.layout in (torch.sparse_csr, torch.sparse_csc):  # which have no index_select
+            return tensor.to_sparse().index_select(0, positions).to_sparse(layout=tensor.layout)
+        return tensor.index_select(0, positions)
 
     return mapped(batch, cut)
 
@@ -343,6 +376,12 @@ def kind_of(batch: Any, rows: int) -> Hashable:
     if isinstance(batch, torch.Tensor):
         shape = tuple(batch.shape[1:]) if _leading(batch) == rows else tuple(batch.shape)
         return (shape, batch.dtype, batch.layout, batch.device)
+    if isinstance(batch, PackedSequence):
+        return (PackedSequence, batch.data.shape[1:], batch.data.dtype, batch.data.device)
+    if _is_list_of_rows(batch, rows):
+        return list
+    if _is_dataclass(batch):
+        return (type(batch), *(kind_of(getattr(batch, field.name), rows) for field in dataclasses.fields(batch)))
     if isinstance(batch, Mapping):
         return tuple((key, kind_of(value, rows)) for key, value in batch.items())
     if isinstance(batch, tuple | list):
@@ -394,11 +433,21 @@ def _joined(members: Sequence[Any], axis: int, rows: Sequence[int]) -> Any:
         raise _CannotJoin
     if all(isinstance(member, Mapping) for member in members) and len({tuple(member) for member in members}) == 1:
         return with_items(first, {key: _joined([m[key] for m in members], axis, rows) for key in first})
+    if all(isinstance(member, PackedSequence) for member in members):
+        return pack_sequence([row for m in members for row in unpack_sequence(m)], enforce_sorted=False)
+    if _is_dataclass(first) and all(type(member) is type(first) for member in members):
+        joined = copy.copy(first)
+        for field in dataclasses.fields(first):
+            parts = [getattr(member, field.name) for member in members]
+            object.__setattr__(joined, field.name, _joined(parts, axis, rows))
+        return joined
+    if all(_is_list_of_rows(member, count) for member, count in zip(members, rows, strict=True)):
+        return list(itertools.chain.from_iterable(members))
     alike = all(isinstance(member, tuple | list) and len(member) == len(first) for member in members)
     if alike and any(True for _ in tensors_of(first)):
         return like(first, [_joined(parts, axis, rows) for parts in zip(*members, strict=True)])
     if all(isinstance(m, list) and len(m) == count for m, count in zip(members, rows, strict=True)):
         return list(itertools.chain.from_iterable(members))
-    if all(type(member) is type(first) and not _is_dataclass(member) and member == first for member in members):
+    if all(type(member) is type(first) and member == first for member in members):
         return first
     raise _CannotJoin

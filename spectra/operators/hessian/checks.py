@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from spectra.backend.errors import InputError, NonFiniteError
-from spectra.backend.vectors import norm
+from spectra.backend.vectors import dot, norm
 from spectra.operators.hessian.graphs import GraphStore
 from spectra.operators.hessian.isolation import names_with_hooks
 from spectra.operators.hessian.precision import LOWER
+
+T = TypeVar("T")
 
 FLOAT64_LIMIT = 2_000_000  # parameters up to which differences are taken in float64 on any device
 FULL_RATE_FLOAT64 = ((8, 0), (9, 0), (10, 0))  # compute capabilities of A100, H100 and H200, B200
@@ -32,6 +35,10 @@ UNUSED_STEP = 1e-4  # as a part of the weights' norm, along parameters that the 
 GRADIENT_TOLERANCE = 1e-3  # relative, between two ways to the same gradient in float32; hundreds of units of rounding
 REPEATABLE = 1e-2  # relative difference of two evaluations above which a loss is not a function of the weights
 ROUNDING_ROOM = 20  # a difference up to this many times the measured rounding error is accepted
+
+
+class FailedCheckError(InputError):
+    """A comparison that shows that numbers of this model would be wrong."""
 
 
 @runtime_checkable
@@ -131,52 +138,79 @@ def _rounding_of_weights(graphs: GraphStore) -> float:
     return 64 * narrowest
 
 
-# -- the product is the derivative of the gradient
+# -- the product is the derivative of the gradient, and the gradient that of the loss
 
 
-def check_product(
-    graphs: GraphStore, u: torch.Tensor, product: torch.Tensor, rounding: float, dtype: torch.dtype
-) -> tuple[float, float]:
-    """Compare a Hessian-vector product with central differences of the gradient, (g(w + h u) - g(w - h u)) / 2h.
+@dataclass(frozen=True)
+class DerivativeErrors:
+    """How far derivatives are from central differences.
 
-    The differences are taken at several steps h: a large one drowns rounding, a small one does not cross the kinks of
-    piecewise linear functions. The step that agrees best counts. Entries whose gradient is zero by definition, as the
-    row of an embedding's padding_idx, are not moved: their rows and columns of H are zero.
+    Attributes:
+        product: relative error of a Hessian-vector product, NaN where no difference could be taken.
+        rounding: the part of it that is known to be rounding error.
+        slope: relative error of the gradient's component along the direction, NaN where rounding hides it.
+    """
 
-    Where the product disagrees, and the same product in float64 does not, the difference is rounding error.
+    product: float
+    rounding: float
+    slope: float
+
+
+def check_derivatives(
+    graphs: GraphStore, direction: torch.Tensor, product: torch.Tensor, rounding: float
+) -> DerivativeErrors:
+    """Compare a Hessian-vector product and the gradient with central differences along a direction u.
+
+    The product belongs to (g(w + h u) - g(w - h u)) / 2h, the gradient's component g . u to the same difference of the
+    loss, which costs nothing more. The differences are taken in float64 where that is cheap and the model runs in it.
+    Entries whose gradient is zero by definition, as the row of an embedding's padding_idx, are not moved: their rows
+    and columns of H are zero.
 
     Args:
         graphs: the gradient.
-        u: a random vector, (n,).
+        direction: u, (n,), random.
         product: H u by the engine that the measurement uses, (n,).
         rounding: relative rounding error of a product as far as it is known.
-        dtype: of the differences, see `dtype_of_differences`.
 
     Returns:
-        The relative error of the product, NaN where no difference could be taken, and the part of it that is known to
-        be rounding error.
+        The relative errors.
 
     Raises:
-        InputError: where it is larger than rounding explains, naming the parameter that it is largest in.
+        FailedCheckError: where an error is larger than rounding explains, naming the parameter that it is largest in.
+    """
+    direction = direction * ((product != 0) | (graphs.gradient() != 0))
+
+    def compare(dtype: torch.dtype) -> DerivativeErrors:
+        with _linearized(graphs, dtype):
+            error, part, slope = _check_product(graphs, direction, product, rounding, dtype)
+            return DerivativeErrors(error, part, _check_slope(graphs, direction, slope, dtype))
+
+    return _in_a_precision_that_runs(graphs, compare)
+
+
+def _check_product(
+    graphs: GraphStore, u: torch.Tensor, product: torch.Tensor, rounding: float, dtype: torch.dtype
+) -> tuple[float, float, float]:
+    """The relative error of a product, the part of it that is rounding, and the slope of the loss along u.
+
+    Where the product disagrees, and the same product in float64 does not, the difference is rounding error.
     """
     tolerance = max(PRODUCT_TOLERANCE[dtype], ROUNDING_ROOM * rounding)
-    u = u * ((product != 0) | (graphs.gradient() != 0))
-    with _linearized(graphs, dtype):
-        error, differences = _best_difference(graphs, u, product, tolerance, dtype)
-        if error <= tolerance or differences is None:
-            return error, 0.0
-        if dtype != product.dtype:
-            exact = graphs.product_at(u, dtype).to(product.dtype)
-            if norm(exact - differences) <= PRODUCT_TOLERANCE[dtype] * norm(exact):
-                if error <= ROUNDING_LIMIT:
-                    graphs.note(f"rounding changes a product by {error:.1%}; precision='float64' avoids that")
-                    return error, error
-                raise InputError(
-                    f"rounding changes a Hessian product by {error:.0%}, as where the loss is nearly zero: "
-                    "measure with precision='float64'"
-                )
+    error, differences, slope = _best_difference(graphs, u, product, tolerance, dtype)
+    if error <= tolerance or differences is None:
+        return error, 0.0, slope
+    if dtype != product.dtype:
+        exact = graphs.product_at(u, dtype).to(product.dtype)
+        if norm(exact - differences) <= PRODUCT_TOLERANCE[dtype] * norm(exact):
+            if error <= ROUNDING_LIMIT:
+                graphs.note(f"rounding changes a product by {error:.1%}; precision='float64' avoids that")
+                return error, error, slope
+            raise FailedCheckError(
+                f"rounding changes a Hessian product by {error:.0%}, as where the loss is nearly zero: "
+                "measure with precision='float64'"
+            )
     worst = _worst_parameter(graphs, differences - product)
-    raise InputError(
+    raise FailedCheckError(
         f"Hessian products of this model are wrong: one is {error:.1%} off a difference of the gradient, most in "
         f"'{worst}'. {_cause(graphs)}; replace that operation, or pass strict=False to measure all the same"
     )
@@ -184,30 +218,68 @@ def check_product(
 
 def _best_difference(
     graphs: GraphStore, u: torch.Tensor, product: torch.Tensor, tolerance: float, dtype: torch.dtype
-) -> tuple[float, torch.Tensor | None]:
-    """The relative error of a product against the difference that agrees best, and that difference.
+) -> tuple[float, torch.Tensor | None, float]:
+    """The relative error of a product against the difference that agrees best, that difference, and the loss's slope.
 
-    Without it, and with NaN, where differences disagree among themselves as much.
+    A large step drowns rounding, a small one does not cross the kinks of piecewise linear functions. Without a
+    difference, and with NaN, where differences disagree among themselves as much.
     """
     length = _relative(_norm_of_weights(graphs), norm(u))
     tried: list[torch.Tensor] = []
     errors: list[float] = []
+    slopes: list[float] = []
     for relative in _steps(graphs, dtype):
         h = relative * length
         with contextlib.suppress(NonFiniteError):
-            ahead, behind = (graphs.gradient_at(graphs.objective, dtype=dtype, offset=s * h * u)[1] for s in (1, -1))
+            (more, ahead), (less, behind) = (
+                graphs.gradient_at(graphs.objective, dtype=dtype, offset=s * h * u) for s in (1, -1)
+            )
             tried.append(((ahead - behind) / (2 * h)).to(product.dtype))
+            slopes.append((more - less) / (2 * h))
             errors.append(_relative(norm(tried[-1] - product), max(norm(product), norm(tried[-1]))))
             if errors[-1] <= tolerance:
-                return errors[-1], tried[-1]
+                return errors[-1], tried[-1], slopes[-1]
     best = min(range(len(errors)), key=errors.__getitem__, default=None)
     if best is not None:
         others = [norm(tried[best] - other) for j, other in enumerate(tried) if j != best]
         uncertain = _relative(min(others, default=0.0), max(norm(product), norm(tried[best])))
         if errors[best] > 3 * uncertain:
-            return errors[best], tried[best]
+            return errors[best], tried[best], slopes[best]
     graphs.note("products could not be compared with differences of the gradient, which is not smooth here")
-    return math.nan, None
+    return math.nan, None, math.nan
+
+
+def _check_slope(graphs: GraphStore, u: torch.Tensor, slope: float, dtype: torch.dtype) -> float:
+    """The relative error of the gradient's component along u, and if that is large, of its norm along itself.
+
+    Along its gradient a loss changes most, so that rounding hides least there.
+    """
+    gradient = graphs.gradient()
+    steepest, expected = norm(gradient), dot(gradient, u)
+    if steepest == 0:
+        return math.nan
+    if abs(slope - expected) <= SLOPE_TOLERANCE * abs(expected):
+        return abs(slope / expected - 1)
+    direction, length = gradient / steepest, _norm_of_weights(graphs)
+    smallest = SLOPE_ROUNDING * torch.finfo(dtype).eps * abs(graphs.loss())
+    errors = []
+    for relative in SLOPE_STEPS[dtype]:
+        h = relative * length
+        if 2 * h * steepest < smallest:
+            continue
+        ahead, behind = (graphs.loss_at(dtype=dtype, offset=s * h * direction) for s in (1, -1))
+        found = (ahead - behind) / (2 * h)
+        if not math.isfinite(found):
+            continue
+        errors.append(abs(found / steepest - 1))
+        if errors[-1] <= SLOPE_TOLERANCE:
+            return errors[-1]
+    if len(errors) < 2 or max(errors) > 1.2 * min(errors):  # the steps do not agree among themselves
+        return math.nan
+    raise FailedCheckError(
+        f"the gradient is not that of the loss: along it the loss changes otherwise (off by {min(errors):.0%}). "
+        f"{_cause(graphs)}; measure without it, or pass strict=False"
+    )
 
 
 def _cause(graphs: GraphStore) -> str:
@@ -231,17 +303,16 @@ def _cause(graphs: GraphStore) -> str:
     )
 
 
-def check_unused(graphs: GraphStore, dtype: torch.dtype) -> None:
+def check_unused(graphs: GraphStore) -> None:
     """Move the parameters that the gradient does not reach: the loss must not depend on them.
 
     It does where they are used under `torch.no_grad`, behind `.detach()` or in a reentrant checkpoint.
 
     Args:
         graphs: the gradient.
-        dtype: of the differences.
 
     Raises:
-        InputError: where the loss changes.
+        FailedCheckError: where the loss changes.
     """
     if not graphs.unused:
         return
@@ -252,79 +323,50 @@ def check_unused(graphs: GraphStore, dtype: torch.dtype) -> None:
         # of both signs, as normalisation undoes a common shift
         signs = torch.arange(parameter.numel(), device=graphs.device) % 3 - 0.5
         parts.append(signs.to(graphs.dtype) * step)
-    with _linearized(graphs, dtype):
-        here = graphs.loss_at(dtype=dtype)
-        there = graphs.loss_at(dtype=dtype, offset=torch.cat(parts))
-    if abs(there - here) > 100 * torch.finfo(dtype).eps * abs(here):
-        raise InputError(
+
+    def depends(dtype: torch.dtype) -> bool:
+        with _linearized(graphs, dtype):
+            here = graphs.loss_at(dtype=dtype)
+            there = graphs.loss_at(dtype=dtype, offset=torch.cat(parts))
+        return abs(there - here) > 100 * torch.finfo(dtype).eps * abs(here)
+
+    if _in_a_precision_that_runs(graphs, depends):
+        raise FailedCheckError(
             f"the loss depends on '{graphs.unused[0]}', and autograd does not see it: look for torch.no_grad, "
             ".detach() or checkpoint(..., use_reentrant=True) in the forward pass, or leave it out with params=..."
         )
 
 
-def check_slope(graphs: GraphStore, dtype: torch.dtype) -> float:
-    """Compare the norm of the gradient with a central difference of the loss along it.
-
-    Args:
-        graphs: the graphs of the gradient that is checked.
-        dtype: of the differences.
-
-    Returns:
-        The relative error of the gradient's norm, NaN where no difference could be taken, as at a minimum.
-
-    Raises:
-        InputError: where the gradient is not that of the loss.
-    """
-    gradient = graphs.gradient()
-    slope = norm(gradient)
-    if slope == 0:
-        return math.nan
-    direction, length = gradient / slope, _norm_of_weights(graphs)
-    smallest = SLOPE_ROUNDING * torch.finfo(dtype).eps * abs(graphs.loss())
-    errors = []
-    with _linearized(graphs, dtype):
-        for relative in SLOPE_STEPS[dtype]:
-            h = relative * length
-            if 2 * h * slope < smallest:
-                continue
-            ahead, behind = (graphs.loss_at(dtype=dtype, offset=s * h * direction) for s in (1, -1))
-            found = (ahead - behind) / (2 * h)
-            if not math.isfinite(found):
-                continue
-            errors.append(abs(found / slope - 1))
-            if errors[-1] <= SLOPE_TOLERANCE:
-                return errors[-1]
-    if len(errors) < 2 or max(errors) > 1.2 * min(errors):  # the steps do not agree among themselves
-        return math.nan
-    raise InputError(
-        f"the gradient is not that of the loss: along it the loss changes otherwise (off by {min(errors):.0%}). "
-        f"{_cause(graphs)}; measure without it, or pass strict=False"
-    )
+# -- differences
 
 
-def dtype_of_differences(graphs: GraphStore) -> torch.dtype:
-    """float64 wherever the device computes it at a fair rate, or the model is small, and the model runs in it.
+def _in_a_precision_that_runs(graphs: GraphStore, run: Callable[[torch.dtype], T]) -> T:
+    """What `run` returns in float64 where that is cheap and the model runs in it, else in float32."""
+    if _wants_float64(graphs):
+        try:
+            return run(torch.float64)
+        except FailedCheckError:
+            raise
+        except (RuntimeError, ValueError, TypeError):  # such as constants of the model in float32; memory
+            if graphs.dtype == torch.float64:
+                raise
+    return run(torch.float32)
 
-    Args:
-        graphs: the gradient.
 
-    Returns:
-        float64 or float32.
-    """
+def _wants_float64(graphs: GraphStore) -> bool:
+    """Whether the device computes float64 at a fair rate, or the model is small, and draws the same numbers in it."""
+    if graphs.dtype == torch.float64:
+        return True
     fair = graphs.device.type == "cpu"
     if graphs.device.type == "cuda":
         fair = torch.cuda.get_device_capability(graphs.device) in FULL_RATE_FLOAT64
-    if graphs.dtype == torch.float64:
-        return torch.float64
     if not fair and graphs.space.dimension > FLOAT64_LIMIT:
-        return torch.float32
-    try:
-        loss = graphs.loss_at(dtype=torch.float64)
-    except (RuntimeError, ValueError, TypeError):  # such as constants of the model in float32; memory
-        return torch.float32
-    # dropout draws another mask in another precision
-    other = graphs.training and abs(loss - graphs.loss()) > GRADIENT_TOLERANCE * abs(loss)
-    return torch.float32 if other else torch.float64
+        return False
+    if not graphs.training:
+        return True
+    with contextlib.suppress(RuntimeError, ValueError, TypeError):  # dropout draws another mask in another precision
+        return abs(graphs.loss_at(dtype=torch.float64) - graphs.loss()) <= GRADIENT_TOLERANCE * abs(graphs.loss())
+    return False
 
 
 def _steps(graphs: GraphStore, dtype: torch.dtype) -> tuple[float, ...]:

@@ -1,8 +1,8 @@
-"""Ways to compute Hessian-vector products (HVPs) of several vectors: the same numbers, at different speeds.
+"""Engines: ways to compute Hessian-vector products (HVPs), which give the same numbers at different speeds.
 
 With g the gradient of the loss and its graph kept, H v is the gradient of g . v ("reverse"; Pearlmutter, Neural
 Computation 6, 1994). Several vectors can share one pass through that graph ("batched"), which is faster where launching
-operations takes longer than their arithmetic. Forward over reverse ("forward") differentiates the gradient along v
+operations takes longer than their arithmetic. "forward" (forward over reverse) differentiates the gradient along v
 without keeping a graph, and can be compiled as a whole. On a GPU the first two can be captured once as a CUDA graph and
 replayed ("captured", "captured batched").
 """
@@ -26,26 +26,26 @@ def reverse(gradient: Tensors, parameters: Tensors, vectors: torch.Tensor, *, ke
     """The gradient of g . v for each row v of `vectors`, one pass through the graph a row.
 
     Args:
-        gradient: g with its graph, one tensor a parameter.
-        parameters: what g was differentiated by.
-        vectors: (k, n).
-        keep: whether the graph is needed again.
+        gradient: The gradient g with its graph, a tensor for each parameter.
+        parameters: The parameters that g is the gradient in.
+        vectors: The vectors v, (k, n).
+        keep: Whether to keep the graph for another call.
 
     Returns:
-        (k, n).
+        The products, (k, n).
     """
-    images = torch.empty_like(vectors)
+    products = torch.empty_like(vectors)
     sizes = [parameter.numel() for parameter in parameters]
     for row, vector in enumerate(vectors):
         last = row == len(vectors) - 1
         cotangents = [part.view(p.shape) for part, p in zip(vector.split(sizes), parameters, strict=True)]
         parts = _differentiated(gradient, parameters, cotangents, keep=keep or not last, batched=False)
-        torch.cat([part.reshape(-1) for part in parts], out=images[row])
-    return images
+        torch.cat([part.reshape(-1) for part in parts], out=products[row])
+    return products
 
 
 def batched(gradient: Tensors, parameters: Tensors, vectors: torch.Tensor, *, keep: bool) -> torch.Tensor:
-    """`reverse` in one pass through the graph for all rows, with k times its memory."""
+    """The same as `reverse`, in one pass through the graph for all k rows, which takes k times the memory."""
     k, sizes = len(vectors), [parameter.numel() for parameter in parameters]
     cotangents = [part.view(k, *p.shape) for part, p in zip(vectors.split(sizes, dim=1), parameters, strict=True)]
     parts = _differentiated(gradient, parameters, cotangents, keep=keep, batched=True)
@@ -57,6 +57,7 @@ def batched(gradient: Tensors, parameters: Tensors, vectors: torch.Tensor, *, ke
 def _differentiated(
     gradient: Tensors, parameters: Tensors, cotangents: Sequence[torch.Tensor], *, keep: bool, batched: bool
 ) -> Tensors:
+    """The gradient of g . v, one tensor for each parameter, where `cotangents` are the parts of v."""
     outputs = [(g, v) for g, v in zip(gradient, cotangents, strict=True) if g.requires_grad]
     if not outputs:  # a loss linear in the parameters
         return tuple(torch.zeros_like(p) for p in parameters)
@@ -82,13 +83,15 @@ class _Loss(nn.Module):
 
 
 class ForwardOverReverse:
-    """The derivative of theta -> dL/d theta along each of several directions, by torch.func, compiled if it can be.
+    """Forward over reverse: the derivative of theta -> dL/d theta along several directions, by torch.func.
+
+    It is compiled by torch.compile where that works.
 
     Args:
-        model: the model.
-        names: of the parameters theta.
-        parameters: their values.
-        evaluate: () -> the loss of the model, without reading any value.
+        model: The model.
+        names: The names of the parameters theta.
+        parameters: The values of the parameters.
+        evaluate: Computes the loss of the model from its current parameters, without reading a number out of a tensor.
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class ForwardOverReverse:
             return torch.func.jvp(torch.func.grad(loss), (values,), (direction,))[1]
 
         self._eager = torch.func.vmap(product)
-        # a batch of another shape would make shapes symbolic, through which torch cannot differentiate an embedding
+        # by default a second shape makes shapes symbolic, and through those torch cannot differentiate an embedding
         self._compiled: Callable | None = torch.compile(self._eager, dynamic=False)
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -116,14 +119,15 @@ class ForwardOverReverse:
         directions = {
             name: part.reshape(k, *shape) for name, part, shape in zip(self._names, parts, self._shapes, strict=True)
         }
-        images = self._products(directions)
-        return torch.cat([images[name].reshape(k, -1) for name in self._names], dim=1)
+        products = self._products(directions)
+        return torch.cat([products[name].reshape(k, -1) for name in self._names], dim=1)
 
     def _products(self, directions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The products by name of the parameter, compiled until compiling fails once."""
         if self._compiled is not None:
             try:
                 return self._compiled(directions)
-            except Exception as error:  # the compiler fails in ways of its own; eager gives the same numbers
+            except Exception as error:  # the compiler raises many classes; eager execution gives the same numbers
                 reason = first_line(error)
                 warnings.warn(f"the model cannot be compiled ({reason}): running it eagerly", stacklevel=2)
                 self._compiled = None
@@ -131,12 +135,12 @@ class ForwardOverReverse:
 
 
 class CapturedProducts:
-    """A product recorded once as a CUDA graph and replayed: the same kernels without the time to launch them.
+    """A product recorded once as a CUDA graph and replayed: the same kernels, without the time to launch each.
 
     Args:
-        multiply: computes the product on the given CUDA stream, on which the graphs it goes through were built.
-        example: a block like those to come, (k, n).
-        stream: that stream.
+        multiply: Computes the products of a block of vectors (k, n).
+        example: A block of the shape to come, (k, n).
+        stream: The CUDA stream to record on, on which the autograd graphs were built.
     """
 
     def __init__(self, multiply: Multiply, example: torch.Tensor, stream: torch.cuda.Stream):
@@ -148,10 +152,10 @@ class CapturedProducts:
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=stream):
-            self._images = multiply(self._vectors)
+            self._products = multiply(self._vectors)
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
         """The products of the rows of `vectors`, (k, n)."""
         self._vectors.copy_(vectors)
         self._graph.replay()
-        return self._images.clone()
+        return self._products.clone()

@@ -1,4 +1,4 @@
-"""Whether weights were written to in a way that torch does not count."""
+"""Detects changes of weights that torch does not count in a tensor's version."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 _steps = 0
 
 
 def _count_step(*_: Any) -> None:
+    """Count a step; torch calls this after every step of every optimizer."""
     global _steps
     _steps += 1
 
@@ -21,15 +22,15 @@ register_optimizer_step_post_hook(_count_step)
 
 
 def optimizer_steps() -> int:
-    """How many steps the optimizers of this program have made; fused ones write without counting."""
+    """How many steps the optimizers of this program have made. Fused optimizers change weights, but not versions."""
     return _steps
 
 
 def fingerprint(tensors: Iterable[torch.Tensor]) -> list[float]:
-    """A number for each tensor that changes with its values: a sum of the bits of its entries, on a GPU its norm.
+    """A number for each tensor that changes with its values: on a CPU a sum of its bits, on a GPU its norm.
 
     Args:
-        tensors: the tensors. Those without values in memory of the usual layout are left out.
+        tensors: The tensors. Those without memory of their own and those with another layout (sparse) are left out.
 
     Returns:
         The numbers.
@@ -44,4 +45,5 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> list[float]:
 
 
 def _plain(tensor: torch.Tensor) -> bool:
+    """Whether the entries can be read as integers: an ordinary tensor with one dimension or more."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.element_size() in INTEGERS and tensor.ndim > 0

@@ -1,4 +1,4 @@
-"""The graphs of the gradient: built a piece at a time, kept as far as memory allows, and differentiated again."""
+"""The autograd graphs of the gradient: built for one piece of the batches at a time, and kept as memory allows."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ from spectra.operators.hessian.precision import arithmetic
 from spectra.operators.hessian.substitution import Substitution, WeightsWritten, nodes_of
 
 T = TypeVar("T")
-OTHER_SEED = 20240229  # of what a forward pass draws when it is asked whether that matters
+OTHER_SEED = 20240229  # of the random numbers that show whether a forward pass depends on random numbers
 POLICIES = ("auto", "keep", "rebuild")
-GRAPHS_SHARE = 0.5  # of the free memory, for kept graphs under "auto"
-PRODUCT_SHARE = 0.8  # of the free memory, for one graph and a product through it, before microbatches are cut
+GRAPHS_SHARE = 0.5  # of the free memory that kept graphs may take under "auto"
+PRODUCT_SHARE = 0.8  # of the free memory that one graph and a product may take before microbatches are cut
+# What torch says of an operation that it cannot differentiate twice; the group is the operation.
 NO_SECOND_DERIVATIVE = (
     r"derivative for '?([\w:]+)'? is not implemented",
     r"(element \d+ of tensors does not require grad)",
@@ -50,8 +51,8 @@ class GraphLayout:
     """How the graphs lie in memory.
 
     Attributes:
-        objective: the loss in the pieces that are worked on one after another.
-        kept: how many of the first pieces' graphs are kept; the others are rebuilt at every product.
+        objective: The loss, cut into the pieces that are processed one after another.
+        kept: How many graphs are kept, those of the first pieces; the others are rebuilt at every product.
     """
 
     objective: Objective
@@ -73,25 +74,26 @@ class GraphStore:
     """The gradient of an objective with its graph, at the current weights of the model.
 
     Args:
-        model: the model, outside of any wrapper.
-        space: the parameters that are differentiated.
-        objective: the loss.
-        dtype: of the vectors and of the gradient.
-        copy: the dtype that weights are brought to, None for their own.
-        precision: see `spectra.operators.hessian.precision`.
-        training: whether the model runs in training mode.
-        context: called for a context manager that is entered around every forward pass.
+        model: The model, outside of any wrapper.
+        space: The parameters that are differentiated.
+        objective: The loss.
+        dtype: The dtype of the vectors and of the gradient.
+        copy: The dtype of the copy of the weights that is measured, None for the weights themselves.
+        precision: See `spectra.operators.hessian.precision`.
+        training: Whether the model runs in training mode.
+        context: Returns a context manager, which is entered around every forward pass.
         policy: "keep" all graphs, "rebuild" them at every product, or "auto": keep as many as fit in half of the free
             memory.
-        over_ranks: whether every rank of torch.distributed has a part of the objective.
-        notes: list that gets what a reader of the numbers should know.
+        over_ranks: Whether every rank of torch.distributed has a part of the objective.
+        notes: A list; what a reader of the numbers should know is appended to it.
 
     Attributes:
-        can_be_cut: asked before a batch is cut into rows, which some losses do not allow.
-        writes_to_weights: whether the forward pass was seen to write to weights, as an embedding with max_norm does.
-        unused: names of chosen parameters that the gradient does not reach.
-        when_out_of_memory: makes later computations need less, and says how; by default `reduce_memory`.
-        each_forward: called for another context manager around every forward pass, which checks set for a while.
+        can_be_cut: Returns whether batches may be cut into rows, which some losses do not allow.
+        writes_to_weights: Whether the forward pass was seen to write to weights, as an embedding with max_norm does.
+        unused: Names of chosen parameters that the gradient does not reach.
+        when_out_of_memory: Makes later computations need less memory, and returns how in words; by default
+            `reduce_memory`.
+        each_forward: Returns another context manager around every forward pass; `checks` sets it for a while.
     """
 
     def __init__(
@@ -125,8 +127,8 @@ class GraphStore:
         self._fingerprint: list[float] = []
         self._steps_seen = 0
         self._footprint: Footprint | None = None
-        self._random_states: RandomStates | None = None  # that every forward pass at these weights draws from
-        self.writes_to_weights = False  # so stand-ins have memory of their own
+        self._random_states: RandomStates | None = None  # from which every forward pass at these weights draws
+        self.writes_to_weights = False  # if so, stand-ins have memory of their own
         self._written: dict[int, torch.Tensor] | None = None  # the weights as the forward pass leaves them
         self._other_numbers = False
         self._redirected = False  # whether the loss reads parameters or constants past the modules
@@ -151,28 +153,28 @@ class GraphStore:
         return self._state is not None and len(self._state.kept) == len(self.objective.pieces)
 
     def weights_changed(self, *, thorough: bool = False) -> bool:
-        """Whether the weights or buffers are others than those that the graphs belong to.
+        """Whether weights or buffers have changed since the last call.
 
-        torch counts the writes to a tensor, but not those of fused optimizers, through `.data` and in inference mode.
-        These are found by their values: at every call on a CPU, on a GPU after any optimizer's step and where asked.
+        torch counts the writes to a tensor, except those of fused optimizers, through `.data` and in inference mode.
+        Such writes are detected by comparing values: on a CPU at every call, and on a GPU after any optimizer's step.
 
         Args:
-            thorough: whether to look at values on a GPU too, which waits for it.
+            thorough: Whether to compare values on a GPU at this call too, which waits for the GPU.
 
         Returns:
-            Whether they changed since the last call.
+            Whether they have changed.
         """
         state = (*self.model.parameters(), *self.model.buffers())
         versions = tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in state)
         changed, self._versions = versions != self._versions, versions
         steps, self._steps_seen = self._steps_seen, optimizer_steps()
         if changed or thorough or self.device.type == "cpu" or steps != self._steps_seen:
-            print_now = fingerprint(state)
-            changed, self._fingerprint = changed or print_now != self._fingerprint, print_now
+            current = fingerprint(state)
+            changed, self._fingerprint = changed or current != self._fingerprint, current
         return changed
 
     def prepare(self, *, thorough: bool = False) -> bool:
-        """Compute loss, gradient and graphs at the current weights, if they are not there. True where it did."""
+        """Compute loss, gradient and graphs at the current weights, unless that is done. Returns whether it was not."""
         if self.weights_changed(thorough=thorough):
             self.forget()
             self.space = self.space.renewed(self.model)
@@ -187,11 +189,13 @@ class GraphStore:
         self._state = None
 
     def _current(self) -> _State:
+        """What was computed at the current weights, computed now if need be."""
         self.prepare()
         assert self._state is not None
         return self._state
 
     def _compute(self) -> None:
+        """Compute loss, gradient and graphs, piece by piece, and note what was unusual."""
         layout = self.layout()
         if layout.objective is not self.objective:
             self.objective = layout.objective
@@ -247,12 +251,12 @@ class GraphStore:
         )
 
     def _build_first(self, piece: Piece) -> tuple[torch.Tensor, engines.Tensors, Substitution]:
-        """`build`, and the stand-ins it used: others than usual for a loss that reads or writes weights itself."""
+        """`build` for the first piece, which finds out what kind of stand-ins the loss needs; returns those too."""
         for _ in range(3):
             substitution = self.substitution()
             try:
                 return (*self.build(piece, substitution, guarded=not self.writes_to_weights), substitution)
-            except WeightsWritten:  # the stand-ins get memory of their own, and so the model keeps its weights
+            except WeightsWritten:  # stand-ins with memory of their own keep the model's weights unchanged
                 self.writes_to_weights = True
             except _ReadPastModules:
                 self._redirected = True
@@ -264,16 +268,16 @@ class GraphStore:
         """The piece's weighted loss and its gradient, with a graph that can be differentiated again.
 
         Args:
-            piece: the microbatch.
-            substitution: the weights it is computed at.
-            second_order: whether the gradient gets a graph.
-            guarded: whether to raise `WeightsWritten` where the forward pass writes to the model's weights.
+            piece: The microbatch.
+            substitution: The stand-ins for the weights at which it is computed.
+            second_order: Whether the gradient has a graph.
+            guarded: Whether to raise `WeightsWritten` if the forward pass would write to the model's weights.
 
         Returns:
-            The loss, a scalar, and a gradient for each chosen parameter.
+            The loss, a scalar, and the gradient, a tensor for each chosen parameter.
 
         Raises:
-            InputError: where the loss does not depend on the chosen parameters, or cannot be differentiated.
+            InputError: Where the loss does not depend on the chosen parameters, or cannot be differentiated.
         """
         with self._measuring(), substitution.active(), self._forward_pass():
             if guarded:
@@ -296,7 +300,7 @@ class GraphStore:
         return loss.detach(), tuple(torch.zeros_like(p) if g is None else _dense(g) for g, p in filled)
 
     def _guarded_loss(self, piece: Piece, substitution: Substitution) -> torch.Tensor:
-        """The loss of a piece, unless its forward pass writes to the model's weights or reads them past the modules."""
+        """The loss of a piece. Raises if its forward pass writes to the model's weights or bypasses the stand-ins."""
         with substitution.guarded(), _requiring_gradients(self.space.parameters):
             try:
                 loss = self.objective.forward(piece, self.device, substitution.dtype)
@@ -315,7 +319,7 @@ class GraphStore:
         )
 
     def _check_used(self, gradient: tuple[torch.Tensor | None, ...], piece: Piece) -> None:
-        """Refuse a loss that uses none of the chosen parameters, and keep the names of those it does not use."""
+        """Refuse a loss that uses none of the chosen parameters, and store the names of those that it does not use."""
         unused = [name for name, part in zip(self.space.names, gradient, strict=True) if part is None]
         if len(unused) == len(gradient):
             raise InputError(
@@ -325,11 +329,12 @@ class GraphStore:
         self.unused = tuple(unused)
 
     def note(self, text: str) -> None:
-        """Tell the reader of the numbers, once."""
+        """Add a note for the reader of the numbers, unless it is there already."""
         if text not in self.notes:
             self.notes.append(text)
 
     def _note_unused(self) -> None:
+        """Add a note that names the chosen parameters which the loss does not use."""
         listed = ", ".join(self.unused[:3]) + (f" and {len(self.unused) - 3} more" if len(self.unused) > 3 else "")
         if self.unused:
             self.note(f"parameters that the loss does not use, whose rows are zero: {listed}")
@@ -337,12 +342,12 @@ class GraphStore:
     def gradient_at(
         self, objective: Objective, *, dtype: torch.dtype | None = None, offset: torch.Tensor | None = None
     ) -> tuple[float, torch.Tensor]:
-        """Loss and gradient (n,) of an objective at other weights, without a graph.
+        """Loss and gradient of an objective at other weights, without a graph.
 
         Args:
-            objective: the loss, in its pieces.
-            dtype: the precision, None for the measurement's own.
-            offset: added to the chosen parameters, (n,).
+            objective: The loss, in its pieces.
+            dtype: The precision, None for that of the measurement.
+            offset: A vector (n,) added to the chosen parameters.
 
         Returns:
             The loss and the gradient, (n,).
@@ -358,22 +363,28 @@ class GraphStore:
         assert total is not None  # an objective has at least one piece
         return self._over_ranks(loss, total)
 
-    def loss_at(self, *, dtype: torch.dtype | None = None, offset: torch.Tensor | None = None) -> float:
-        """The loss at other weights, as `gradient_at`."""
-        total = 0.0
+    def loss_at(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        offset: torch.Tensor | None = None,
+        objective: Objective | None = None,
+    ) -> float:
+        """The loss at other weights, or of another objective; arguments as in `gradient_at`."""
+        total, objective = 0.0, objective or self.objective
         with random_states_kept(self.device), self.on_stream():
             substitution = self.substitution(dtype=dtype, offset=offset)
-            for piece in self.objective.pieces:
-                # with gradients on, as some modules compute otherwise without
+            for piece in objective.pieces:
+                # gradients stay on: some modules compute differently without them
                 with self._measuring(), substitution.active(), self._forward_pass():
-                    value = self.objective.evaluate(piece, self.device, substitution.dtype)
+                    value = objective.evaluate(piece, self.device, substitution.dtype)
                 total += float(value.detach()) * piece.share
         if self.over_ranks:
             total = ranks.all_reduce_sum_(torch.tensor(total, dtype=torch.float64, device=self.device)).item()
         return total
 
     def gradient_of_the_model_itself(self) -> tuple[float, torch.Tensor]:
-        """Loss and gradient (n,) by the model's own parameters, without stand-ins, as a training computes them."""
+        """Loss and gradient (n,) as a training computes them: in the model's own parameters, without stand-ins."""
         loss, total = 0.0, torch.zeros(self.space.dimension, dtype=self.dtype, device=self.device)
         own = {p.dtype for p in self.space.parameters}
         dtype = own.pop() if self.copy is not None and len(own) == 1 else None
@@ -416,7 +427,7 @@ class GraphStore:
         return engines.CapturedProducts(lambda vectors: self.sum_over_pieces(vectors, engine), example, self.stream)
 
     def sum_over_pieces(self, vectors: torch.Tensor, engine: str) -> torch.Tensor:
-        """The sum of all pieces' products, on the current stream."""
+        """The sum of the products over all pieces, on the current stream."""
         total = None
         for index, piece in enumerate(self.objective.pieces):
             products = self._piece_products(index, piece, vectors, engine)
@@ -432,6 +443,7 @@ class GraphStore:
         raise NonFiniteError("the sum of the Hessian products over batches overflows; measure with precision='float64'")
 
     def _piece_products(self, index: int, piece: Piece, vectors: torch.Tensor, engine: str) -> torch.Tensor:
+        """The products of one piece, from its kept graph or from one built for the occasion."""
         state = self._state
         assert state is not None
         if engine == "forward":
@@ -449,13 +461,14 @@ class GraphStore:
         keep: bool,
         batched: bool = False,
     ) -> torch.Tensor:
-        """The products of the rows of `vectors` (k, n) with the derivative of a gradient that has its graph."""
+        """The products of the rows of `vectors` (k, n), computed from a gradient with its graph."""
         multiply = engines.batched if batched else engines.reverse
-        # a checkpoint runs parts of the model again here, with the stand-ins that the graph was built with
+        # activation checkpointing runs parts of the model again here, which need the stand-ins of the graph
         with substitution.active(), differentiating(self.device), self._arithmetic(), _second_derivatives_named():
             return multiply(gradient, substitution.chosen, vectors, keep=keep)
 
     def _forward_over_reverse(self, state: _State, index: int, piece: Piece, vectors: torch.Tensor) -> torch.Tensor:
+        """The products of one piece by forward over reverse differentiation."""
         if index not in state.forward:
             state.forward[index] = engines.ForwardOverReverse(
                 self.model,
@@ -472,7 +485,7 @@ class GraphStore:
             return state.forward[index](vectors)
 
     def product_at(self, vector: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The product of one vector (n,) in another precision, rounded to that of the vectors."""
+        """The product of one vector (n,) computed in another precision."""
         with random_states_kept(self.device), self.on_stream():
             substitution = self.substitution(dtype=dtype)
             parts = []
@@ -483,13 +496,13 @@ class GraphStore:
         return ranks.all_reduce_sum_(product) if self.over_ranks else product
 
     def operations(self) -> Iterable[Any]:
-        """The nodes in the graph of the first piece's loss."""
+        """The nodes of the autograd graph of the first piece's loss."""
         substitution, piece = self.substitution(), self.objective.pieces[0]
         with self.on_stream(), self._measuring(), substitution.active(), self._forward_pass():
             return nodes_of(self.objective.forward(piece, self.device, substitution.dtype))
 
     def higher_precision_product(self, vector: torch.Tensor) -> torch.Tensor:
-        """The product of one vector (n,) in float32, where the measurement's matrix products are in less."""
+        """The product of one vector (n,) with matrix products in float32, for a measurement in a lower precision."""
         state = self._current()
         with self.in_full_precision(), random_states_kept(self.device), self.on_stream():
             gradients = [self.build(piece, state.substitution)[1] for piece in self.objective.pieces]
@@ -499,7 +512,7 @@ class GraphStore:
 
     @contextlib.contextmanager
     def in_full_precision(self) -> Iterator[None]:
-        """Inside, matrix products are in the precision of the weights, also where the measurement's are in a lower."""
+        """A context with matrix products in the precision of the weights, also if the measurement uses a lower one."""
         precision, self.precision = self.precision, None
         try:
             yield
@@ -509,10 +522,10 @@ class GraphStore:
     # -- memory
 
     def layout(self) -> GraphLayout:
-        """The layout that fits the memory that is free now. Asking changes nothing.
+        """The layout that fits into the memory that is free now. Calling this changes nothing.
 
-        Under "auto", microbatches are cut as long as one graph and a product through it would not fit, and as many
-        graphs are kept as fit in half of the free memory.
+        Under "auto", microbatches are cut until one graph and a product through it fit, and as many graphs are kept as
+        fit in half of the free memory.
         """
         objective = self.objective
         if self.policy != "auto":
@@ -533,10 +546,11 @@ class GraphStore:
         return GraphLayout(objective, len(objective.pieces))
 
     def _needs(self, rows: int) -> int:
+        """Bytes of the graph of a microbatch with so many rows, and of a product through it."""
         return self.footprint().graph(rows) + self.footprint().product(rows)
 
     def footprint(self) -> Footprint:
-        """The memory of a microbatch, measured once on a few rows."""
+        """The memory that a microbatch takes, measured once on a few rows."""
         if self._footprint is None:
             with random_states_kept(self.device), self.on_stream():
                 vector = torch.zeros(1, self.space.dimension, dtype=self.dtype, device=self.device)
@@ -564,25 +578,25 @@ class GraphStore:
         return change
 
     def run_within_memory(self, run: Callable[[], T], reduce: Callable[[], str], *, vectors: int) -> T:
-        """Call `run`, and again after `reduce` each time that it runs out of memory. What changed is noted.
+        """Call `run`, and call it again after `reduce` each time that it runs out of memory. Changes are noted.
 
         Args:
-            run: the computation.
-            reduce: makes later calls need less, and says how; "" where it cannot.
-            vectors: that a product has, for the message.
+            run: The computation.
+            reduce: Makes later calls need less memory, and returns how in words; "" where it cannot.
+            vectors: How many vectors are multiplied at once, for the message.
 
         Returns:
             What `run` returns.
 
         Raises:
-            InputError: where nothing is left to reduce.
+            InputError: Where nothing is left to reduce.
         """
         while True:
             try:
                 return run()
             except torch.OutOfMemoryError as error:
                 reason = first_line(error)
-            # outside of the handler, where the tensors of the failed attempt are gone
+            # outside of the handler the tensors of the failed attempt are freed
             change = reduce()
             if not change:
                 raise InputError(
@@ -597,7 +611,7 @@ class GraphStore:
 
     @contextlib.contextmanager
     def on_stream(self) -> Iterator[None]:
-        """On a GPU, work on the store's own stream, in order with the caller's."""
+        """On a GPU, run on the store's own stream, synchronized with the caller's stream at both ends."""
         if self.stream is None:
             yield
             return
@@ -609,7 +623,7 @@ class GraphStore:
 
     @contextlib.contextmanager
     def other_random_numbers(self) -> Iterator[None]:
-        """Inside, a forward pass that draws random numbers draws others than usual."""
+        """A context in which forward passes draw other random numbers than usual."""
         self._other_numbers = True
         try:
             yield
@@ -618,6 +632,7 @@ class GraphStore:
 
     @contextlib.contextmanager
     def _measuring(self, *, attention: Sequence[str] = TWICE_DIFFERENTIABLE) -> Iterator[None]:
+        """The model isolated from the program, with the random states of every forward pass at these weights."""
         if self._random_states is None:
             self._random_states = RandomStates(self.device)
         with isolated(self.model, training=self.training, attention=attention, random_states=self._random_states):
@@ -627,23 +642,26 @@ class GraphStore:
 
     @contextlib.contextmanager
     def _forward_pass(self) -> Iterator[None]:
+        """The contexts around a forward pass."""
         with self._context(), self.each_forward(), self._arithmetic():
             yield
 
     def _arithmetic(self) -> AbstractContextManager[None]:
+        """The context with the measurement's precision of matrix products."""
         return arithmetic(self.precision, self.device)
 
     def _flat(self, gradient: Any) -> torch.Tensor:
+        """A gradient as one vector (n,), without its graph."""
         return self.space.flatten([part.detach() for part in gradient])
 
 
 class _ReadPastModules(Exception):
-    """A loss reads parameters or constants that stand-ins do not replace."""
+    """A loss reads parameters or constants without the modules, so that plain stand-ins do not replace them."""
 
 
 @contextlib.contextmanager
 def _requiring_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """The parameters themselves require gradients, and their hooks do not run."""
+    """A context in which the parameters themselves require gradients, and their hooks do not run."""
     before = [(p, p.requires_grad, p._backward_hooks) for p in parameters if not p.is_inference()]
     try:
         for parameter, _, hooks in before:
@@ -659,6 +677,7 @@ def _requiring_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    """A sparse gradient as a dense tensor; others as they are."""
     return gradient.to_dense() if gradient.layout != torch.strided else gradient
 
 

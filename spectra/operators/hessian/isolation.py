@@ -1,4 +1,4 @@
-"""Measuring without a trace: what a measurement changes in the program is put back when it ends."""
+"""Restores everything that a measurement changes in the program, when the measurement ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # Attention implementations of transformers that can be differentiated twice (sdpa through its math kernel).
 TWICE_DIFFERENTIABLE = ("eager", "sdpa")
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
-MODULE_TABLES = ("_parameters", "_buffers", "_modules", *BACKWARD_HOOKS)  # what torch keeps itself
+MODULE_TABLES = ("_parameters", "_buffers", "_modules", *BACKWARD_HOOKS)  # attributes that torch itself maintains
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -34,12 +34,12 @@ class RandomStates:
     """The random states of Python, NumPy and torch (CPU and, if used, the accelerator) at one moment.
 
     Args:
-        device: whose random state belongs to them beside the CPU's.
+        device: The device whose random state is saved beside the CPU's.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002, the one to protect
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002, the global state is the one to restore
         self._cpu = torch.get_rng_state()
         self._accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
@@ -60,18 +60,20 @@ def isolated(
     attention: Sequence[str] = TWICE_DIFFERENTIABLE,
     random_states: RandomStates | None = None,
 ) -> Iterator[None]:
-    """Run the model for measurement: gradients on, twice-differentiable kernels, no autocast, no compilation.
+    """A context that runs the model for a measurement, and restores it afterwards.
+
+    Inside, gradients are on, kernels are twice differentiable, and there is no autocast and no compilation.
 
     On exit these are as before, bit for bit: the training flag of every module, the random states of Python, NumPy and
     torch on every device in use, random generators and other attributes of modules, gradient checkpointing, backward
-    hooks, sparse gradients of embeddings, and the attention implementation. Parameters and buffers are the task of
-    `Substitution`.
+    hooks, sparse gradients of embeddings, and the attention implementation. `Substitution` takes care of parameters and
+    buffers.
 
     Args:
-        model: the model.
-        training: the mode in which it runs.
-        attention: the attention implementations that can be used; the first of them replaces any other.
-        random_states: that a forward pass inside draws from, None for those of the moment.
+        model: The model.
+        training: The mode in which it runs.
+        attention: The attention implementations that can be used; the first of them replaces any other.
+        random_states: The random states from which forward passes inside draw; None for the current ones.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with contextlib.ExitStack() as stack:
@@ -90,7 +92,7 @@ def isolated(
 
 @contextlib.contextmanager
 def differentiating(device: torch.device) -> Iterator[None]:
-    """Gradients on, even where the caller switched them off; no compilation, no autocast, no fused attention."""
+    """A context with gradients, also where the caller switched them off; no compilation, autocast, fused attention."""
     with (
         _plain_encoder_layers(),
         torch.inference_mode(False),
@@ -104,7 +106,7 @@ def differentiating(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_states_kept(device: torch.device) -> Iterator[None]:
-    """Put back the random states of Python, NumPy and torch (CPU and, if used, the accelerator)."""
+    """A context that restores the random states of Python, NumPy and torch (CPU and, if used, the accelerator)."""
     before = RandomStates(device)
     try:
         yield
@@ -113,7 +115,7 @@ def random_states_kept(device: torch.device) -> Iterator[None]:
 
 
 def draw_other_numbers(model: nn.Module, seed: int) -> None:
-    """Set every random state that a forward pass may draw from, those of generators in the model's modules too."""
+    """Seed every random state that a forward pass may draw from, also generators that are attributes of modules."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
@@ -127,7 +129,7 @@ def draw_other_numbers(model: nn.Module, seed: int) -> None:
 
 @contextlib.contextmanager
 def _plain_encoder_layers() -> Iterator[None]:
-    """torch's encoder layers run their modules one by one, not a fused kernel that reads weights past them."""
+    """torch's encoder layers call their modules. Their fused kernel reads the weights without calling the modules."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -138,7 +140,7 @@ def _plain_encoder_layers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward pass sets on modules: counters, caches, lists, tensors without a name, generators."""
+    """Restore attributes that a forward pass sets on modules: counters, caches, lists, plain tensors, generators."""
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     tables = [(vars(module), dict(vars(module))) for module in modules]
     contents = [_Content(value) for _, table in tables for key, value in table.items() if key not in MODULE_TABLES]
@@ -155,7 +157,7 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 class _Content:
-    """What an attribute holds inside: `saved` is None for a value that a forward pass cannot change in place."""
+    """The content of an attribute's value; `saved` is None for a value that cannot be changed in place."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -172,6 +174,7 @@ class _Content:
             self.saved, self._version = value.detach().clone(), value._version
 
     def restore(self) -> None:
+        """Give the value its content back."""
         value: Any = self.value
         if isinstance(value, torch.Generator):
             value.set_state(self.saved)
@@ -193,7 +196,7 @@ class _Content:
 
 @contextlib.contextmanager
 def _without_backward_hooks(model: nn.Module) -> Iterator[None]:
-    """Backward hooks of modules change or watch a training's gradient, and are no part of the loss."""
+    """Remove backward hooks of modules for a while: they change or watch gradients, and are no part of the loss."""
     hooked = [
         (vars(module), key) for module in model.modules() for key in BACKWARD_HOOKS if vars(module).get(key, None)
     ]
@@ -220,6 +223,7 @@ def names_with_hooks(model: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def _modes_kept(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put every module in train or evaluation mode, without gradient checkpointing, and restore both."""
     modes = [(m, m.training) for m in model.modules()]
     checkpointing = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
     try:
@@ -237,6 +241,7 @@ def _modes_kept(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attention_in(model: nn.Module, allowed: Sequence[str]) -> Iterator[None]:
+    """Switch a transformers model to an allowed attention implementation, and restore its own."""
     setter = getattr(model, "set_attn_implementation", None)
     current = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if setter is None or current is None or current in allowed:
@@ -251,7 +256,7 @@ def _attention_in(model: nn.Module, allowed: Sequence[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _dense_gradients(model: nn.Module) -> Iterator[None]:
-    """Embeddings with sparse gradients, which have no second derivative, compute dense ones; the values are equal."""
+    """Embeddings compute dense gradients, since sparse ones have no second derivative; the values are equal."""
     sparse = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
     try:
         for module in sparse:
@@ -264,7 +269,7 @@ def _dense_gradients(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _recurrent_layers_without_cudnn(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """cuDNN's recurrent layers have no second derivative and no gradient in evaluation mode; torch's own have both."""
+    """Switch cuDNN off for recurrent layers: it has no second derivative, and no gradient in evaluation mode."""
     if device.type != "cuda" or not any(isinstance(m, nn.RNNBase) for m in model.modules()):
         yield
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence
 
 from spectra.backend.errors import InputError, first_line
 from spectra.operators.hessian.batches import moved, tensors_of
@@ -30,7 +33,9 @@ NAMES_OF_OUTPUTS = (
     "prediction",
     "predictions",
     "y_hat",
+    "y_pred",
 )
+NAMES_OF_TARGETS = ("target", "targets", "label", "labels", "y", "y_true", "true", "truth", "ground_truth")
 KEYS_OF_LOGITS = ("logits", "output", "outputs", "out", "prediction", "predictions")
 SAME_VALUE = 1e-6  # relative difference of two forms' losses below which both compute the same
 # What a model or a loss may raise when it is called in a form that it does not have. Memory errors pass.
@@ -65,6 +70,7 @@ class BatchLoss:
     * `loss(outputs, batch)`, `loss(outputs, labels)` and `loss(logits, labels)` for a mapping.
     * for a tuple of three or more: `loss(outputs, targets)` with all but the last as the model's inputs, and
       `loss(outputs, second, third, ...)` with the first alone as its input.
+    * `loss(targets, outputs)` where the names of its parameters say so, as (y_true, y_pred) do.
     * `loss(outputs, inputs)` for a tensor alone, as an autoencoder has it.
     * `loss(model, batch)`, and `loss(model, inputs, targets)` for a tuple.
     * with one argument, `loss(batch)` or `loss(outputs)`.
@@ -117,8 +123,8 @@ class BatchLoss:
             return _one_number(self._run(self._form, batch))
         except InputError:
             raise
-        except CALL_ERRORS as error:
-            if _is_about_memory(error):
+        except Exception as error:  # whatever the caller's loss or model raises
+            if _is_to_pass(error):
                 raise
             raise InputError(
                 f"the loss of {name} cannot be computed ({self._form.name}: {_reason(error)}): check that batch"
@@ -138,8 +144,8 @@ class BatchLoss:
                 try:
                     with random_states_kept(device):  # so that all forms draw the same numbers
                         value = _one_number(self._run(form, moved(batch, device, None)))
-                except CALL_ERRORS as error:
-                    if _is_about_memory(error):
+                except Exception as error:  # whatever the caller's loss or model raises
+                    if _is_to_pass(error):
                         raise
                     failures.append((form, error))
                 else:
@@ -192,7 +198,10 @@ class BatchLoss:
             return
         for names, arguments, inputs in _after_outputs(batch):
             if self._takes(1 + len(names)):
-                yield self._with_outputs(names, arguments, inputs, batch)
+                forms = self._with_outputs(names, arguments, inputs, batch)
+                if isinstance(batch, tuple) and len(batch) == 1 and names:  # as a DataLoader of one tensor yields
+                    forms = itertools.chain(forms, self._with_outputs(("inputs",), lambda b: b, inputs, batch))
+                yield forms
         if self._takes(2):
             yield iter([_Form("loss(model, batch)", "model", lambda batch: self._given(self.model, batch))])
         if isinstance(batch, tuple) and len(batch) > 1 and self._takes(1 + len(batch)):
@@ -206,10 +215,13 @@ class BatchLoss:
         def form(member: Any) -> _Form:
             def call(batch: Any) -> Any:
                 outputs = self._outputs(inputs(batch))
-                return self._given(outputs if member is None else _member(outputs, member), *arguments(batch))
+                ordered = [outputs if member is None else _member(outputs, member), *arguments(batch)]
+                return self._given(*(reversed(ordered) if targets_first else ordered))
 
-            first = "outputs" if member is None else f"outputs[{member!r}]"
-            return _Form(f"loss({', '.join((first, *names))})", "outputs", call)
+            shown = ["outputs" if member is None else f"outputs[{member!r}]", *names]
+            return _Form(f"loss({', '.join(reversed(shown) if targets_first else shown)})", "outputs", call)
+
+        targets_first = len(names) == 1 and self._names_targets_first()
 
         yield form(None)
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
@@ -257,6 +269,11 @@ class BatchLoss:
             "that the model takes no such inputs of; for other batches pass loss=lambda model, batch: ..."
         )
 
+    def _names_targets_first(self) -> bool:
+        """Whether the names of the loss function's parameters say (y_true, y_pred), as Keras has it."""
+        names = [parameter.name for parameter in _parameters_of(self.loss)][:2]
+        return len(names) == 2 and names[0] in NAMES_OF_TARGETS and names[1] in NAMES_OF_OUTPUTS
+
     def _takes(self, count: int) -> bool:
         """Whether the loss function's signature allows so many arguments."""
         function = self.loss.forward if isinstance(self.loss, nn.Module) else self.loss
@@ -295,7 +312,8 @@ class BatchLoss:
     def _outputs(self, inputs: Any) -> Any:
         if isinstance(inputs, Mapping):
             return self.model(**self._arguments(inputs))
-        return self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
+        several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
+        return self.model(*inputs) if several else self.model(inputs)
 
     def _arguments(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of the batch the model takes. Other members are left out and noted, as the Hugging Face Trainer does."""
@@ -402,14 +420,17 @@ def _members(output: Any) -> list[Any]:
         keys = named[:1] or [key for key, value in output.items() if isinstance(value, torch.Tensor)]
     elif isinstance(output, tuple | list):
         keys = [i for i, value in enumerate(output) if isinstance(value, torch.Tensor)]
+    elif dataclasses.is_dataclass(output):
+        names = [field.name for field in dataclasses.fields(output)]
+        keys = [name for name in names if isinstance(getattr(output, name), torch.Tensor)]
     else:
         return []
-    held: Any = output
-    return [key for key in keys if held[key].requires_grad] or keys[:1]
+    return [key for key in keys if _member(output, key).requires_grad] or keys[:1]
 
 
 def _member(output: Any, key: Any) -> torch.Tensor:
-    return getattr(output, key) if isinstance(key, str) and hasattr(output, key) else output[key]
+    by_name = isinstance(key, str) and not (isinstance(output, Mapping) and key in output)
+    return getattr(output, key) if by_name else output[key]
 
 
 def logits_of(output: Any) -> torch.Tensor:
@@ -514,25 +535,26 @@ def counted(loss: Loss | None, targets: Any, *, rows: int) -> float:
     )
     weight = _option(loss, "weight") if by_class else None
     if weight is not None and kept.numel():
-        return float(weight.detach().double().cpu()[kept.cpu()].sum())
+        classes = kept[(kept >= 0) & (kept < len(weight))].long()  # the loss itself refuses others
+        return float(weight.detach().double().cpu()[classes.cpu()].sum())
     return float(kept.numel())
 
 
-def counts_for_certain(loss: Loss | None, model: nn.Module) -> bool:
+def counts_for_certain(loss: Loss | None, model: nn.Module, batch: Any) -> bool:
     """Whether what `counted` counts is known to be what the loss averages over, also in batches of several shapes.
 
     Args:
-        loss: the loss function or module, None for the default.
-        model: the model, whose own loss counts labels if it is one of transformers.
+        loss: The loss function or module, None for the default.
+        model: The model, whose own loss counts labels if it is one of transformers.
+        batch: One of the batches. The model computes the loss of a mapping itself where `loss` is None.
 
     Returns:
         Whether it is known.
     """
     if loss is None:
-        return True
-    if isinstance(loss, functools.partial):
-        return counts_for_certain(loss.func, model)
-    return type(loss).__module__.startswith("torch.nn") or getattr(loss, "__module__", "").startswith("torch.nn")
+        return not isinstance(batch, Mapping) or hasattr(model, "config")
+    function = loss.func if isinstance(loss, functools.partial) else loss
+    return any(getattr(f, "__module__", "").startswith("torch.nn") for f in (type(function), function))
 
 
 def _option(loss: Loss | None, name: str) -> Any:
@@ -576,6 +598,12 @@ def _is_text(value: Any) -> bool:
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     a, b = float(one.detach()), float(other.detach())
     return abs(a - b) <= SAME_VALUE * max(abs(a), abs(b)) or (a != a and b != b)
+
+
+def _is_to_pass(error: Exception) -> bool:
+    """Whether an error is not about the call: memory, and what torch and the measurement raise to change course."""
+    own = type(error).__module__.split(".")[0] in ("spectra", "torch")
+    return _is_about_memory(error) or (own and not isinstance(error, CALL_ERRORS))
 
 
 def _is_about_memory(error: Exception) -> bool:

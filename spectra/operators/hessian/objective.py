@@ -98,8 +98,8 @@ class Objective:
         microbatch: int | None = None,
         weight: Callable[[Any], float] | None = None,
     ):
-        if microbatch is not None and microbatch < 1:
-            raise InputError(f"microbatch must be at least 1 row, got {microbatch}")
+        if microbatch is not None and (not isinstance(microbatch, int) or microbatch < 1):
+            raise InputError(f"microbatch must be a whole number of rows, at least 1, got {microbatch}")
         for option, given in (("loss", loss), ("weight", weight)):
             if given is not None and not callable(given):
                 raise InputError(f"{option}= must be a function, got {type(given).__name__}")
@@ -109,7 +109,6 @@ class Objective:
         self.weight = weight
         self.batches = [self.complete(batch, index) for index, batch in enumerate(as_batches(batches))]
         self._check_targets()
-        self.is_cut = microbatch is not None and any(rows_in(batch) > microbatch for batch in self.batches)
         self.adds_up = getattr(loss, "reduction", None) == "sum"
         self._microbatch = microbatch
         self.pieces: tuple[Piece, ...] = tuple(self._cut(microbatch))

@@ -207,10 +207,8 @@ class HessianOperator(LinearOperator):
             with self._graphs.in_full_precision():
                 self._check_pieces()
             self.checks["gradient_error"] = checks.check_gradient(self._graphs)
-            dtype = checks.dtype_of_differences(self._graphs)
-            checks.check_unused(self._graphs, dtype)
-            self._check_products(dtype)
-            self.checks["slope_error"] = checks.check_slope(self._graphs, dtype)
+            checks.check_unused(self._graphs)
+            self._check_products()
         except InputError as error:
             if self.strict:
                 self._verified_for = ()
@@ -227,8 +225,8 @@ class HessianOperator(LinearOperator):
             self._graphs.objective = objective
             self.refresh()
 
-    def _check_products(self, dtype: torch.dtype) -> None:
-        """Symmetry, linearity and the derivative of the gradient, from three products."""
+    def _check_products(self) -> None:
+        """Symmetry, linearity, and products and gradient against differences, from three products."""
         u = gaussian(self, seed=0, index=0, stream="linearity")
         v = gaussian(self, seed=0, index=1, stream="linearity")
         au, av, both = (self._products(vector[None])[0] for vector in (u, v, u + v))
@@ -240,8 +238,10 @@ class HessianOperator(LinearOperator):
         self._linearity_gap = norm(both - au - av) / size if size > 0 else 0.0
         self.checks["linearity_gap"] = self._linearity_gap
         rounding = max(self._linearity_gap, self._lower_precision_error(u, au))
-        error, self._product_rounding = checks.check_product(self._graphs, u, au, rounding, dtype)
-        self.checks["product_error"] = error
+        del v, av, both
+        found = checks.check_derivatives(self._graphs, u, au, rounding)
+        self._product_rounding = found.rounding
+        self.checks["product_error"], self.checks["slope_error"] = found.product, found.slope
 
     def preflight(self) -> Preflight:
         """The figures of the checks, which are run if they have not been.

@@ -10,8 +10,9 @@ they are compared at moved weights too.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +22,8 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from spectra.backend import memory
 from spectra.backend.errors import InputError
-from spectra.backend.vectors import norm
 from spectra.operators.hessian.batches import concatenated, constants_in, kind_of, rows_in, spread_rows
 from spectra.operators.hessian.graphs import GraphStore
 from spectra.operators.hessian.isolation import random_states_kept
@@ -30,11 +31,18 @@ from spectra.operators.hessian.losses import counts_for_certain
 from spectra.operators.hessian.objective import Objective, Piece
 
 SUM_TOLERANCE = 1e-4  # relative, of loss and gradient of the whole against the weighted sum over pieces
+SHARES_TOLERANCE = 1e-3  # relative, of shares that are found from gradients with rounding errors
+ROUNDING = 1e-7  # relative, of a gradient
 WHOLE_ROWS = 8  # times the rows of the largest piece are evaluated at once to compare the whole with its pieces
-LEAST_WHOLE_ROWS = 256  # that are evaluated at once in any case
+LEAST_WHOLE_ROWS = 1024  # that are evaluated at once where memory allows it
+WHOLE_MEMORY = 0.25  # of the free memory, for these
+MOST_GROUPS = 64  # of batches that are compared with these batches as one
+GROUPS_BY_GRADIENT = 3  # of these that are compared by their gradients, the others by their losses
 SAMPLE_ROWS = (48, 6, 2)  # of a batch, compared with its thirds; fewer where memory is short
-MOST_SAMPLES = 8  # batches that are compared with their thirds
-MOST_SHARES = 64  # pieces whose shares are looked for
+MOST_SAMPLES = 8  # batches that are compared with their thirds or their microbatches by their gradients
+MOST_SHARES = 64  # batches whose shares are looked for at once
+SKETCH = 512  # numbers that stand for a gradient
+PERIOD = 2048 * SKETCH  # entries of a gradient after which the random signs repeat but for their own sign
 MOVED = 0.1  # of a parameter's root mean square, to weights where the same identities hold
 OTHER_SEED = 20251126  # of what a forward pass draws when it is asked whether that matters
 # what a batch may raise that is no batch of this model, as one made of others may be
@@ -47,9 +55,9 @@ RANDOM = (
     "the loss draws random numbers, so that batches could not be compared with all of them together: they weigh by "
     "what they count"
 )
-OF_SEVERAL_SHAPES = (
-    "batches of several shapes could not be compared with all of them together: they weigh by what they count; pass "
-    "weight= for another"
+NOT_TOGETHER = (
+    "batches of several shapes, or that cannot be joined, could not be compared with all of them together: they weigh "
+    "by what they count; pass weight= for another"
 )
 
 
@@ -61,14 +69,17 @@ def settle_shares(graphs: GraphStore) -> tuple[Objective, float, str]:
     as a contrastive loss or one with batch normalisation in training mode, is no mean over rows; the plain mean over
     the batches is then what is measured.
 
+    Gradients are compared for a few groups of batches, and losses for the others, which costs about a third of a
+    product. Where they differ, every batch takes part, which costs about one product.
+
     Args:
-        graphs: the gradient, by which pieces are evaluated.
+        graphs: The gradient, by which pieces are evaluated.
 
     Returns:
         The objective to measure, the largest relative error of a weighted sum over pieces, and a note for the record.
 
     Raises:
-        InputError: where microbatches were asked for that change the loss.
+        InputError: Where microbatches were asked for that change the loss.
     """
     if not graphs.over_ranks:
         return _settled(graphs, graphs.objective)
@@ -82,10 +93,11 @@ def _settled(graphs: GraphStore, objective: Objective) -> tuple[Objective, float
     if len(objective.batches) == 1 and len(objective.pieces) == 1:
         return objective, 0.0, ""
     with _comparable(graphs):
+        found, refusal = None, None
         try:
             found = _settled_as_counted(graphs, objective)
-        except InputError:
-            found = None
+        except InputError as error:
+            refusal = error
         if found is not None and found[1] <= SUM_TOLERANCE:
             return found
         other = objective.counting_otherwise()
@@ -94,25 +106,31 @@ def _settled(graphs: GraphStore, objective: Objective) -> tuple[Objective, float
                 settled, error, _ = _settled_as_counted(graphs, other)
                 if error <= SUM_TOLERANCE:
                     return settled, found[1] if found is not None else 1.0, UNSHIFTED
-        return found if found is not None else _settled_as_counted(graphs, objective)
+        if found is None:
+            assert refusal is not None
+            raise refusal
+        return found
 
 
 def _settled_as_counted(graphs: GraphStore, objective: Objective) -> tuple[Objective, float, str]:
     comparison = _Comparison(graphs, objective)
-    if objective.weight is None and (error := comparison.error_over_everything()) is not None:
-        return objective, error, ""
-    objective, cut_error, cut_note = _settle_parts(comparison)
-    if objective.weight is not None or len(objective.batches) == 1:
-        return objective, cut_error, cut_note
-    objective, error, note = _settle_batches(_Comparison(graphs, objective))
-    return objective, max(error, cut_error), note if note else cut_note
+    compared = objective.weight is None and len(objective.batches) > 1
+    if compared and comparison.cut:
+        findings = _findings(comparison)  # of the microbatches, without a look at single batches where these do
+        if all(finding.groups and finding.error <= SUM_TOLERANCE for finding in findings):
+            return _settle_batches(comparison, findings)
+    comparison.objective, cut_error, cut_note = _settle_parts(comparison)
+    if not compared:
+        return comparison.objective, cut_error, cut_note
+    settled, error, note = _settle_batches(comparison, _findings(comparison))
+    return settled, max(error, cut_error), note or cut_note
 
 
 def may_be_cut(graphs: GraphStore) -> bool:
     """Whether rows of the batches, spread over them, have the loss that their parts add up to.
 
     Args:
-        graphs: the gradient, by which pieces are evaluated.
+        graphs: The gradient, by which pieces are evaluated.
 
     Returns:
         Whether they have. False where the rows do not stand alone, and where the loss draws random numbers.
@@ -121,89 +139,96 @@ def may_be_cut(graphs: GraphStore) -> bool:
         comparison = _Comparison(graphs)
         errors = [comparison.error_of_thirds(piece) for piece in comparison.samples()]
         found = [error for error in errors if error is not None]
-        return len(found) == len(errors) > 0 and max(found) <= SUM_TOLERANCE and not comparison.is_random()
+        return len(found) == len(errors) > 0 and max(found) <= SUM_TOLERANCE and not comparison.is_random
 
 
 # -- loss and gradient of pieces, compared
 
 
 @dataclass(frozen=True)
-class _Sum:
-    """Loss and gradient of a weighted sum over pieces, and the sums of their absolute values and norms."""
+class _Evaluation:
+    """Loss and gradient of one piece. The gradient is kept as random signed sums of its entries.
+
+    The squared norm of such a sketch, and of a difference of sketches, is on average that of the gradients.
+    """
 
     loss: float
-    gradient: torch.Tensor
-    absolute: float
-    norms: float
+    sketch: np.ndarray
 
 
 class _Comparison:
-    """Sums over pieces of an objective and over batches made of several, compared at the same weights."""
+    """Weighted sums over pieces of an objective and batches made of several, compared at the same weights."""
 
     def __init__(self, graphs: GraphStore, objective: Objective | None = None):
         self.graphs, self.objective = graphs, objective or graphs.objective
+        # by the id of the batch, and whether the weights are moved: what is compared several times
+        self._known: dict[tuple[int, bool], _Evaluation] = {}
+        self._kept = {id(batch) for batch in (*self.objective.batches, *(p.batch for p in self.objective.pieces))}
+        self._signs: torch.Tensor | None = None
         self._offset: torch.Tensor | None = None
 
-    def sum_over(self, pieces: Iterable[Piece], *, moved: bool = False) -> _Sum:
-        """The weighted sum over pieces, at the current weights or at moved ones."""
+    def evaluate(self, piece: Piece, *, moved: bool = False) -> _Evaluation:
+        """Loss and gradient of a piece without its share, at the current weights or at moved ones."""
+        key = (id(piece.batch), moved)
+        if key in self._known:
+            return self._known[key]
+        alone = self.objective.with_pieces([replace(piece, share=1.0)])
         offset = self._moved_weights() if moved else None
-        total, loss, absolute, norms = None, 0.0, 0.0, 0.0
-        for piece in pieces:
-            value, gradient = self.graphs.gradient_at(self.objective.with_pieces([piece]), offset=offset)
-            loss, absolute, norms = loss + value, absolute + abs(value), norms + norm(gradient)
-            total = gradient if total is None else total.add_(gradient)
-        assert total is not None  # a comparison has at least one piece
-        return _Sum(loss, total, absolute, norms)
+        found = _Evaluation(*self._sketched(*self.graphs.gradient_at(alone, offset=offset)))
+        if id(piece.batch) in self._kept:
+            self._known[key] = found
+        return found
 
     def error(self, whole: Piece, pieces: Sequence[Piece]) -> float:
-        """The relative error of a sum over pieces. Rounding is told from disagreement at moved weights."""
-        error = _disagreement(self.sum_over([whole]), self.sum_over(pieces))
+        """The relative error of a weighted sum over pieces. Rounding is told from disagreement at moved weights."""
+        error = self._error(whole, pieces, moved=False)
         if error <= SUM_TOLERANCE:
             return error
         with contextlib.suppress(*NOT_A_BATCH):
-            again = _disagreement(self.sum_over([whole], moved=True), self.sum_over(pieces, moved=True))
+            again = self._error(whole, pieces, moved=True)
             return again if again <= SUM_TOLERANCE else error
         return error
 
+    def _error(self, whole: Piece, pieces: Sequence[Piece], *, moved: bool) -> float:
+        parts = [self.evaluate(piece, moved=moved) for piece in pieces]
+        return _disagreement(self.evaluate(whole, moved=moved), parts, [piece.share for piece in pieces])
+
+    def error_of_losses(self, whole: Piece, pieces: Sequence[Piece]) -> float:
+        """The relative error of the weighted sum over the pieces' losses, which takes no gradient."""
+        loss = self._loss(replace(whole, share=1.0))
+        parts = [self._loss(piece) for piece in pieces]
+        return _relative(abs(loss - sum(parts)), max(abs(loss), sum(map(abs, parts))))
+
+    def _loss(self, piece: Piece) -> float:
+        return self.graphs.loss_at(objective=self.objective.with_pieces([piece]))
+
     def shares(self, whole: Piece, pieces: Sequence[Piece]) -> list[float] | None:
-        """Shares of the pieces, at least 0, whose sum has the loss and gradient of the whole, None where none do.
+        """Shares of the pieces, at least 0, whose sum has the loss and gradient of the whole.
 
-        The gradients are compared through random signed sums of their entries, four for each piece.
+        None where there are none, and where others fit as well, as for more pieces than parameters.
         """
-        if len(pieces) > MOST_SHARES:
-            return None
-        count = 4 * len(pieces)
-
-        def sketch(found: _Sum) -> np.ndarray:
-            generator = torch.Generator().manual_seed(0)
-            padded = torch.zeros(-(-len(found.gradient) // count) * count, dtype=torch.float64)
-            padded[: len(found.gradient)] = found.gradient.double().cpu()
-            padded *= torch.randint(0, 2, padded.shape, generator=generator) * 2 - 1
-            return np.append(padded.view(-1, count).sum(dim=0).numpy(), found.loss)
-
+        ones = [1.0] * len(pieces)
+        columns: list[np.ndarray] = []
+        wanted: list[np.ndarray] = []
         for moved in (False, True):
-            wanted = self.sum_over([whole], moved=moved)
-            columns = [sketch(self.sum_over([replace(piece, share=1.0)], moved=moved)) for piece in pieces]
-            found, _ = scipy.optimize.nnls(np.stack(columns, axis=1), sketch(wanted))
-            shares = [float(share) for share in _rounded(found)]
-            weighted = [replace(piece, share=share) for piece, share in zip(pieces, shares, strict=True)]
-            if _disagreement(wanted, self.sum_over(weighted, moved=moved)) <= SUM_TOLERANCE:
-                return shares
+            evaluated = self.evaluate(whole, moved=moved)
+            parts = [self.evaluate(piece, moved=moved) for piece in pieces]
+            if not moved and _disagreement(evaluated, parts, ones) <= SUM_TOLERANCE:
+                return ones  # also where other shares fit as well, as for one batch given twice
+            wanted.append(np.append(evaluated.sketch, evaluated.loss))
+            columns.append(np.stack([np.append(part.sketch, part.loss) for part in parts], axis=1))
+            matrix, target = np.concatenate(columns), np.concatenate(wanted)
+            if not (np.isfinite(matrix).all() and np.isfinite(target).all()):
+                return None
+            found, residual = scipy.optimize.nnls(matrix, target)
+            shares = _rounded(found)
+            if _disagreement(evaluated, parts, shares) <= SUM_TOLERANCE:
+                sizes = np.linalg.norm(matrix, axis=0)
+                smallest = np.linalg.svd(matrix / np.where(sizes > 0, sizes, 1.0), compute_uv=False)[-1]
+                noise = max(_relative(residual, float(np.linalg.norm(target))), ROUNDING)
+                if len(matrix) >= len(found) and noise <= SHARES_TOLERANCE * smallest:
+                    return [float(share) for share in shares]
         return None
-
-    def error_over_everything(self) -> float | None:
-        """The error of all pieces against all batches together, None where it is large or cannot be known."""
-        batches = self.objective.batches
-        if sum(map(rows_in, batches)) > self.most_rows():
-            return None
-        batch = batches[0] if len(batches) == 1 else concatenated(batches)
-        if batch is None:
-            return None
-        try:
-            error = self.error(self.piece_of(batch), self.objective.pieces)
-        except NOT_A_BATCH:
-            return None
-        return error if error <= SUM_TOLERANCE else None
 
     def error_of_thirds(self, piece: Piece) -> float | None:
         """The error of the thirds of some rows of a piece against these rows, None where it cannot be known."""
@@ -211,8 +236,8 @@ class _Comparison:
             rows = min(count, rows_in(piece.batch))
             if rows < 2:
                 return None
-            sample = replace(piece, batch=spread_rows(piece.batch, rows), share=1.0)
             try:
+                sample = replace(piece, batch=spread_rows(piece.batch, rows), share=1.0, within=1.0)
                 parts = list(self.objective.split(sample, max(-(-rows // 3), 1)))
                 return self.error(sample, parts) if parts else None
             except torch.OutOfMemoryError:
@@ -224,30 +249,62 @@ class _Comparison:
     def samples(self) -> list[Piece]:
         """Some pieces of more than one row, evenly spread over those there are."""
         pieces = [piece for piece in self.objective.pieces if rows_in(piece.batch) > 1]
-        count = min(len(pieces), MOST_SAMPLES)
-        return [pieces[i * len(pieces) // count] for i in range(count)]
+        return [pieces[i] for i in _spread(len(pieces), MOST_SAMPLES)]
 
+    @functools.cached_property
     def is_random(self) -> bool:
         """Whether the loss of some rows of the first piece is another when other random numbers are drawn."""
         piece = self.objective.pieces[0]
         for count in (*SAMPLE_ROWS, rows_in(piece.batch)):  # all rows where fewer are no batch
-            sample = replace(piece, batch=spread_rows(piece.batch, min(count, rows_in(piece.batch))))
             with contextlib.suppress(torch.OutOfMemoryError, *NOT_A_BATCH):
-                return self._is_random(sample)
-        return self._is_random(piece)
+                sample = replace(piece, batch=spread_rows(piece.batch, min(count, rows_in(piece.batch))), share=1.0)
+                first = self.graphs.gradient_at(self.objective.with_pieces([sample]))
+                with random_states_kept(self.graphs.device), _other_random_numbers(self.graphs):
+                    again = self.graphs.gradient_at(self.objective.with_pieces([sample]))
+                return (
+                    _disagreement(_Evaluation(*self._sketched(*first)), [_Evaluation(*self._sketched(*again))], [1.0])
+                    > SUM_TOLERANCE
+                )
+        return False
 
-    def _is_random(self, piece: Piece) -> bool:
-        first = self.sum_over([piece])
-        with random_states_kept(self.graphs.device), _other_random_numbers(self.graphs):
-            return _disagreement(first, self.sum_over([piece])) > SUM_TOLERANCE
-
+    @functools.cached_property
     def most_rows(self) -> int:
         """Rows that may be evaluated at once: a gradient without a graph takes less than a graph of a piece."""
-        return max(WHOLE_ROWS * max(self.objective.rows), LEAST_WHOLE_ROWS)
+        rows = max(self.objective.rows)
+        most = max(WHOLE_ROWS * rows, LEAST_WHOLE_ROWS)
+        with contextlib.suppress(*NOT_A_BATCH):
+            of_graph = max(self.graphs.footprint().graph(most) / most, 1.0)  # bytes a row
+            most = min(most, int(WHOLE_MEMORY * memory.available(self.graphs.device) / of_graph))
+        return max(most, 2 * rows)
 
-    def piece_of(self, batch: Any) -> Piece:
-        """A batch made of several."""
-        return Piece(batch, 1.0, "all batches together")
+    @property
+    def most_batches(self) -> int:
+        """Batches that may be evaluated at once, so few that their shares follow from the entries of a gradient."""
+        return max(min(MOST_SHARES, self.graphs.space.dimension // 4), 2)
+
+    @property
+    def cut(self) -> list[int]:
+        """Indices of the batches that pieces have a part of."""
+        batches = self.objective.batches
+        return sorted({p.index for p in self.objective.pieces if rows_in(p.batch) != rows_in(batches[p.index])})
+
+    def batch_as_piece(self, index: int) -> Piece:
+        """A batch as one piece."""
+        return Piece(self.objective.batches[index], 1.0, f"batch {index}", index)
+
+    def _sketched(self, loss: float, gradient: torch.Tensor) -> tuple[float, np.ndarray]:
+        """The loss, and sums of the gradient's entries with random signs. Periods of entries share their signs."""
+        generator = torch.Generator().manual_seed(0)
+        if self._signs is None:
+            size = min(-(-len(gradient) // SKETCH) * SKETCH, PERIOD)
+            self._signs = (torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1).to(gradient.device)
+        total = torch.zeros(len(self._signs), dtype=torch.float64, device=gradient.device)
+        periods = gradient.split(len(total))
+        for sign, part in zip(
+            (torch.randint(0, 2, (len(periods),), generator=generator) * 2 - 1).tolist(), periods, strict=True
+        ):
+            total[: len(part)] += sign * part.double()
+        return loss, (total * self._signs).view(-1, SKETCH).sum(dim=0).cpu().numpy()
 
     def _moved_weights(self) -> torch.Tensor:
         if self._offset is None:
@@ -260,11 +317,21 @@ class _Comparison:
         return self._offset
 
 
-def _disagreement(one: _Sum, other: _Sum) -> float:
+def _disagreement(whole: _Evaluation, parts: Sequence[_Evaluation], shares: Sequence[float] | np.ndarray) -> float:
     """The larger relative difference of loss and gradient, relative to the sizes of what was added up."""
-    norms, absolute = max(one.norms, other.norms), max(one.absolute, other.absolute)
-    of_gradient = norm(one.gradient - other.gradient) / norms if norms > 0 else 0.0
-    return max(of_gradient, abs(one.loss - other.loss) / absolute if absolute > 0 else 0.0)
+    gradient = sum(share * part.sketch for share, part in zip(shares, parts, strict=True))
+    loss = sum(share * part.loss for share, part in zip(shares, parts, strict=True))
+    norms = sum(share * float(np.linalg.norm(part.sketch)) for share, part in zip(shares, parts, strict=True))
+    absolute = sum(share * abs(part.loss) for share, part in zip(shares, parts, strict=True))
+    of_gradient = float(np.linalg.norm(whole.sketch - gradient))
+    return max(
+        _relative(of_gradient, max(norms, float(np.linalg.norm(whole.sketch)))),
+        _relative(abs(whole.loss - loss), max(absolute, abs(whole.loss))),
+    )
+
+
+def _relative(part: float, size: float) -> float:
+    return part / size if size > 0 else 0.0
 
 
 def _rounded(shares: np.ndarray) -> np.ndarray:
@@ -274,49 +341,63 @@ def _rounded(shares: np.ndarray) -> np.ndarray:
     return shares / shares.sum() if abs(shares.sum() - 1) < 1e-3 else shares
 
 
+def _spread(length: int, most: int) -> list[int]:
+    """At most so many of `range(length)`, evenly spread, the first and the last among them."""
+    if length <= most:
+        return list(range(length))
+    return [round(i * (length - 1) / (most - 1)) for i in range(most)]
+
+
 # -- the parts of a batch
 
 
 def _settle_parts(comparison: _Comparison) -> tuple[Objective, float, str]:
     """The objective whose parts of each cut batch add up to it, the largest error, and a note."""
     objective = comparison.objective
-    pieces: list[Piece] = []
+    parts_of: dict[int, list[Piece]] = {}
+    for piece in objective.pieces:
+        parts_of.setdefault(piece.index, []).append(piece)
+    cut = comparison.cut
+    sampled = {cut[i] for i in _spread(len(cut), MOST_SAMPLES)}
     errors, note = [0.0], ""
-    for index, batch in enumerate(objective.batches):
-        parts = [piece for piece in objective.pieces if piece.index == index]
-        if len(parts) > 1 and rows_in(batch) != rows_in(parts[0].batch):
-            parts, error = _settled_parts(comparison, batch, parts)
-            errors.append(error)
-            note = BY_THE_LOSS if error > SUM_TOLERANCE else note
-        pieces.extend(parts)
-    settled = objective if not note else objective.with_pieces(pieces)
-    return settled, max(errors), note
+    for index in cut:
+        parts_of[index], error = _settled_parts(comparison, parts_of[index], thorough=index in sampled)
+        errors.append(error)
+        note = BY_THE_LOSS if error > SUM_TOLERANCE else note
+    if not note:
+        return objective, max(errors), ""
+    return objective.with_pieces([part for parts in parts_of.values() for part in parts]), max(errors), note
 
 
-def _settled_parts(comparison: _Comparison, batch: Any, parts: list[Piece]) -> tuple[list[Piece], float]:
+def _settled_parts(comparison: _Comparison, parts: list[Piece], *, thorough: bool) -> tuple[list[Piece], float]:
+    """The parts of a batch with the weights by which they add up to it, and the error of those they had."""
     weighted = [replace(part, share=part.within) for part in parts]
-    if rows_in(batch) <= comparison.most_rows():
-        piece = _as_one(comparison, parts[0].index)
+    whole = comparison.batch_as_piece(parts[0].index)
+    if rows_in(whole.batch) <= comparison.most_rows:
         try:
-            error = comparison.error(piece, weighted)
-            if error <= SUM_TOLERANCE or comparison.is_random():
+            if not thorough and (error := comparison.error_of_losses(whole, weighted)) <= SUM_TOLERANCE:
+                return parts, error
+            error = comparison.error(whole, weighted)
+            if error <= SUM_TOLERANCE or comparison.is_random:
                 return parts, 0.0 if error > SUM_TOLERANCE else error
-            found = comparison.shares(piece, weighted)
+            found = comparison.shares(whole, weighted)
             if found is not None:
                 pairs = [(part, own) for part, own in zip(parts, found, strict=True) if own]
                 return [replace(p, share=p.batch_share * own, within=own) for p, own in pairs], error
             raise _cut_refused(error)
         except torch.OutOfMemoryError:
             pass
-    error = _error_of_a_sample(comparison, batch, max(weighted, key=lambda part: rows_in(part.batch)))
-    if error is None or error <= SUM_TOLERANCE or comparison.is_random():
-        return parts, min(error or 0.0, SUM_TOLERANCE)
-    raise _cut_refused(error)
+    elif not thorough:
+        return parts, 0.0
+    sampled = _error_of_a_sample(comparison, whole.batch, max(weighted, key=lambda part: rows_in(part.batch)))
+    if sampled is None or sampled <= SUM_TOLERANCE or comparison.is_random:
+        return parts, min(sampled or 0.0, SUM_TOLERANCE)
+    raise _cut_refused(sampled)
 
 
 def _error_of_a_sample(comparison: _Comparison, batch: Any, part: Piece) -> float | None:
     """The error of the parts of some rows of a batch, as many as memory holds, None where that is too few to cut."""
-    rows = min(comparison.most_rows(), rows_in(batch))
+    rows = min(comparison.most_rows, rows_in(batch))
     while rows > rows_in(part.batch):
         sample = replace(part, batch=spread_rows(batch, rows), share=1.0, within=1.0)
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -336,110 +417,145 @@ def _cut_refused(error: float) -> InputError:
 # -- the batches
 
 
-def _settle_batches(comparison: _Comparison) -> tuple[Objective, float, str]:
+def _settle_batches(comparison: _Comparison, findings: list[_Finding]) -> tuple[Objective, float, str]:
     """The objective whose batches add up to all of them together, the error of the counted one, and a note."""
+    objective = comparison.objective
+    indices = sorted(itertools.chain.from_iterable(finding.indices for finding in findings))
+    error = max(finding.error for finding in findings)
+    if error <= SUM_TOLERANCE:
+        linked = len(findings) == 1 and findings[0].groups
+        certain = linked or counts_for_certain(objective.loss, objective.model, objective.batches[0])
+        return objective, error, "" if certain else NOT_TOGETHER
+    if len(findings) > 1:
+        along = _error_of_groups(comparison, list(_groups(comparison, indices)), axis=1)
+        if along is not None and along <= SUM_TOLERANCE:
+            return objective, along, ""
+    if comparison.is_random:
+        return objective, 0.0, RANDOM
+    shares = [_shares_of_groups(comparison, finding.groups) if finding.groups else None for finding in findings]
+    if len(findings) == 1 and shares[0] is not None and any(share != 1.0 for share in shares[0].values()):
+        return objective.with_batch_shares(shares[0]), error, BY_THE_LOSS
+    sums = [_is_sum(comparison, finding, own) for finding, own in zip(findings, shares, strict=True)]
+    if any(sums) and not any(is_sum is False for is_sum in sums):
+        return objective.with_batch_shares(dict.fromkeys(indices, 1.0)), error, SUMMED
+    note = (
+        f"the loss is no weighted mean over rows (the batches together differ by {error:.1%}): the plain mean over the "
+        f"{len(indices)} batches is measured; pass weight= for another"
+    )
+    return objective.with_batch_shares(dict.fromkeys(indices, 1 / len(indices))), error, note
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What comparing the batches of one kind with all of them together shows.
+
+    Attributes:
+        indices: Of the batches.
+        groups: Batches that were compared together; none where they cannot be, or there is but one batch.
+        error: Of the sum weighted by counts, over groups or over the thirds of batches; 0 where neither can be had.
+        compared: Whether the error was measured.
+    """
+
+    indices: list[int]
+    groups: list[list[int]]
+    error: float
+    compared: bool
+
+
+def _findings(comparison: _Comparison) -> list[_Finding]:
+    """What is found for the batches of each kind."""
     objective = comparison.objective
     kinds: dict[Any, list[int]] = {}
     for index in dict.fromkeys(piece.index for piece in objective.pieces):
         batch = objective.batches[index]
         kinds.setdefault(kind_of(batch, rows_in(batch)), []).append(index)
-    findings = [_Finding(comparison, indices) for indices in kinds.values()]
-    error = max(finding.error for finding in findings)
-    if error <= SUM_TOLERANCE:
-        unknown = len(findings) > 1 and not counts_for_certain(objective.loss, objective.model)
-        return objective, error, OF_SEVERAL_SHAPES if unknown else ""
-    if comparison.is_random():
-        return objective, 0.0, RANDOM
-    if any(finding.is_sum for finding in findings) and all(finding.is_sum is not False for finding in findings):
-        summed = objective.with_batch_shares(dict.fromkeys(itertools.chain(*kinds.values()), 1.0))
-        return summed, error, SUMMED
-    if len(findings) == 1 and findings[0].shares is not None:
-        return objective.with_batch_shares(findings[0].shares), error, BY_THE_LOSS
-    return _mean_over_batches(objective, error)
+    return [_finding(comparison, indices) for indices in kinds.values()]
 
 
-class _Finding:
-    """What comparing the batches of one kind with all of them together shows.
+def _finding(comparison: _Comparison, indices: list[int]) -> _Finding:
+    groups = list(_groups(comparison, indices))
+    by_axis: list[float] = []
+    for axis in (0, 1):  # the examples of a (time, batch) layout lie along the second
+        error = _error_of_groups(comparison, groups, axis=axis)
+        by_axis += [] if error is None else [error]
+        if error is not None and error <= SUM_TOLERANCE:
+            break
+    if by_axis:
+        return _Finding(indices, groups, by_axis[0] if by_axis[-1] > SUM_TOLERANCE else by_axis[-1], True)
+    pieces = [piece for piece in comparison.samples() if piece.index in indices]
+    errors = [error for piece in pieces if (error := comparison.error_of_thirds(piece)) is not None]
+    return _Finding(indices, [], max(errors, default=0.0), bool(errors))
 
-    Attributes:
-        error: the relative error of the sum weighted by counts; 0 where nothing could be compared.
-        shares: of the batches by index, found from the loss itself, where the error is large.
-        is_sum: whether the batches and their parts add up with a weight of 1 each, None where that cannot be known.
 
-    Args:
-        comparison: of an objective.
-        indices: of the batches of that kind.
-    """
-
-    def __init__(self, comparison: _Comparison, indices: list[int]):
-        self.error, self.shares = 0.0, None
-        self.is_sum: bool | None = None
-        groups = list(_groups(comparison, indices)) if len(indices) > 1 else []
-        errors = [_error_of_group(comparison, group, axis=0) for group in groups]
-        if not errors or any(error is None for error in errors):
-            errors = [_error_of_group(comparison, group, axis=1) for group in groups]
-        known = [error for error in errors if error is not None]
-        if known and len(known) == len(errors):
-            self.error = max(known)
-            self.is_sum = False
-            if self.error > SUM_TOLERANCE:
-                self._look_further(comparison, groups)
-            return
-        self._compare_thirds(comparison, indices)
-
-    def _look_further(self, comparison: _Comparison, groups: list[list[int]]) -> None:
-        """Shares by which the batches add up, or the second axis as that of the examples."""
-        self.shares = _shares_of_groups(comparison, groups)
-        self.is_sum = self.shares is not None and all(share == 1.0 for share in self.shares.values())
-        if self.shares is None:
-            errors = [_error_of_group(comparison, group, axis=1) for group in groups]
-            known = [error for error in errors if error is not None]
-            if len(known) == len(groups) and max(known) <= SUM_TOLERANCE:
-                self.error = max(known)
-
-    def _compare_thirds(self, comparison: _Comparison, indices: list[int]) -> None:
-        pieces = [piece for piece in comparison.samples() if piece.index in indices]
-        errors = [error for piece in pieces if (error := comparison.error_of_thirds(piece)) is not None]
-        self.error = max(errors, default=0.0)
-        self.is_sum = None if not errors else False
-        same = len({constants_in(batch) for batch in comparison.objective.batches}) == 1
-        if self.error > SUM_TOLERANCE and same:  # a sum divided by its batch's own number is a mean
-            summed = _Comparison(comparison.graphs, comparison.objective.summed())
-            again = [summed.error_of_thirds(piece) for piece in pieces]
-            self.is_sum = all(error is not None and error <= SUM_TOLERANCE for error in again)
+def _is_sum(comparison: _Comparison, finding: _Finding, shares: dict[int, float] | None) -> bool | None:
+    """Whether the batches of one kind add up with a weight of 1 each, None where that cannot be known."""
+    if finding.groups:
+        return shares is not None and all(share == 1.0 for share in shares.values())
+    if not finding.compared:
+        return None
+    if len({constants_in(batch) for batch in comparison.objective.batches}) > 1:
+        return False  # a sum divided by its batch's own number is a mean
+    summed = _Comparison(comparison.graphs, comparison.objective.summed())
+    pieces = [piece for piece in summed.samples() if piece.index in finding.indices]
+    errors = [summed.error_of_thirds(piece) for piece in pieces]
+    return all(error is not None and error <= SUM_TOLERANCE for error in errors)
 
 
 def _groups(comparison: _Comparison, indices: list[int]) -> Iterator[list[int]]:
     """Consecutive batches that are few enough rows together, each group starting with the last batch of the one before.
 
-    So the weights that a group's batches have among themselves are linked to those of all others.
+    So the weights that a group's batches have among themselves are linked to those of all others. No groups where two
+    batches are too many rows.
     """
-    batches, most = comparison.objective.batches, comparison.most_rows()
+    rows = [rows_in(batch) for batch in comparison.objective.batches]
+    if len(indices) < 2 or any(rows[i] + rows[j] > comparison.most_rows for i, j in itertools.pairwise(indices)):
+        return
     group = [indices[0]]
     for index in indices[1:]:
-        if len(group) > 1 and sum(rows_in(batches[i]) for i in [*group, index]) > most:
+        full = sum(rows[i] for i in [*group, index]) > comparison.most_rows or len(group) == comparison.most_batches
+        if full and len(group) > 1:
             yield group
             group = [group[-1]]
         group.append(index)
     yield group
 
 
-def _pieces_of(comparison: _Comparison, group: Sequence[int]) -> list[Piece]:
+def _pieces_of(objective: Objective, group: Sequence[int]) -> list[Piece]:
     """The pieces of some batches, with shares that add up to 1 unless the loss is a sum."""
-    pieces = [piece for piece in comparison.objective.pieces if piece.index in group]
+    pieces = [piece for piece in objective.pieces if piece.index in group]
     shares = {piece.index: piece.batch_share for piece in pieces}
-    total = 1.0 if comparison.objective.adds_up else sum(shares.values())
+    total = 1.0 if objective.adds_up else sum(shares.values())
     return [replace(piece, share=piece.share / total) for piece in pieces]
 
 
-def _error_of_group(comparison: _Comparison, group: list[int], *, axis: int) -> float | None:
-    whole = concatenated([comparison.objective.batches[i] for i in group], axis)
-    if whole is None:
-        return None
-    try:
-        return comparison.error(comparison.piece_of(whole), _pieces_of(comparison, group))
-    except NOT_A_BATCH:  # memory errors too: the batches are then compared with their parts
-        return None
+def _error_of_groups(comparison: _Comparison, groups: list[list[int]], *, axis: int) -> float | None:
+    """The largest error of a sum over a group's pieces against its batches as one, None where these cannot be one.
+
+    Some groups are compared by their gradients, others by their losses alone.
+    """
+    chosen = [groups[i] for i in _spread(len(groups), MOST_GROUPS)]
+    thorough = set(_spread(len(chosen), GROUPS_BY_GRADIENT))
+    errors = []
+    for number, group in enumerate(chosen):
+        try:
+            whole = _together(comparison.objective, group, axis)
+            if whole is None:
+                return None
+            pieces = _pieces_of(comparison.objective, group)
+            if number not in thorough and comparison.error_of_losses(whole, pieces) <= SUM_TOLERANCE:
+                continue
+            errors.append(comparison.error(whole, pieces))
+        except NOT_A_BATCH:  # memory errors too: the batches are then compared with their parts
+            return None
+        if errors[-1] > SUM_TOLERANCE:
+            break
+    return max(errors, default=None)
+
+
+def _together(objective: Objective, group: Sequence[int], axis: int = 0) -> Piece | None:
+    """Several batches as one piece."""
+    batch = concatenated([objective.batches[i] for i in group], axis)
+    return None if batch is None else Piece(batch, 1.0, "all batches together")
 
 
 def _shares_of_groups(comparison: _Comparison, groups: list[list[int]]) -> dict[int, float] | None:
@@ -447,33 +563,23 @@ def _shares_of_groups(comparison: _Comparison, groups: list[list[int]]) -> dict[
     shares: dict[int, float] = {}
     is_mean = is_sum = True
     for group in groups:
-        whole = concatenated([comparison.objective.batches[i] for i in group])
-        pieces = [_as_one(comparison, index) for index in group]
-        found = comparison.shares(comparison.piece_of(whole), pieces)
-        if found is None:
+        try:
+            whole = _together(comparison.objective, group)
+            found = whole and comparison.shares(whole, [comparison.batch_as_piece(index) for index in group])
+        except NOT_A_BATCH:
+            return None
+        if not found:
             return None
         is_sum &= all(share == 1.0 for share in found)
         is_mean &= abs(sum(found) - 1) < 1e-6
-        scale = shares[group[0]] / found[0] if shares and found[0] else 1.0
+        if shares and not found[0]:
+            return None  # a batch that counts nothing links no groups
+        scale = shares[group[0]] / found[0] if shares else 1.0
         shares |= {index: share * scale for index, share in zip(group, found, strict=True)}
     if len(groups) == 1 or is_sum:
         return shares
     total = sum(shares.values())
     return {index: share / total for index, share in shares.items()} if is_mean and total > 0 else None
-
-
-def _as_one(comparison: _Comparison, index: int) -> Piece:
-    """A batch as one piece."""
-    return Piece(comparison.objective.batches[index], 1.0, f"batch {index}", index)
-
-
-def _mean_over_batches(objective: Objective, error: float) -> tuple[Objective, float, str]:
-    indices = {piece.index for piece in objective.pieces}
-    note = (
-        f"the loss is no weighted mean over rows (the batches together differ by {error:.1%}): the plain mean over the "
-        f"{len(indices)} batches is measured; pass weight= for another"
-    )
-    return objective.with_batch_shares(dict.fromkeys(indices, 1 / len(indices))), error, note
 
 
 # -- evaluations that can be compared

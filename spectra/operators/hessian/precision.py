@@ -1,8 +1,8 @@
-"""The precision that a model is measured in: its own, that of a copy, or with faster matrix products.
+"""The precision of a measurement: the model's own, that of a copy of the weights, or faster matrix products.
 
 "float32" and "float64" measure a copy of the weights. "tf32" and "bfloat16" keep float32 weights and vectors, and round
-the operands of matrix products to 10 or 7 bits of fraction, with sums in float32: faster where the hardware has units
-for it.
+the operands of matrix products to 10 or 7 bits of fraction. Sums are in float32. This is faster on hardware with
+units for it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ PRECISIONS = (*COPIES, *LOWER)
 
 
 def dtype_of_copy(model: nn.Module, precision: str | None) -> torch.dtype | None:
-    """The floating-point type that the weights are brought to for a measurement, None for the model's own.
+    """The dtype of the copy of the weights that is measured; None where the model itself is measured.
 
     Args:
-        model: the model that is measured.
-        precision: what was asked for, None for nothing.
+        model: The model that is measured.
+        precision: One of `PRECISIONS`, or None for the model's own.
 
     Returns:
-        The type, or None where no copy is made.
+        The dtype, or None where no copy is made.
 
     Raises:
-        InputError: for an unknown precision.
+        InputError: For an unknown precision.
     """
     if precision is None:
         return None
@@ -46,7 +46,7 @@ def dtype_of_copy(model: nn.Module, precision: str | None) -> torch.dtype | None
 
 @contextlib.contextmanager
 def arithmetic(precision: str | None, device: torch.device) -> Iterator[None]:
-    """Inside, float32 matrices are multiplied in the precision asked for, and never in a lower one."""
+    """A context in which float32 matrices are multiplied in this precision, whatever the program has set."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(float32_products(device, tf32=precision == "tf32", convolutions=True))
         if precision == "bfloat16":
@@ -55,24 +55,24 @@ def arithmetic(precision: str | None, device: torch.device) -> Iterator[None]:
 
 
 def note_of_copy(space: ParameterSpace, dtype: torch.dtype) -> list[str]:
-    """A note where the measured parameters are in another precision than the model's own."""
+    """The note for a record that the measured parameters are a copy in another dtype; [] where they are not."""
     own = {_name(p.dtype) for p in space.parameters} - {_name(dtype)}
     return [f"{', '.join(sorted(own))} weights, measured in a {_name(dtype)} copy"] if own else []
 
 
 def dtype_of_vectors(model: nn.Module, space: ParameterSpace, copy: torch.dtype | None) -> torch.dtype:
-    """The dtype that a measurement's vectors have: that of the copy, or the one that the chosen parameters share.
+    """The dtype of a measurement's vectors: that of the copy, or the one that the chosen parameters share.
 
     Args:
-        model: the model that is measured.
-        space: the chosen parameters.
-        copy: the type of the copy, None where there is none.
+        model: The model that is measured.
+        space: The chosen parameters.
+        copy: The dtype of the copy, None where there is none.
 
     Returns:
-        float32 or float64.
+        torch.float32 or torch.float64.
 
     Raises:
-        InputError: for parameters of several dtypes, or in bfloat16 or float16, where no copy is asked for.
+        InputError: For parameters of several dtypes, or in bfloat16 or float16, where no copy is asked for.
     """
     if copy is not None:
         return copy
@@ -92,4 +92,5 @@ def dtype_of_vectors(model: nn.Module, space: ParameterSpace, copy: torch.dtype 
 
 
 def _name(dtype: torch.dtype) -> str:
+    """The name of a dtype without "torch."."""
     return str(dtype).removeprefix("torch.")

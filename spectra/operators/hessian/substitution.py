@@ -1,9 +1,9 @@
-"""Parameters that stand in for a model's own while its loss is computed, so that the model itself is never written to.
+"""Stand-ins: parameters that replace a model's own while its loss is computed, so that a measurement never changes it.
 
-A stand-in shares the memory of the parameter, unless it is in another precision or moved by an offset. Everything that
-reads the parameter through the modules sees the stand-in: the forward pass, and a loss that walks `model.parameters()`.
-What reads the parameter itself, such as a loss that holds a list of parameters, is redirected to the stand-in.
-Hooks on the parameter, its `requires_grad` and its `.grad` stay out of the measurement.
+A stand-in shares the memory of the parameter, unless it is in another precision or moved by an offset. Code that reads
+the parameter through the modules gets the stand-in: the forward pass, and a loss that iterates over
+`model.parameters()`. Code that holds the parameter itself, such as a loss with a list of parameters, is redirected to
+the stand-in. Hooks on the parameter, its `requires_grad` and its `.grad` have no effect on the measurement.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class Substitution:
     """Stand-ins for all parameters and floating-point buffers of a model.
 
     Args:
-        model: the model.
-        space: which parameters are differentiated. Their stand-ins alone require gradients.
-        loss: the loss where it is a module: its parameters and buffers are replaced too, and never differentiated.
-        dtype: the floating-point type of the stand-ins, None for that of each parameter.
-        offset: a vector (n,) added to the chosen parameters.
-        copies: whether the stand-ins of parameters have memory of their own, for a forward pass that writes to them.
-        values: the values of parameters by their id as a forward pass that writes to them leaves them. Embeddings then
-            do not bring them to their max_norm again.
-        redirected: whether tensors that were not read through a module are replaced too: a parameter by its stand-in,
-            a constant in another precision by one in that of the stand-ins. `torch._weight_norm` is then computed by
-            plain operations, as torch gets the second derivative of the fused one wrong.
+        model: The model.
+        space: Which parameters are differentiated. Their stand-ins alone require gradients.
+        loss: The loss where it is a module: its parameters and buffers are replaced too, and never differentiated.
+        dtype: The dtype of floating-point stand-ins, None for that of each parameter.
+        offset: A vector (n,) added to the chosen parameters.
+        copies: Whether the stand-ins of parameters have memory of their own, for a forward pass that writes to them.
+        values: Values of parameters by id, where a forward pass wrote to parameters: those that it left. Embeddings
+            then do not apply their max_norm again.
+        redirected: Whether tensors that were not read through a module are replaced too: a parameter by its stand-in,
+            and a constant in another precision by one in that of the stand-ins. `torch._weight_norm` is then computed
+            by plain operations, because torch's second derivative of the fused operation is wrong.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class Substitution:
         self.chosen: tuple[nn.Parameter, ...] = tuple(self._stand_ins[id(p)] for p in space.parameters)
 
     def values(self) -> dict[int, torch.Tensor]:
-        """The values of the stand-ins now, by the ids of the parameters."""
+        """The current values of the stand-ins, by the ids of the parameters."""
         return {id(p): self._stand_ins[id(p)].detach().clone() for p in self._originals}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """The model computes with the stand-ins, and with copies of its buffers; both are put back on exit."""
+        """A context in which the model computes with the stand-ins and with copies of its buffers."""
         put_back: list[tuple[Any, Any, Any]] = []
         buffers: dict[int, torch.Tensor] = {}
         try:
@@ -115,21 +115,23 @@ class Substitution:
             yield
 
     def reached_past(self, loss: torch.Tensor) -> bool:
-        """Whether the graph of a loss ends at a parameter itself, not at its stand-in."""
+        """Whether the graph of a loss leads to a parameter itself instead of its stand-in."""
         originals = {id(parameter) for parameter in self._originals}
         return any(id(getattr(node, "variable", None)) in originals for node in nodes_of(loss))
 
     @staticmethod
     def has_plain_form(loss: torch.Tensor) -> bool:
-        """Whether the graph of a loss has an operation whose second derivative torch gets wrong, and a plain form."""
+        """Whether the graph of a loss has an operation of `PLAIN_FORMS`, whose second derivative in torch is wrong."""
         return any(node.name().startswith("WeightNormInterfaceBackward") for node in nodes_of(loss))
 
     def _modules(self) -> Iterator[nn.Module]:
+        """The modules of the model, and those of a loss that is a module."""
         yield from self._model.modules()
         if self._loss is not None:
             yield from self._loss.modules()
 
     def _redirect(self) -> contextlib.AbstractContextManager[Any]:
+        """The context that replaces tensors which were not read through a module, if that was asked for."""
         if not self._redirected:
             return contextlib.nullcontext()
         places: dict[int, tuple[dict[str, Any], str]] = {}
@@ -141,6 +143,7 @@ class Substitution:
         return _Redirect(places, self.dtype)
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor in the dtype of the stand-ins."""
         if self.dtype is None or not tensor.is_floating_point():
             return tensor
         return tensor.to(self.dtype)
@@ -159,14 +162,16 @@ def nodes_of(loss: torch.Tensor) -> Iterable[Any]:
 
 
 def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """`torch._weight_norm` by plain operations: v g / ||v||, with norms over all dimensions but `dim`."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+# Operations whose second derivative in torch is wrong, and plain operations that compute the same.
 PLAIN_FORMS: dict[Any, Any] = {torch._weight_norm: _weight_norm}  # pyright: ignore[reportPrivateImportUsage]
 
 
 class _Redirect(TorchFunctionMode):
-    """Replaces parameters that were not read through a module by what the module holds, and casts constants."""
+    """Replaces parameters that were not read through a module by their stand-ins, and casts constants."""
 
     def __init__(self, places: Mapping[int, tuple[dict[str, Any], str]], dtype: torch.dtype | None):
         super().__init__()
@@ -179,17 +184,20 @@ class _Redirect(TorchFunctionMode):
         return PLAIN_FORMS.get(func, func)(*args, **kwargs)
 
     def _current(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The stand-in of a parameter, a constant in the dtype of the stand-ins, or the tensor itself."""
         place = self._places.get(id(tensor))
         if place is not None:
             return place[0][place[1]]
         other = self._dtype is not None and tensor.dtype != self._dtype
-        # parts of a model compute in another precision on purpose; only what has no graph is a constant
+        # some models compute parts in another precision on purpose; a tensor is a constant only if it has no graph
         if other and tensor.is_floating_point() and tensor.grad_fn is None and not tensor.requires_grad:
             return tensor.to(self._dtype)
         return tensor
 
 
 class _WriteGuard(TorchDispatchMode):
+    """Raises `WeightsWritten` before an operation writes to one of these storages."""
+
     def __init__(self, storages: Collection[int]):
         super().__init__()
         self._storages = storages

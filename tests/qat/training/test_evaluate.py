@@ -46,7 +46,7 @@ def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary():
     assert perplexity(model, tokens(100), block=10).perplexity == pytest.approx(tiny_models.VOCABULARY, rel=1e-6)
 
 
-@pytest.mark.parametrize(("count", "block", "length", "predicted"), [(50, 8, 8, 42), (50, 2048, 16, 45), (9, 12, 9, 8)])
+@pytest.mark.parametrize(("count", "block", "length", "predicted"), [(50, 8, 8, 42), (50, None, 16, 45), (9, 12, 9, 8)])
 def test_blocks_are_no_longer_than_asked_than_the_model_allows_and_than_the_text(count, block, length, predicted):
     model = tiny_models.causal_lm("llama", dtype=torch.float32)  # takes 16 tokens
     got = perplexity(model, tokens(count), block=block)
@@ -59,6 +59,11 @@ def test_blocks_are_no_longer_than_asked_than_the_model_allows_and_than_the_text
 def test_nothing_to_predict_is_refused(count, block):
     with pytest.raises(InputError, match="two tokens or more"):
         perplexity(tiny_models.causal_lm("llama"), tokens(count), block=block)
+
+
+def test_a_block_that_the_model_does_not_take_is_refused():
+    with pytest.raises(InputError, match="blocks of at most 16 tokens, got --block 17"):
+        perplexity(tiny_models.causal_lm("llama"), tokens(50), block=17)
 
 
 def test_every_module_is_back_in_its_mode_and_dropout_is_off():

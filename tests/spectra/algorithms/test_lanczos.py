@@ -75,12 +75,12 @@ def test_one_recurrence_breaks_down_while_the_others_go_on():
     assert LanczosRecurrence(op, starts[:1]).tridiagonals()[0].steps == 0
 
 
-def test_the_first_images_save_a_product():
+def test_given_first_products_save_a_product():
     op = spectra.DiagonalOperator(np.arange(1.0, 21.0))
     start = normal(1, 20, seed=3)
-    images = op.multiply_rows(start)
+    products = op.multiply_rows(start)
     before = op.products
-    recurrence = LanczosRecurrence(op, start, first_images=images)
+    recurrence = LanczosRecurrence(op, start, first_products=products)
     recurrence.advance(4)
     assert op.products - before == 3
     np.testing.assert_allclose(recurrence.tridiagonals()[0].alphas, spectra.lanczos(op, start[0], 4).alphas)

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
+from oracles import matrix_with_spectrum
 
 import spectra
 from spectra.algorithms import resolve as resolution
+from spectra.algorithms.congruence import find_congruence
 
 
 def bulk(name, n, rng):
@@ -103,3 +106,76 @@ def test_as_many_probe_vectors_as_the_sampling_variance_asks_for(dimension, half
     probes = resolution._probes_needed(dimension, half_width)
     assert probes > 1
     assert sampling_half_width(probes) <= half_width / 3 < sampling_half_width(probes - 1)
+
+
+class Shaped(spectra.DenseOperator):
+    """A matrix whose vectors are the parameters of these shapes, laid end to end."""
+
+    def __init__(self, matrix, shapes):
+        super().__init__(matrix)
+        self.space = type("Space", (), {"shapes": shapes})
+
+
+def shaped(kind, seed, *, rows=30, columns=24):
+    """A matrix (720, 720) with Kronecker structure behind random signs, or with a spectrum of its own."""
+    rng = np.random.default_rng(seed)
+    n = rows * columns
+    if kind != "kronecker":
+        values = values_of(kind, seed, n=n, zeros=0.43 if seed % 2 else 0.0)
+        return Shaped(matrix_with_spectrum(values, seed), ((rows, columns),)), values
+    sides = [matrix_with_spectrum(np.geomspace(0.02, 1, side), seed) for side in (rows, columns)]
+    root = torch.kron(*sides)
+    matrix = root @ matrix_with_spectrum(np.sign(rng.random(n) - 0.3), seed) @ root
+    matrix = (matrix + matrix.T) / 2
+    return Shaped(matrix, ((rows, columns),)), torch.linalg.eigvalsh(matrix).numpy()
+
+
+@pytest.mark.parametrize("kind", ["kronecker", "gauss", "laplace", "log-normal"])
+@pytest.mark.parametrize("seed", range(3))
+def test_counts_after_a_change_of_variables_cover(kind, seed):
+    op, values = shaped(kind, seed)
+    share = spectra.resolve(op, budget=400, half_width=0.1, seed=seed)
+    assert share.low <= (values < 0).mean() <= share.high
+    assert share.products == op.products <= 400
+    assert share.resolved or "400" in share.reason
+    tol = float(np.quantile(np.abs(values), 0.5))
+    near = spectra.resolve(op, share="near_zero", tol=tol, budget=500, half_width=0.1, seed=seed)
+    assert near.low <= (np.abs(values) < tol).mean() <= near.high
+    assert near.products <= 500
+    above = spectra.resolve(op, share="between", between=(tol, np.inf), budget=400, half_width=0.1, seed=seed)
+    assert above.low <= (values > tol).mean() <= above.high
+
+
+def test_kronecker_structure_is_resolved_where_a_plain_recurrence_is_not():
+    op, _ = shaped("kronecker", 0)
+    share = spectra.resolve(op, budget=300, half_width=0.1)
+    plain = spectra.resolve(spectra.DenseOperator(op.matrix), budget=300, half_width=0.1)
+    assert share.resolved
+    assert not plain.resolved
+    again = spectra.resolve(op, budget=300, half_width=0.1, congruence=find_congruence(op))
+    assert again.resolved
+    assert again.products < share.products
+
+
+@pytest.mark.parametrize("share", [{}, {"share": "between", "between": (0.0, 1e3)}, {"share": "near_zero", "tol": 0.2}])
+def test_zero_coordinates_count_on_the_right_side_after_a_change_of_variables(share):
+    op, _ = shaped("kronecker", 4)
+    kept = torch.as_tensor(np.random.default_rng(0).random(720) < 0.57)
+    op = Shaped(op.matrix * kept * kept[:, None], ((30, 24),))
+    values = np.zeros(720)
+    values[kept.numpy()] = torch.linalg.eigvalsh(op.matrix[kept][:, kept]).numpy()
+    truth = {
+        "between": (values > 0).mean(),
+        "near_zero": (np.abs(values) < 0.2).mean(),
+    }.get(share.get("share"), (values < 0).mean())
+    found = spectra.resolve(op, budget=500, half_width=0.1, **share)
+    assert found.low <= truth <= found.high
+    assert found.resolved, found.reason
+
+
+def test_a_reason_after_a_change_of_variables_names_the_zeros():
+    op, _ = shaped("kronecker", 0)
+    share = spectra.resolve(op, budget=130, half_width=0.02)
+    assert not share.resolved
+    assert "zero that are no coordinates" in share.reason
+    assert share.products <= 130

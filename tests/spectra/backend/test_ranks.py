@@ -1,6 +1,7 @@
 """Two ranks give what one gives; a rank that dies ends the run with a message."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,23 @@ def test_a_rank_that_dies_ends_the_run(tmp_path):
     done = torchrun("die", tmp_path)
     assert done.returncode != 0
     assert "another rank stopped" in done.stderr or "exitcode  : 3" in done.stderr
+
+
+def test_gloo_leaves_the_exit_code_of_a_rank_that_is_left_alone(tmp_path):
+    """Its threads abort an interpreter (code 134) that ends while they wait for a rank that died."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ranks.__file__, "die", str(tmp_path)]
+    alone, dead = (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**shared, "RANK": str(rank)})
+        for rank in range(2)
+    )
+    _, err = alone.communicate(timeout=120)
+    dead.communicate(timeout=120)
+    assert (alone.returncode, dead.returncode) == (1, 3), err[-1000:]
+    assert "another rank stopped" in err
 
 
 def test_a_spread_without_ranks_is_refused():

@@ -118,7 +118,7 @@ def test_compare_says_what_changed(tmp_path, capsys):
     starts = {line.index(word) for line in lines for word in ("fell by", "did not", "became") if word in line}
     assert starts == {columns.index("change")}  # aligned
     assert main(["compare", str(run.folder), "--from", "10"]) == 0
-    assert "fell by 11.11 % [11.11, 11.11]" in capsys.readouterr().out
+    assert "fell by 11.11 % [11.11, 11.12]" in capsys.readouterr().out
 
 
 def test_compare_takes_both_sides_of_a_reset_and_two_runs(tmp_path, capsys):
@@ -128,7 +128,7 @@ def test_compare_takes_both_sides_of_a_reset_and_two_runs(tmp_path, capsys):
     assert main(["compare", str(run.folder), "--from", "10", "--to", "10"]) == 0
     reset = capsys.readouterr().out
     assert "step 10 (before-reset), full -> " in reset
-    assert "rose by 33.33 % [33.33, 33.33]" in reset
+    assert "rose by 33.33 % [33.33, 33.34]" in reset
     assert main(["compare", str(run.folder), str(other.folder)]) == 0
     last = capsys.readouterr().out
     assert last.startswith(f"{run.folder} step 20 (end), full -> {other.folder} step 20, full")
@@ -334,3 +334,41 @@ def test_the_installed_command_ends_without_a_traceback(tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith("spectra: error: expected a folder or a cached model, got nobody/model")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_same_command_again_keeps_the_spectrum(model, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert measure(model, text, out) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    first = capsys.readouterr().out.splitlines()
+    assert measure(model, text, out) == 0
+    again = capsys.readouterr().out.splitlines()
+    assert again[:-1] == first[:-1]
+    assert again[-1].startswith(f"measured before, in {out}; next: ")
+    assert {path: path.read_bytes() for path in before} == before
+    assert "seed: 0 in the folder, 5 asked for" in refused(capsys, measure(model, text, out, "--seed", "5"))
+
+
+def test_a_checkpoint_with_other_weights_is_refused(model, text, tmp_path, capsys):
+    import torch
+
+    from spectra.integrations.loading import load_causal_lm
+
+    loaded, tokenizer = load_causal_lm(model)
+    for factor in (1.0, 1.5):
+        with torch.no_grad():
+            loaded.model.norm.weight.mul_(factor)
+        loaded.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        capsys.readouterr()
+        code = measure(tmp_path / "model", text, tmp_path / "run")
+    assert "a checkpoint with other weights" in refused(capsys, code)
+
+
+def test_matrices_of_a_killed_command_are_not_in_the_way(model, text, tmp_path):
+    """It was killed between the matrices and their record."""
+    assert measure(model, text, tmp_path / "run") == 0
+    (name,) = [path.name for path in (tmp_path / "run" / "lanczos").iterdir()]
+    (tmp_path / "run" / "records.jsonl").write_text("")
+    assert measure(model, text, tmp_path / "run") == 0
+    assert [path.name for path in (tmp_path / "run" / "lanczos").iterdir()] == [name]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from spectra import DiagonalOperator, lanczos
-from spectra.estimates.brackets import bracket
+from spectra.estimates.brackets import bracket, mass_bounds
 
 
 def start_and_values(seed, n=300):
@@ -57,3 +57,40 @@ def test_a_threshold_on_a_ritz_value():
         found = bracket(result.alphas, result.betas, float(threshold))
         assert found.below <= mass[values < threshold].sum() + 1e-9
         assert found.below + found.at >= mass[values <= threshold].sum() - 1e-9
+
+
+@pytest.mark.parametrize("steps", [3, 10, 40])
+def test_bounds_at_many_thresholds_hold_the_mass_and_are_hardly_wider(steps):
+    start, values = start_and_values(steps)
+    result = lanczos(DiagonalOperator(values), start, steps)
+    mass = start.numpy() ** 2
+    thresholds = np.concatenate([np.linspace(-3, 10, 101), np.linspace(-0.2, 0.2, 101), values + 1e-9, values - 1e-9])
+    low, high = mass_bounds(result.alphas, result.betas, thresholds)
+    below, up_to = ((values < thresholds[:, None]) @ mass, (values <= thresholds[:, None]) @ mass)
+    assert np.all(low <= below + 1e-12)
+    assert np.all(high >= up_to - 1e-12)
+    assert np.all((low >= 0) & (high <= 1 + 1e-12))
+    exact = [bracket(result.alphas, result.betas, float(t)) for t in thresholds[:202]]
+    room = [one.at - (high[i] - low[i]) for i, one in enumerate(exact)]
+    assert max(room) < 1e-9  # never narrower than the best bounds
+    assert np.mean(room) > -0.15 * np.mean([one.at for one in exact])
+    assert min(room) > -max(one.at for one in exact)
+
+
+def test_bounds_are_those_of_the_bracket_where_that_is_asked_for():
+    start, values = start_and_values(4)
+    result = lanczos(DiagonalOperator(values), start, 25)
+    thresholds = [-0.1, 0.0, 0.02, 5.0]
+    low, high = mass_bounds(result.alphas, result.betas, np.array(thresholds), exactly_at=thresholds, rules=1)
+    exact = [bracket(result.alphas, result.betas, t) for t in thresholds]
+    assert low == pytest.approx([one.below for one in exact], abs=1e-9)
+    assert high == pytest.approx([one.below + one.at for one in exact], abs=1e-9)
+
+
+def test_bounds_are_exact_after_a_breakdown():
+    values = np.array([-1.0, -1.0, 0.0, 2.0, 2.0, 2.0])
+    start = torch.full((6,), 1 / np.sqrt(6), dtype=torch.float64)
+    result = lanczos(DiagonalOperator(values), start, 6)
+    low, high = mass_bounds(result.alphas, result.betas, np.array([-2.0, -1.0, -0.5, 0.0, 1.0, 2.0, 3.0]))
+    assert low == pytest.approx(np.array([0, 0, 2, 2, 3, 3, 6]) / 6, abs=1e-12)
+    assert high == pytest.approx(np.array([0, 2, 2, 3, 3, 6, 6]) / 6, abs=1e-12)

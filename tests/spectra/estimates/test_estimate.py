@@ -109,7 +109,7 @@ def test_a_sum_whose_interval_is_longer_than_half_of_it_is_unresolved():
     for sign in (1, -1):
         ends = sorted((sign * 0.74, sign * 1.25))
         wide = judged_by_size(Estimate(sign * 1.0, *ends))
-        assert wide.reason == "the interval spans 51 % of the value: use more probes"
+        assert wide.reason == "the interval spans 51 % of the value: use more probe vectors"
         ends = sorted((sign * 0.76, sign * 1.25))
         assert judged_by_size(Estimate(sign * 1.0, *ends)) == Estimate(sign * 1.0, *ends)
     other = Estimate(1.0, -9.0, 9.0, False, "one probe")

@@ -210,6 +210,7 @@ def test_a_quantized_model_is_said_to_be_measured_straight_through(tmp_path):
     trainer_of(tmp_path, model=model, callback=callback).train()
     assert all(record.is_measured for record in callback.probe.records)
     assert any("straight-through" in note for note in callback.probe.records[-1].notes)
+    assert {record.mode for record in callback.probe.records} == {"ste"}
 
 
 # -- the data

@@ -7,6 +7,7 @@ from oracles import matrix_with_spectrum
 
 import spectra
 from spectra.algorithms.resolve import find_outliers
+from spectra.operators.derived import CongruentOperator
 
 
 def spectrum_with_outliers(n=3000, zeros=0, seed=0):
@@ -136,3 +137,54 @@ def test_the_rest_beside_the_known_zeros():
     nothing = spectra.slq(spectra.DiagonalOperator(np.zeros(50)), probes=1, steps=5)
     with pytest.raises(spectra.InputError, match="known to be zero"):
         nothing.without_known_zeros()
+
+
+class DenseTransform:
+    """P held in memory."""
+
+    def __init__(self, matrix):
+        self.matrix = matrix
+
+    def apply(self, vectors):
+        return vectors @ self.matrix.T.to(vectors.dtype)
+
+    def apply_transposed(self, vectors):
+        return vectors @ self.matrix.to(vectors.dtype)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_congruent_operator_is_pt_a_minus_t_p_and_keeps_the_inertia(shift, masked):
+    rng = np.random.default_rng(5)
+    matrix = torch.as_tensor(matrix_with_spectrum(rng.normal(size=40), 6))
+    factor = torch.tensor(rng.normal(size=(40, 40)))
+    p = factor @ factor.T + 0.1 * torch.eye(40) if masked else factor
+    mask = torch.tensor(rng.random(40) < 0.7) if masked else None
+    kept = torch.ones(40, dtype=torch.bool) if mask is None else mask
+    matrix = matrix * kept * kept[:, None]
+    op = CongruentOperator(spectra.DenseOperator(matrix), DenseTransform(p), shift=shift, mask=mask)
+    want = torch.zeros(40, 40, dtype=torch.float64)
+    inner, block = (m[kept][:, kept] for m in (matrix - shift * torch.eye(40), p))
+    want[torch.outer(kept, kept)] = (block.T @ inner @ block).flatten()
+    v = torch.tensor(rng.normal(size=(40, 3)))
+    assert torch.allclose(op @ v, want @ v, atol=1e-9)
+    assert torch.allclose(op @ v[:, 0], want @ v[:, 0], atol=1e-9)
+    found, values = torch.linalg.eigvalsh(want[kept][:, kept]), torch.linalg.eigvalsh(inner)
+    assert int((found < 0).sum()) == int((values < 0).sum())
+
+
+def test_rounding_is_that_of_the_congruent_products():
+    """A small part of the matrix that float32 cancellation has spoilt: T enlarges it, and its error shows."""
+    rng = np.random.default_rng(7)
+    values = np.concatenate([rng.normal(size=20), 1e-6 * rng.normal(size=20)])
+    matrix = torch.as_tensor(matrix_with_spectrum(values, 8))
+    _, vectors = torch.linalg.eigh(matrix)
+    p = vectors * torch.linalg.eigvalsh(matrix).abs().rsqrt()
+    inner = spectra.DenseOperator(matrix.float())
+    op = CongruentOperator(inner, DenseTransform(p))
+    assert op.rounding() > 1e3 * inner.rounding()
+    before = op.products
+    op.rounding()
+    assert op.products == before  # measured once
+    with pytest.raises(spectra.InputError, match="40"):
+        CongruentOperator(inner, DenseTransform(p), mask=torch.ones(7, dtype=torch.bool))

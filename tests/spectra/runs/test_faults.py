@@ -333,3 +333,131 @@ def test_memory_of_a_failed_measurement_is_given_back(monkeypatch):
         assert held[0]() is None
     finally:
         gc.enable()
+
+
+def counted(patch, at, error):
+    """Fail at the `at`-th operation that changes the disk from now on; returns the list that counts them."""
+    calls = []
+
+    def counting(original):
+        def call(*given, **options):
+            calls.append(original)
+            if len(calls) == at:
+                raise copy.copy(error)
+            return original(*given, **options)
+
+        return call
+
+    for name in ("open", "write", "fsync", "replace", "ftruncate"):
+        patch.setattr(os, name, counting(getattr(os, name)))
+    return calls
+
+
+NO_PERMISSION = PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize("error", [FULL_DISK, NO_PERMISSION, KeyboardInterrupt()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("at", range(1, 9))
+def test_a_fault_at_each_write_of_a_record_loses_no_other(at, error, tmp_path):
+    """Before the first write, between any two, and after the last."""
+    torch.manual_seed(0)
+    model = Network()
+    watching = spectra.SpectrumProbe(model, [batch()], out=tmp_path / "run", probes=1, steps=3, deflate=0)
+    watching.measure(0)
+    before = (tmp_path / "run" / "records.jsonl").read_bytes()
+    kept, states = copy.deepcopy(model.state_dict()), random_state()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        calls = counted(patch, at, error)
+        try:
+            watching.measure(1)
+        except KeyboardInterrupt:
+            assert isinstance(error, KeyboardInterrupt)
+    assert len(calls) >= min(at, 7)  # an undisturbed record takes 7 of them
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert same_random_state(states, random_state())
+    watching.measure(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no torn line
+        run = Run(tmp_path / "run")
+        steps = [record.step for record in run.measured]
+    assert steps in ([0, 2], [0, 1, 2])
+    assert (tmp_path / "run" / "records.jsonl").read_bytes().startswith(before)
+    for record in run.measured:
+        run.density(record)
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def damaged(folder, what):
+    """Damage one file of a run, as a disk or an editor may."""
+    matrices = sorted((folder / "lanczos").iterdir())[-1]
+    lines = (folder / "records.jsonl").read_bytes()
+    {
+        "torn config": lambda: (folder / "config.json").write_bytes(b'{"schema_version": 3, "mod'),
+        "config of another kind": lambda: (folder / "config.json").write_text("[]"),
+        "config that is no text": lambda: (folder / "config.json").write_bytes(b"\xff\xfe\x00"),
+        "torn record": lambda: (folder / "records.jsonl").write_bytes(lines[:-40]),
+        "record of zeros": lambda: (folder / "records.jsonl").write_bytes(lines + bytes(64) + b"\n"),
+        "record of another kind": lambda: (folder / "records.jsonl").write_bytes(lines + b'{"step": "x"}\n'),
+        "torn matrices": lambda: matrices.write_bytes(matrices.read_bytes()[:50]),
+        "empty matrices": lambda: matrices.write_bytes(b""),
+        "missing matrices": matrices.unlink,
+        "torn telemetry": lambda: (folder / "telemetry.jsonl").write_bytes(b'{"step": 1}\n{"st'),
+    }[what]()
+
+
+DAMAGE = [
+    *("torn config", "config of another kind", "config that is no text", "torn record", "record of zeros"),
+    *("record of another kind", "torn matrices", "empty matrices", "missing matrices", "torn telemetry"),
+]
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_folder_is_read_or_refused_in_one_line_and_never_changed(what, tmp_path):
+    torch.manual_seed(0)
+    watching = spectra.SpectrumProbe(Network(), [batch()], out=tmp_path / "run", probes=1, steps=3, deflate=0)
+    watching.measure(0)
+    watching.measure(1)
+    watching.close()
+    damaged(tmp_path / "run", what)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        run = Run(tmp_path / "run")
+        for read in (
+            lambda: run.config,
+            lambda: run.telemetry,
+            lambda: [run.density(record) for record in run.records],
+            lambda: Run.open_or_create(tmp_path / "run", {"other": 1}),
+        ):
+            try:
+                read()
+            except spectra.InputError as error:
+                assert "\n" not in str(error)  # noqa: PT017
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_lock_that_was_lost_is_a_failed_measurement(tmp_path):
+    watching = spectra.SpectrumProbe(Network(), [batch()], out=tmp_path / "run", probes=1, steps=3, deflate=0)
+    watching.measure(0)
+    other = Run.open_or_create(tmp_path / "run", watching.run.config)
+    with pytest.warns(UserWarning, match="was opened again and is written there"):
+        (record,) = watching.measure(1)
+    assert record.status == "failed"
+    assert [record.step for record in other.records] == [0]
+
+
+def test_a_figure_that_cannot_be_saved_leaves_the_run(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    from spectra.views import page
+
+    watching = spectra.SpectrumProbe(Network(), [batch()], out=tmp_path / "run", probes=1, steps=3, deflate=0)
+    watching.measure(0)
+    before = (tmp_path / "run" / "records.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", disturb_and_raise(FULL_DISK))
+        with pytest.raises(OSError, match="No space"):
+            page.write(watching.run)
+    assert (tmp_path / "run" / "records.jsonl").read_bytes() == before
+    assert page.write(watching.run).is_file()

@@ -60,6 +60,46 @@ def test_every_eigenvalue_is_inside_the_axes(tmp_path):
     assert heights.max() < ax.get_ylim()[1]
 
 
+def test_a_cumulative_curve_lies_in_its_band_and_the_band_holds_the_truth(tmp_path):
+    run = run_folders.run_folder(tmp_path / "a")
+    ax = plots.cumulative(run)
+    assert ax.get_xscale() == "symlog"
+    assert ax.get_ylabel() == "share of eigenvalues below λ (95 % band)"
+    (line,), (drawn,) = curves(ax), ax.collections
+    points, middle = line.get_data()
+    band = run.density(run.records[-1]).band()
+    low, high = band.at(points)
+    assert np.all((low <= middle) & (middle <= high))
+    assert np.all(np.diff(middle) >= 0)
+    outline = {tuple(vertex) for vertex in drawn.get_paths()[0].vertices}
+    assert {*zip(points, low, strict=True), *zip(points, high, strict=True)} <= outline
+    truth = np.searchsorted(np.sort(run_folders.eigenvalues(scale=0.8)), points) / 400  # the scale at step 20
+    assert np.all((low <= truth) & (truth <= high))
+    assert set(band.thresholds[(band.thresholds > points[0]) & (band.thresholds < points[-1])]) <= set(points)
+
+
+def test_a_line_that_wide_gaps_between_nodes_take_out_of_the_band_is_kept_inside():
+    density = run_folders.density(steps=6)
+    far = np.array([0.5])
+    assert density.cumulative(far)[0] < density.band().at(far)[0][0]
+    (line,) = curves(plots.cumulative(density))
+    assert np.interp(0.5, *line.get_data()) >= density.band().at(far)[0][0] - 1e-9
+
+
+def test_cumulative_curves_of_several_steps_levels_and_scales(tmp_path):
+    run = run_folders.run_folder(tmp_path / "a")
+    ax = plots.cumulative(run, steps=None, level=0.8, scale="linear")
+    assert ax.get_xscale() == "linear"
+    assert legend(ax) == ["step 0", "step 10", "step 20"]
+    assert len(ax.collections) == 3
+    assert ax.get_ylabel() == "share of eigenvalues below λ (80 % band)"
+    assert legend(plots.cumulative(run, steps=[0, 20], labels=["one", "two"])) == ["one", "two"]
+    with pytest.raises(InputError, match="expected a scale of auto, linear, symlog, got 'log'"):
+        plots.cumulative(run, scale="log")
+    with pytest.raises(InputError, match="a level between 0 and 1"):
+        plots.cumulative(run, level=95)
+
+
 def test_the_scale_follows_the_data_or_the_caller():
     far = run_folders.density()
     assert plots.density(far).get_xscale() == "symlog"

@@ -161,7 +161,7 @@ def test_a_data_loader_and_a_single_batch_are_batches():
     check(model, batches[0], want)
 
 
-@pytest.mark.parametrize("microbatch", [0, -1])
+@pytest.mark.parametrize("microbatch", [0, -1, 2.5])
 def test_a_microbatch_of_nothing_is_refused(microbatch):
     with pytest.raises(spectra.InputError, match="microbatch"):
         spectra.HessianOperator(tiny_models.mlp(), tiny_models.regression((4,)), microbatch=microbatch)
@@ -184,3 +184,32 @@ def test_cutting_pieces_in_two_keeps_their_share_whatever_the_weight_says():
     halved = objective.halved()
     assert max(halved.rows) == 3
     assert [piece.share for piece in halved.pieces] == pytest.approx([0.25, 0.25, 0.5])
+
+
+def test_a_batch_that_counts_nothing_is_left_out():
+    model, batches = tiny_models.mlp(), tiny_models.classification((6, 3))
+    inputs, targets = tiny_models.whole(batches)
+    empty = (inputs[:0], targets[:0])
+    ignored = (inputs[:2], torch.full((2,), -100))
+    check(model, [*batches, empty, ignored], functional.cross_entropy(model(inputs), targets))
+
+
+def test_packed_sequences_weigh_their_rows():
+    from torch.nn.utils.rnn import pack_sequence
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(1)
+            self.recurrent, self.head = nn.GRU(2, 3), nn.Linear(3, 3)
+
+        def forward(self, packed):
+            return self.head(self.recurrent(packed)[1][0])
+
+    model, generator = Reader().double(), torch.Generator().manual_seed(0)
+    sequences = [torch.randn(n, 2, dtype=torch.float64, generator=generator) for n in (5, 3, 2, 6, 4)]
+    targets = torch.tensor([0, 1, 2, 2, 0])
+    want = functional.cross_entropy(model(pack_sequence(sequences, enforce_sorted=False)), targets)
+    batches = [(pack_sequence(sequences[:3]), targets[:3]), (pack_sequence(sequences[3:]), targets[3:])]
+    for microbatch in (None, 1):
+        check(model, batches, want, microbatch=microbatch)

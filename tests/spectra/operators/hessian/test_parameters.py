@@ -116,3 +116,66 @@ def test_unflatten_refuses_another_size(network, size):
     space = ParameterSpace(network)
     with pytest.raises(InputError, match=str(space.dimension)):
         space.unflatten(torch.zeros(space.dimension + size))
+
+
+class Odd(nn.Module):
+    """Parameters that are no matrices of real numbers."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.scale, self.none = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.empty(0, 3))
+        self.index = nn.Parameter(torch.arange(3), requires_grad=False)
+        self.mask = nn.Parameter(torch.ones(3, dtype=torch.bool), requires_grad=False)
+        self.weight = nn.Parameter(torch.ones(2, dtype=dtype))
+
+
+def test_0_dim_and_size_0_parameters_have_their_place_and_integers_none():
+    space = ParameterSpace(Odd())
+    assert space.names == ("scale", "none", "weight")
+    assert space.dimension == 3
+    scale, none, weight = space.unflatten(torch.arange(3.0))
+    assert (scale.shape, none.shape, weight.tolist()) == ((), (0, 3), [1.0, 2.0])
+    assert [space.name_at(i) for i in range(3)] == ["scale", "weight", "weight"]
+
+
+@pytest.mark.parametrize(
+    ("model", "params", "cause"),
+    [
+        (Odd(torch.complex64), None, "complex64"),
+        (Odd(), "index", "int64"),
+        (Odd(), "none", "no numbers"),
+        (nn.LazyLinear(3), None, "lazy module"),
+        (nn.Linear(2, 2, device="meta"), None, "meta device"),
+        (Odd(), 3, "int"),
+        (Odd(), [], "empty list"),
+        (Odd(), nn.Linear(2, 2), "the Linear given"),
+    ],
+)
+def test_parameters_that_cannot_be_measured_are_refused_in_a_line(model, params, cause):
+    with pytest.raises(InputError, match=cause) as error:
+        ParameterSpace(model, params)
+    assert "\n" not in str(error.value)
+
+
+def test_renewed_parameters_are_those_of_the_same_names(network):
+    space = ParameterSpace(network, "2.*")
+    network.load_state_dict({k: v + 1 for k, v in network.state_dict().items()}, assign=True)
+    renewed = space.renewed(network)
+    assert renewed.names == space.names
+    assert all(p is dict(network.named_parameters())[n] for n, p in zip(renewed.names, renewed.parameters, strict=True))
+    assert not set(map(id, renewed.parameters)) & set(map(id, space.parameters))
+
+
+@pytest.mark.parametrize("change", ["gone", "shape", "dtype", "tied"])
+def test_other_parameters_are_refused(change):
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    space = ParameterSpace(network)
+    if change == "gone":
+        network[1] = nn.Identity()
+    elif change == "tied":
+        network[1].weight = network[0].weight
+    else:
+        values = torch.zeros(4, 3) if change == "shape" else torch.zeros(3, 3, dtype=torch.float64)
+        network[1].weight = nn.Parameter(values)
+    with pytest.raises(InputError, match="make a new operator"):
+        space.renewed(network)

@@ -17,7 +17,7 @@ from torch import nn
 DEPTH = 5  # objects between the one that is given and one that it holds
 MOST_ENTRIES = 1 << 16  # of a tensor that is put back; larger ones hold data
 MOST_MEMBERS = 256  # of a container whose members are looked into; larger ones hold data
-NO_STATE = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, nn.Module, np.ndarray)
+NO_STATE = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, nn.Module)
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def held(*objects: Any, depth: int = DEPTH) -> Iterator[Any]:
 
 
 def _members(item: Any) -> list[Any]:
-    if isinstance(item, torch.Tensor | torch.Generator):
+    if isinstance(item, torch.Tensor | torch.Generator | np.ndarray):
         return []
     if isinstance(item, dict | list | tuple | set | deque):
         if len(item) > MOST_MEMBERS:
@@ -71,10 +71,31 @@ def _members(item: Any) -> list[Any]:
     if isinstance(item, types.MethodType):
         return [item.__self__]
     if isinstance(item, types.FunctionType):
-        return [cell.cell_contents for cell in item.__closure__ or () if cell != types.CellType()]
+        return _members_of_function(item)
     if isinstance(item, functools.partial):
         return [item.func, *item.args, *item.keywords.values()]
     return list(getattr(item, "__dict__", {}).values())
+
+
+def _members_of_function(function: types.FunctionType) -> list[Any]:
+    """What a function closes over, and the modules and random generators among the globals that it names."""
+    closed = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+    named = [function.__globals__.get(name) for name in function.__code__.co_names]
+    return closed + [value for value in named if isinstance(value, nn.Module | torch.Generator)]
+
+
+def modules_in(*objects: Any) -> list[nn.Module]:
+    """The modules among objects and what they hold.
+
+    Args:
+        *objects: The objects.
+
+    Returns:
+        The modules, without what is inside of them.
+    """
+    direct = [item for item in objects if isinstance(item, nn.Module)]
+    members = (member for item in held(*objects) for member in _members(item))
+    return list({id(module): module for module in (*direct, *members) if isinstance(module, nn.Module)}.values())
 
 
 def _undo(item: Any) -> list[Callable[[], Any]]:
@@ -93,6 +114,10 @@ def _undo(item: Any) -> list[Callable[[], Any]]:
         if item.numel() > MOST_ENTRIES:
             return []
         return [functools.partial(_write_back, item, item._version, item.clone())]
+    if isinstance(item, np.ndarray):
+        if item.size > MOST_ENTRIES or not item.flags.writeable:
+            return []
+        return [functools.partial(np.copyto, item, item.copy())]
     undo: list[Callable[[], Any]] = []
     if isinstance(item, dict | set | list | deque):
         undo.append(functools.partial(_refill, item, item.copy()))

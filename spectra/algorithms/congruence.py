@@ -1,0 +1,178 @@
+"""A change of variables after which a few Lanczos steps can count the eigenvalues on either side of a threshold.
+
+By Sylvester's law of inertia P^T (A - t I) P has as many negative eigenvalues as A - t I, whatever the nonsingular P.
+The P found here gives T = P^T (A - t I) P a spectrum of small kurtosis. Few of its eigenvalues then lie near zero
+relative to its range, and a recurrence places all others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from spectra.algorithms.balancing import balanced, positive_definite
+from spectra.algorithms.kronecker import KroneckerTransform, blocks_of
+from spectra.backend.float32 import in_float32
+from spectra.backend.random_vectors import gaussian
+from spectra.backend.vectors import dot
+from spectra.operators.base import LinearOperator
+from spectra.operators.derived import CongruentOperator, MeanOperator
+
+ROUNDS = 8  # of balancing; more than ten gain little
+WARM_ROUNDS = 2  # from the factors of an earlier checkpoint
+ROUNDING_ROOM = 1.01  # times what the linearity gap shows: an error of products above that has another cause
+
+
+@dataclass(frozen=True, eq=False)
+class Congruence:
+    """A change of variables for the Hessian of one model, and what it does.
+
+    Attributes:
+        transform: P.
+        mask: (n,), False for the coordinates that the operator maps to zero; None where there are none.
+        shift: The threshold t that it was found for.
+        kurtosis: |T^2 z|^2 |z|^2 / |T z|^4 of a random z, which estimates n tr(T^4) / tr(T^2)^2. The number of Lanczos
+            steps that a count takes grows with it.
+        kurtosis_before: The same of A - t I.
+        products: Products spent on the search.
+    """
+
+    transform: KroneckerTransform
+    mask: torch.Tensor | None
+    shift: float
+    kurtosis: float
+    kurtosis_before: float
+    products: int
+
+    def operator(self, op: LinearOperator, shift: float | None = None) -> CongruentOperator:
+        """T = P^T (A - t I) P, for the threshold that P was found for or for another.
+
+        Args:
+            op: A.
+            shift: Another threshold t.
+
+        Returns:
+            T, zero on the coordinates that are masked.
+        """
+        return CongruentOperator(op, self.transform, shift=self.shift if shift is None else shift, mask=self.mask)
+
+
+@in_float32
+def find_congruence(
+    op: LinearOperator,
+    *,
+    shift: float = 0.0,
+    rounds: int | None = None,
+    start: Congruence | None = None,
+    seed: int = 0,
+    on_product: Callable[[], None] | None = None,
+) -> Congruence | None:
+    """The Kronecker factors of a change of variables, by a stochastic Sinkhorn iteration on T^2.
+
+    Over all factors L, R of P: X -> L X R^T the norm ||T^2||_F is smallest, at a fixed determinant, where E[Y Y^T] and
+    E[Y^T Y] are multiples of the identity for Y a block of T^2 z, z normal. Each round draws another z, takes Y from
+    two products, and brings the two matrices part of the way there (`spectra.algorithms.balancing`). The factors of
+    smallest kurtosis are kept.
+
+    Args:
+        op: A, a symmetric operator (n, n) that knows the shapes of its parameters, such as a Hessian.
+        shift: The threshold t.
+        rounds: How many, of two products each; by default 8, or 2 from a given start.
+        start: A congruence found at an earlier checkpoint, on another batch, or for another threshold.
+        seed: Seed of the random vectors.
+        on_product: Called after each product.
+
+    Returns:
+        The congruence, or None where the operator has no matrices, where its products have errors beside rounding, and
+        where no factors were found that have a smaller kurtosis than A itself.
+
+    Raises:
+        NonFiniteError: If a product is not finite.
+    """
+    shapes, products = shapes_of(op), op.products
+    if shapes is None or not any(math.prod(shape[1:]) > 1 for shape in shapes) or not _rounds_only(op):
+        return None
+    blocks = blocks_of(shapes)
+
+    def multiply(operator: LinearOperator, vector: torch.Tensor) -> torch.Tensor:
+        image = operator.multiply_rows_checked(vector[None])[0]
+        if on_product is not None:
+            on_product()
+        return image
+
+    vector = gaussian(op, seed=seed, index=0, stream="congruence")
+    image = multiply(op, vector)
+    second = multiply(op, image)
+    mask = _touched(image, second)
+    if not image.any():
+        return None
+    if mask is not None:
+        vector = vector * mask
+    if shift:  # the images of A - t I from those of A
+        second = second - 2 * shift * image + shift**2 * vector
+        image = image - shift * vector
+    before = _kurtosis(vector, image, second)
+    none = KroneckerTransform.identity(blocks, op.device)
+    given = None if start is None or start.transform.blocks != blocks else start.transform
+    warm = given is not None
+    transform = _nonsingular(given, mask) if given is not None else none
+    current = best = Congruence(transform, mask, shift, math.inf if warm else before, before, 0)
+    rounds = (WARM_ROUNDS if warm else ROUNDS) if rounds is None else rounds
+    for index in range(rounds + 1):
+        if index or warm:
+            operator = current.operator(op)
+            vector = gaussian(op, seed=seed, index=index + 1, stream="congruence")
+            vector = vector if mask is None else vector * mask
+            image = multiply(operator, vector)
+            second = multiply(operator, image)
+            current = replace(current, kurtosis=_kurtosis(vector, image, second))
+            best = min(best, current, key=lambda found: found.kurtosis)
+        if index < rounds:
+            current = replace(current, transform=balanced(current.transform, second, mask))
+    return replace(best, products=op.products - products) if best.kurtosis < before else None
+
+
+def shapes_of(op: LinearOperator) -> tuple[tuple[int, ...], ...] | None:
+    """The shapes of the parameters that an operator is about; None where it does not know them.
+
+    Args:
+        op: The operator. Those that a mean is made of are looked at too.
+
+    Returns:
+        The shapes, in the order of the vector.
+    """
+    if isinstance(op, MeanOperator):
+        return shapes_of(op.operators[0])
+    shapes = getattr(getattr(op, "space", None), "shapes", None)
+    if shapes is None or sum(map(math.prod, shapes)) != op.shape[0]:
+        return None
+    return tuple(map(tuple, shapes))
+
+
+def _rounds_only(op: LinearOperator) -> bool:
+    """Whether products are off by rounding alone, which T shows too. Errors of another kind P could enlarge unseen."""
+    if isinstance(op, MeanOperator):
+        return all(_rounds_only(member) for member in op.operators)
+    if op.precision_error() > 0:
+        return False
+    return op.rounding() <= ROUNDING_ROOM * LinearOperator.rounding(op)  # what the linearity gap alone explains
+
+
+def _touched(image: torch.Tensor, second: torch.Tensor) -> torch.Tensor | None:
+    """The coordinates that are not exactly zero in both of two images; None where none is zero."""
+    touched = (image != 0) | (second != 0)
+    return None if bool(touched.all()) else touched
+
+
+def _nonsingular(transform: KroneckerTransform, mask: torch.Tensor | None) -> KroneckerTransform:
+    """The transform, or where coordinates are masked one whose rows and columns of the others are nonsingular."""
+    return transform if mask is None else positive_definite(transform)
+
+
+def _kurtosis(vector: torch.Tensor, image: torch.Tensor, second: torch.Tensor) -> float:
+    """|T^2 z|^2 |z|^2 / |T z|^4."""
+    square = dot(image, image)
+    return dot(second, second) * dot(vector, vector) / square**2 if square > 0 else math.inf

@@ -1,0 +1,128 @@
+"""A linear map that multiplies every weight matrix from the left and from the right: one Kronecker product a matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+LARGEST_SIDE = 2048  # longest side of a matrix with a dense factor; longer ones get a diagonal one
+FEWEST_COLUMNS = 8  # of a stack of matrices; a 3-D parameter with less on either side is a kernel over one dimension
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a vector, seen as `count` matrices of one size.
+
+    Attributes:
+        start: Its first entry.
+        count: How many matrices it holds.
+        rows: Of each.
+        columns: Of each.
+    """
+
+    start: int
+    count: int
+    rows: int
+    columns: int
+
+    @property
+    def stop(self) -> int:
+        """The first entry behind it."""
+        return self.start + self.count * self.rows * self.columns
+
+    def matrices(self, vectors: torch.Tensor) -> torch.Tensor:
+        """View this part of each row of (k, n) as matrices (k, count, rows, columns)."""
+        return vectors[:, self.start : self.stop].unflatten(1, (self.count, self.rows, self.columns))
+
+
+def blocks_of(shapes: Sequence[Sequence[int]]) -> tuple[Block, ...]:
+    """See parameters, laid end to end in a vector, as matrices.
+
+    A matrix is one itself. A convolution is a matrix with a row for each output channel, a stack of matrices (the
+    experts of a mixture) a matrix each, and a vector a matrix of one column.
+
+    Args:
+        shapes: Of the parameters, in the order of the vector.
+
+    Returns:
+        A block for each parameter that has entries.
+    """
+    blocks, start = [], 0
+    for shape in shapes:
+        block = Block(start, *_matrix_sizes(tuple(shape)))
+        if block.stop > start:
+            blocks.append(block)
+        start = block.stop
+    return tuple(blocks)
+
+
+def _matrix_sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """How many matrices, with how many rows and columns, a parameter of this shape holds."""
+    if len(shape) == 3 and min(shape[1:]) >= FEWEST_COLUMNS:
+        return shape
+    return 1, math.prod(shape[:1]), math.prod(shape[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerTransform:
+    """P: X -> L X R^T for every matrix X of every block, with factors L and R of its own.
+
+    Attributes:
+        blocks: The matrices.
+        left: L for each block in float64, (count, rows, rows), or its diagonal (count, rows).
+        right: R for each block, (count, columns, columns), or its diagonal (count, columns).
+    """
+
+    blocks: tuple[Block, ...]
+    left: tuple[torch.Tensor, ...]
+    right: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def identity(cls, blocks: tuple[Block, ...], device: torch.device) -> KroneckerTransform:
+        """Return the map that changes nothing."""
+        left = tuple(_identity(block.count, block.rows, block.columns, device) for block in blocks)
+        right = tuple(_identity(block.count, block.columns, block.rows, device) for block in blocks)
+        return cls(blocks, left, right)
+
+    def apply(self, vectors: torch.Tensor) -> torch.Tensor:
+        """P applied to each row of (k, n)."""
+        return self._multiply(vectors, transposed=False)
+
+    def apply_transposed(self, vectors: torch.Tensor) -> torch.Tensor:
+        """P^T applied to each row of (k, n)."""
+        return self._multiply(vectors, transposed=True)
+
+    def _multiply(self, vectors: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+        images = torch.empty_like(vectors)
+        for block, left, right in self._factors(vectors.dtype):
+            image = _from_the_left(left, block.matrices(vectors), transposed=transposed)
+            block.matrices(images).copy_(_from_the_right(image, right, transposed=transposed))
+        return images
+
+    def _factors(self, dtype: torch.dtype) -> Iterator[tuple[Block, torch.Tensor, torch.Tensor]]:
+        for block, left, right in zip(self.blocks, self.left, self.right, strict=True):
+            yield block, left.to(dtype), right.to(dtype)
+
+
+def _identity(count: int, side: int, other: int, device: torch.device) -> torch.Tensor:
+    """The factor of a side, dense unless it is long or has nothing to be correlated over."""
+    if side > LARGEST_SIDE or other == 1:
+        return torch.ones(count, side, dtype=torch.float64, device=device)
+    return torch.eye(side, dtype=torch.float64, device=device).repeat(count, 1, 1)
+
+
+def _from_the_left(factor: torch.Tensor, matrices: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+    """L X, or L^T X."""
+    if factor.ndim == 2:
+        return factor[..., None] * matrices
+    return (factor.mT if transposed else factor) @ matrices
+
+
+def _from_the_right(matrices: torch.Tensor, factor: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+    """X R^T, or X R."""
+    if factor.ndim == 2:
+        return matrices * factor[:, None]
+    return matrices @ (factor if transposed else factor.mT)

@@ -1,0 +1,111 @@
+"""Lanczos recurrences that are advanced until the share read from them is narrow enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from spectra.algorithms.lanczos import LanczosRecurrence
+from spectra.algorithms.probe_space import ProbeSpace
+from spectra.estimates.density import SpectralDensity
+from spectra.estimates.estimate import Estimate
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Probe vectors of one operator, and what is read from them.
+
+    Attributes:
+        space: What the probe vectors are drawn from.
+        recurrence: Their recurrences; None where the space has dimension zero.
+        probes: How many they are.
+        read: The estimate that a density gives.
+    """
+
+    space: ProbeSpace
+    recurrence: LanczosRecurrence | None
+    probes: int
+    read: Callable[[SpectralDensity], Estimate]
+
+    @property
+    def finished(self) -> bool:
+        """Whether no further step is possible."""
+        return self.recurrence is None or self.recurrence.broken_down
+
+    def estimate(self) -> Estimate:
+        """The estimate after the steps taken so far."""
+        if self.recurrence is None:
+            return self.read(self.space.density([], probes=1, steps=1))
+        results = self.recurrence.tridiagonals()
+        steps = max(result.steps for result in results)
+        return self.read(self.space.density(results, probes=self.probes, steps=steps))
+
+
+class ShareRecurrences:
+    """Recurrences of one operator or of several, from which one share is read.
+
+    Args:
+        parts: The recurrences.
+        combine: The share from the estimate of each part.
+        remaining: How many products may still be spent.
+        on_step: Called after each step of a part.
+        first_steps: Lanczos steps before the share is first looked at.
+        growth: By which part the number of steps grows from one look to the next.
+
+    Attributes:
+        steps: Lanczos steps taken.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        combine: Callable[[Sequence[Estimate]], Estimate],
+        *,
+        remaining: Callable[[], int],
+        on_step: Callable[[], None],
+        first_steps: int,
+        growth: float,
+    ):
+        self.parts, self.steps = tuple(parts), 0
+        self._combine, self._remaining, self._on_step = combine, remaining, on_step
+        self._first_steps, self._growth = first_steps, growth
+
+    @property
+    def finished(self) -> bool:
+        """Whether no further step is possible or affordable."""
+        return all(part.finished for part in self.parts) or self._affordable() < 1
+
+    def advance(self) -> Estimate:
+        """Take the steps up to the next look at the share.
+
+        Returns:
+            The share.
+        """
+        wanted = max(self._first_steps - self.steps, int(self._growth * self.steps), 1)
+        steps = min(wanted, max(self._affordable(), int(self.steps == 0)))
+        for part in self.parts:
+            if part.recurrence is not None:
+                part.recurrence.advance(steps, on_step=self._on_step)
+        self.steps += steps
+        return self.estimate()
+
+    def advance_until(self, half_width: float) -> Estimate:
+        """Take steps until the interval is no wider than this, or nothing is left to spend.
+
+        Args:
+            half_width: The half-width to reach.
+
+        Returns:
+            The share.
+        """
+        estimate = self.estimate() if self.steps else self.advance()
+        while estimate.half_width > half_width and not self.finished:
+            estimate = self.advance()
+        return estimate
+
+    def estimate(self) -> Estimate:
+        """The share after the steps taken so far."""
+        return self._combine([part.estimate() for part in self.parts])
+
+    def _affordable(self) -> int:
+        return self._remaining() // sum(part.probes for part in self.parts)

@@ -1,0 +1,390 @@
+"""The weighted sum over batches and microbatches is the loss over all of them, or the record or a refusal says so."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+import torch
+from oracles import dense_hessian, relative_error
+from torch import nn
+from torch.nn import functional
+
+import spectra
+from spectra import InputError
+from spectra.operators.hessian import pieces
+from spectra.operators.hessian.graphs import GraphStore
+
+X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([1, 2, 0, 1, 1, 1, 2, 0, 2, 0, 2, 0])  # whose class weights are not proportional to rows
+WEIGHTS = torch.tensor([1.0, 10.0, 0.2])
+BATCHES = [(X[:4], Y[:4]), (X[4:], Y[4:])]
+
+
+def network(*, norm=False, outputs=3):
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(4, 5), *([nn.BatchNorm1d(5)] if norm else []), nn.Tanh(), nn.Linear(5, outputs)
+    ).eval()
+
+
+def dense(model, loss, *, training=False):
+    """The Hessian in float64 of loss(model), written by hand."""
+    model = copy.deepcopy(model).double().train(training)
+    return dense_hessian(loss(model), list(model.parameters()))
+
+
+def matrix(op):
+    return (op @ torch.eye(op.shape[0], dtype=op.dtype)).double()
+
+
+def weighted(outputs, targets, weights=WEIGHTS):
+    return functional.cross_entropy(outputs, targets, weight=weights.to(outputs.dtype))
+
+
+def halves(loss, batches=BATCHES):
+    """The mean over batches of a loss."""
+    return lambda model: sum(loss(model(x.double()), y) for x, y in batches) / len(batches)
+
+
+class WeightedModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weights", WEIGHTS)
+
+    def forward(self, outputs, targets):
+        return functional.cross_entropy(outputs, targets, weight=self.weights)
+
+
+def contrastive(outputs, targets):
+    z = functional.normalize(outputs, dim=1)
+    others = torch.eye(len(z), dtype=z.dtype) * 1e3
+    return functional.cross_entropy(2 * z @ z.T - others, torch.arange(len(z)).roll(1))
+
+
+# -- shares
+
+
+@pytest.mark.parametrize("microbatch", [None, 1, 3])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        weighted,
+        WeightedModule(),
+        nn.CrossEntropyLoss(weight=WEIGHTS),
+        functools.partial(functional.cross_entropy, weight=WEIGHTS),
+    ],
+    ids=["closure", "own module", "module", "partial"],
+)
+def test_class_weights_count(loss, microbatch):
+    model = network()
+    op = spectra.HessianOperator(model, BATCHES, loss=loss, microbatch=microbatch)
+    assert relative_error(matrix(op), dense(model, lambda m: weighted(m(X.double()), Y))) < 1e-5
+
+
+@pytest.mark.parametrize("microbatch", [None, 3])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o, t: functional.cross_entropy(o, t, reduction="sum"),
+        lambda o, t: functional.cross_entropy(o, t, reduction="none").sum(),
+        functools.partial(functional.cross_entropy, reduction="sum"),
+        nn.CrossEntropyLoss(reduction="sum"),
+    ],
+    ids=["reduction in a closure", "sum in a closure", "partial", "module"],
+)
+def test_a_sum_adds_up_over_batches(loss, microbatch):
+    model = network()
+    op = spectra.HessianOperator(model, BATCHES, loss=loss, microbatch=microbatch)
+    want = dense(model, lambda m: functional.cross_entropy(m(X.double()), Y, reduction="sum"))
+    assert relative_error(matrix(op), want) < 1e-5
+
+
+def test_a_sum_over_the_same_batch_twice():
+    model = network()
+    loss = nn.functional.mse_loss
+    y = torch.randn(12, 3, generator=torch.Generator().manual_seed(2))
+    op = spectra.HessianOperator(model, [(X, y)] * 2, loss=lambda o, t: loss(o, t, reduction="sum"))
+    want = dense(model, lambda m: 2 * loss(m(X.double()), y.double(), reduction="sum"))
+    assert relative_error(matrix(op), want) < 1e-5
+
+
+def test_an_ignored_class_in_a_closure_counts_nothing():
+    model, loss = network(), lambda o, t: functional.cross_entropy(o, t, ignore_index=1)
+    op = spectra.HessianOperator(model, BATCHES, loss=loss)
+    assert relative_error(matrix(op), dense(model, lambda m: loss(m(X.double()), Y))) < 1e-5
+    assert pieces.BY_THE_LOSS in op.notes
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 24), (5, 40)])
+def test_shares_are_not_guessed_where_there_are_more_batches_than_parameters(rows, count):
+    torch.manual_seed(1)
+    model = nn.Linear(4, 3, bias=False) if rows == 1 else network()
+    g = torch.Generator().manual_seed(3)
+    x, y = torch.randn(rows * count, 4, generator=g), torch.randint(0, 3, (rows * count,), generator=g)
+    batches = [(x[i : i + rows], y[i : i + rows]) for i in range(0, len(x), rows)]
+    assert count >= sum(p.numel() for p in model.parameters()) - 3
+    op = spectra.HessianOperator(model, batches, loss=weighted)
+    assert relative_error(matrix(op), dense(model, lambda m: weighted(m(x.double()), y))) < 1e-5
+
+
+def test_one_batch_of_sixty_that_weighs_otherwise_is_found():
+    """Its class is in no other batch, and its group is none of those that are compared by gradients."""
+    model, g = network(), torch.Generator().manual_seed(5)
+    x, y = torch.randn(960, 4, generator=g), torch.randint(0, 2, (960,), generator=g)
+    y[16 * 37 + 3] = 2
+    loss = functools.partial(weighted, weights=torch.tensor([1.0, 1.0, 50.0]))
+    op = spectra.HessianOperator(model, list(zip(x.split(16), y.split(16), strict=True)), loss=lambda o, t: loss(o, t))
+    assert relative_error(matrix(op), dense(model, lambda m: loss(m(x.double()), y))) < 1e-5
+
+
+def test_a_penalty_on_the_weights_counts_once_beside_class_weights():
+    model = network()
+
+    def loss(model, batch):
+        return weighted(model(batch[0]), batch[1]) + 0.1 * sum((p**2).sum() for p in model.parameters())
+
+    op = spectra.HessianOperator(model, BATCHES, loss=loss, microbatch=3)
+    assert relative_error(matrix(op), dense(model, lambda m: loss(m, (X.double(), Y)))) < 1e-5
+
+
+@dataclasses.dataclass
+class Pair:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def test_dataclasses_are_joined():
+    model = network()
+    batches = [Pair(*batch) for batch in BATCHES]
+    op = spectra.HessianOperator(model, batches, loss=lambda model, batch: weighted(model(batch.x), batch.y))
+    assert relative_error(matrix(op), dense(model, lambda m: weighted(m(X.double()), Y))) < 1e-5
+
+
+def test_given_weights_hold_and_their_microbatches_add_up():
+    model = network()
+    op = spectra.HessianOperator(model, BATCHES, weight=lambda batch: 1.0, microbatch=3)
+    assert relative_error(matrix(op), dense(model, halves(functional.cross_entropy))) < 1e-5
+
+
+# -- no mean over rows
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("loss", [contrastive, functional.cross_entropy])
+def test_the_mean_over_batches_is_measured_and_said(loss, training):
+    model = network(norm=True)
+    op = spectra.HessianOperator(model, BATCHES, loss=loss, training=training)
+    ordinary = loss is functional.cross_entropy and not training
+    want = (lambda m: loss(m(X.double()), Y)) if ordinary else halves(loss)
+    assert relative_error(matrix(op), dense(model, want, training=training)) < 1e-5
+    assert any("plain mean over the 2 batches" in note for note in op.notes) is not ordinary
+
+
+@pytest.mark.parametrize(("loss", "training"), [(contrastive, False), (None, True)])
+def test_microbatches_that_change_the_loss_are_refused(loss, training):
+    op = spectra.HessianOperator(network(norm=True), (X, Y), loss=loss, training=training, microbatch=4)
+    with pytest.raises(InputError, match=r"not the mean over its microbatches.*leave out microbatch=") as error:
+        op @ torch.ones(op.shape[0])
+    assert "\n" not in str(error.value)
+
+
+def test_the_router_loss_of_a_mixture_of_experts_is_no_mean_over_rows():
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "max_position_embeddings": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = transformers.MixtralConfig(
+        vocab_size=20, **shape, **heads, output_router_logits=True, router_aux_loss_coef=0.5
+    )
+    model = transformers.MixtralForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    ids = torch.randint(0, 20, (4, 6), generator=torch.Generator().manual_seed(1))
+    batches = [{"input_ids": part, "labels": part} for part in ids.split([1, 3])]
+    op = spectra.HessianOperator(model, batches, params="*gate.weight")
+    gate = next(p for name, p in model.named_parameters() if name.endswith("gate.weight"))
+    want = dense_hessian(sum(model(**batch).loss for batch in batches) / 2, [gate], chunk=1)
+    assert relative_error(matrix(op), want.double()) < 1e-4
+    assert any("plain mean over the 2 batches" in note for note in op.notes)
+    op = spectra.HessianOperator(model, batches[1:], params="*gate.weight", microbatch=1)
+    with pytest.raises(InputError, match="microbatch"):
+        op @ torch.ones(op.shape[0])
+
+
+# -- batches that are joined otherwise, or not at all
+
+
+class Recurrent(nn.Module):
+    """(time, batch, 3) -> (time, batch, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x).cumsum(0)))
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (2, 4)])
+def test_batches_along_the_second_axis_weigh_their_tokens(sizes):
+    g = torch.Generator().manual_seed(2)
+    x, y = torch.randn(5, 6, 3, generator=g), torch.randint(0, 3, (5, 6), generator=g)
+    model = Recurrent()
+    batches = list(zip(x.split(sizes, dim=1), y.split(sizes, dim=1), strict=True))
+    loss = lambda o, t: functional.cross_entropy(o.reshape(-1, 3), t.reshape(-1))  # noqa: E731
+    op = spectra.HessianOperator(model, batches, loss=loss)
+    assert relative_error(matrix(op), dense(model, lambda m: loss(m(x.double()), y))) < 1e-5
+    assert not op.notes
+
+
+@pytest.mark.parametrize(
+    ("loss", "noted"), [(None, False), (nn.MSELoss(), False), (lambda o, t: ((o - t) ** 2).mean(), True)]
+)
+def test_ragged_regression_weighs_entries_and_says_where_that_is_not_known(loss, noted):
+    torch.manual_seed(1)
+    model, g = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)), torch.Generator().manual_seed(3)
+    shapes = ((2, 3), (3, 7))
+    batches = [(torch.randn(*s, 2, generator=g), torch.randn(*s, 1, generator=g)) for s in shapes]
+    op = spectra.HessianOperator(model, batches, loss=loss)
+    squares = lambda m: sum(((m(x.double()) - y.double()) ** 2).sum() for x, y in batches) / 27  # noqa: E731
+    assert relative_error(matrix(op), dense(model, squares)) < 1e-5
+    assert (pieces.NOT_TOGETHER in op.notes) is noted
+
+
+class Graph:
+    """A batch that is no container of tensors."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def to(self, device):
+        return Graph(self.x.to(device), self.y.to(device))
+
+
+def test_objects_weigh_the_same_and_the_record_says_so():
+    model = network()
+    loss = lambda model, batch: functional.cross_entropy(model(batch.x), batch.y)  # noqa: E731
+    op = spectra.HessianOperator(model, [Graph(*batch) for batch in BATCHES], loss=loss)
+    assert relative_error(matrix(op), dense(model, halves(functional.cross_entropy))) < 1e-5
+    assert pieces.NOT_TOGETHER in op.notes
+
+
+# -- memory
+
+
+class Limited(nn.Module):
+    """Runs out of memory above so many rows."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.net, self.rows = network(), rows
+
+    def forward(self, x):
+        if len(x) > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more.")
+        return self.net(x)
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"loss": lambda o, t: functional.cross_entropy(o, t)}])
+@pytest.mark.parametrize("rows", [4, 8])
+def test_comparisons_that_run_out_of_memory_step_down(rows, options):
+    model = Limited(rows)
+    op = spectra.HessianOperator(model, BATCHES, **options)
+    want = dense(model.net, lambda m: functional.cross_entropy(m(X.double()), Y))
+    assert relative_error(matrix(op), want) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gradient_at", "loss_at", "footprint"])
+@pytest.mark.parametrize("loss", [None, weighted, contrastive])
+@pytest.mark.parametrize("microbatch", [None, 4])
+@pytest.mark.parametrize("allowed", range(0, 12, 3))
+def test_out_of_memory_at_any_moment_does_not_escape(monkeypatch, name, loss, microbatch, allowed):
+    objective = spectra.HessianOperator(network(), BATCHES, loss=loss, microbatch=microbatch)
+    objective._graphs.prepare()
+    calls, original = [], getattr(GraphStore, name)
+
+    def failing(self, *arguments, **options):
+        calls.append(name)
+        if len(calls) > allowed:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(GraphStore, name, failing)
+    refused = microbatch is not None and loss is not None
+    with contextlib.suppress(InputError) if refused else contextlib.nullcontext():
+        settled, error, note = pieces.settle_shares(objective._graphs)
+        assert sum(piece.share for piece in settled.pieces) == pytest.approx(1)
+        assert error <= pieces.SUM_TOLERANCE or note
+    pieces.may_be_cut(objective._graphs)
+
+
+# -- what it costs
+
+
+class Counting(nn.Module):
+    rows = passes = 0
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x):
+        Counting.rows, Counting.passes = Counting.rows + len(x), Counting.passes + 1
+        return self.net(x)
+
+
+@pytest.mark.parametrize("count", [1, 4, 50, 500])
+@pytest.mark.parametrize(
+    ("loss", "microbatch", "most_rows", "most_gradients"),
+    [
+        (None, None, 2.3, 1.4),
+        (None, 4, 2.3, 1.4),
+        (weighted, None, 3.2, 2.8),
+        (contrastive, None, 3.0, 2.6),
+    ],
+    ids=["mean", "microbatches", "class weights", "contrastive"],
+)
+def test_batches_are_not_evaluated_many_times(monkeypatch, count, loss, microbatch, most_rows, most_gradients):
+    """In evaluations of all rows. A product costs about two gradients, a loss a third of a gradient."""
+    g = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(16, 4, generator=g), torch.randint(0, 3, (16,), generator=g)) for _ in range(count)]
+    graphs = spectra.HessianOperator(Counting(), batches, loss=loss, microbatch=microbatch)._graphs
+    graphs.prepare()
+    gradients, original = [], GraphStore.gradient_at
+
+    def gradient_at(self, *arguments, **options):
+        before = Counting.rows
+        found = original(self, *arguments, **options)
+        gradients.append(Counting.rows - before)
+        return found
+
+    monkeypatch.setattr(GraphStore, "gradient_at", gradient_at)
+    Counting.rows = 0
+    pieces.settle_shares(graphs)
+    rows = 16 * count
+    if count == 1 and microbatch is None:
+        assert Counting.rows == 0
+    if count >= 50:
+        assert Counting.rows <= most_rows * rows
+        assert sum(gradients) <= most_gradients * rows
+    else:  # every batch is compared by gradients, at moved weights too where that fails
+        assert Counting.rows <= 8 * rows
+
+
+def test_sketches_keep_norms_and_differences():
+    graphs = spectra.HessianOperator(network(), BATCHES)._graphs
+    comparison = pieces._Comparison(graphs)
+    for size in (5, 512, 3000, pieces.PERIOD + 7):
+        comparison._signs = None
+        g = torch.Generator().manual_seed(size)
+        one, other = torch.randn(size, generator=g), torch.ones(size)
+        first, second = comparison._sketched(0.0, one)[1], comparison._sketched(0.0, other)[1]
+        assert np.linalg.norm(first) == pytest.approx(one.norm().item(), rel=0.2)
+        assert np.linalg.norm(first - second) == pytest.approx((one - other).norm().item(), rel=0.2)
