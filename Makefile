@@ -32,11 +32,14 @@ bench: bench-trust bench-speed
 bench-trust: $(INSTALLED) $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/trust/coverage.py $(if $(FIGURE),--figure $(FIGURE))
 	$(BIN)/python benchmarks/trust/finite_precision.py
+	$(BIN)/python benchmarks/trust/band.py
+	$(BIN)/python benchmarks/trust/congruence.py
 
 # SPEED="--models 1M --tasks density --repeats 3" for a part of it, or more of it; `speed.py --help` lists what there is.
 SPEED ?= --bits 16 --repeats 1 --products-scale 0.1
 bench-speed: $(INSTALLED) $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/speed/speed.py $(SPEED) --out runs/speed
+	$(BIN)/python benchmarks/speed/check_costs.py
 
 # The libraries compared with lie in a folder of their own, which only the benchmarks see.
 $(PEERS)/.installed: benchmarks/peers.txt $(INSTALLED)

@@ -27,6 +27,9 @@ T = TypeVar("T")
 FLOAT64_LIMIT = 2_000_000  # parameters up to which differences are taken in float64 on any device
 FULL_RATE_FLOAT64 = ((8, 0), (9, 0), (10, 0))  # compute capabilities of A100, H100 and H200, B200
 PRODUCT_TOLERANCE = {torch.float64: 2e-3, torch.float32: 0.05}  # relative error of a product against differences
+QUICK_STEP = 2e-3  # of float32 differences, as a part of the weights' norm; as exact as float64 ones for smooth models
+QUICK_TOLERANCE = 2e-3
+LOSS_ROUNDING = 64  # units of rounding by which the loss may change between two ways to compute it
 ROUNDING_LIMIT = 0.05  # relative rounding error of a product above which its precision does not do
 SLOPE_STEPS = {torch.float64: (1e-5, 1e-4, 1e-6), torch.float32: (1e-3, 1e-2, 3e-3)}  # as a part of the weights' norm
 SLOPE_TOLERANCE = 0.05
@@ -70,19 +73,23 @@ class Linearization(Protocol):
 
 
 def check_gradient(graphs: GraphStore) -> float:
-    """Compare the gradient with the one that the model's own parameters give, as a training computes it.
+    """Compare loss and gradient with those that the model's own parameters give, as a training computes them.
 
     They differ where the loss is not a deterministic function, and where a loss function or a module holds parameters
-    that the measurement cannot replace (only matters if they are in another precision or moved). In evaluation mode a
-    forward pass that draws random numbers is given others here. Gradient hooks belong to the training and not to the
-    loss, and do not run.
+    that the measurement cannot replace. In evaluation mode a forward pass that draws random numbers is given others
+    here. Gradient hooks belong to the training and not to the loss, and do not run.
+
+    Where the weights themselves are measured, and no copy in another precision, the loss is compared first. If it is
+    the same to rounding, the gradient is not compared: autograd has seen every parameter that the loss reads, and
+    `check_derivatives` compares the gradient with the loss.
 
     Args:
         graphs: the graphs of the gradient that is checked.
 
     Returns:
-        The relative difference. NaN for a model whose forward pass writes to its weights, and for weights that are
-        inference tensors: these cannot be differentiated themselves.
+        The relative difference, of the gradient if that was compared, else of the loss. NaN for a model whose forward
+        pass writes to its weights, and for weights that are inference tensors: these cannot be differentiated
+        themselves.
 
     Raises:
         InputError: where the difference is larger than rounding, with the cause.
@@ -92,6 +99,17 @@ def check_gradient(graphs: GraphStore) -> float:
         graphs.note(f"gradient hooks, which are no part of the loss, are left out: {', '.join(hooked[:3])}")
     if graphs.writes_to_weights or any(p.is_inference() for p in graphs.model.parameters()):
         return math.nan
+    if graphs.copy is None and graphs.precision not in LOWER:
+        with _other_numbers(graphs):
+            own_loss = graphs.loss_of_the_model_itself()
+        error = _relative(abs(own_loss - graphs.loss()), abs(own_loss))
+        if error <= LOSS_ROUNDING * torch.finfo(graphs.dtype).eps:
+            return error
+    return _compare_gradients(graphs)
+
+
+def _compare_gradients(graphs: GraphStore) -> float:
+    """The relative difference of the gradient to the model's own, an InputError if that is more than rounding."""
     measured_loss, measured = graphs.loss(), graphs.gradient()
     if graphs.precision in LOWER:
         with graphs.in_full_precision():
@@ -179,6 +197,10 @@ def check_derivatives(
         FailedCheckError: where an error is larger than rounding explains, naming the parameter that it is largest in.
     """
     direction = direction * ((product != 0) | (graphs.gradient() != 0))
+    if graphs.dtype == torch.float32:
+        found = _quick_comparison(graphs, direction, product, rounding)
+        if found is not None:
+            return found
 
     def compare(dtype: torch.dtype) -> DerivativeErrors:
         with _linearized(graphs, dtype):
@@ -186,6 +208,29 @@ def check_derivatives(
             return DerivativeErrors(error, part, _check_slope(graphs, direction, slope, dtype))
 
     return _in_a_precision_that_runs(graphs, compare)
+
+
+def _quick_comparison(
+    graphs: GraphStore, u: torch.Tensor, product: torch.Tensor, rounding: float
+) -> DerivativeErrors | None:
+    """The errors from one difference in float32; None where they are too large for that to be conclusive."""
+    h = QUICK_STEP * _relative(_norm_of_weights(graphs), norm(u))
+    with _linearized(graphs, torch.float32):
+        try:
+            difference, slope = _central_difference(graphs, h * u, torch.float32)
+        except NonFiniteError:
+            return None
+        error = _relative(norm(difference / h - product), norm(product))
+        if not error <= max(QUICK_TOLERANCE, ROUNDING_ROOM * rounding):
+            return None
+        return DerivativeErrors(error, 0.0, _check_slope(graphs, u, slope / h, torch.float32))
+
+
+def _central_difference(graphs: GraphStore, offset: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """Half of how gradient and loss change from the weights less an offset (n,) to the weights plus it."""
+    more, ahead = graphs.gradient_at(graphs.objective, dtype=dtype, offset=offset)
+    less, behind = graphs.gradient_at(graphs.objective, dtype=dtype, offset=-offset)
+    return (ahead - behind) / 2, (more - less) / 2
 
 
 def _check_product(
@@ -231,11 +276,9 @@ def _best_difference(
     for relative in _steps(graphs, dtype):
         h = relative * length
         with contextlib.suppress(NonFiniteError):
-            (more, ahead), (less, behind) = (
-                graphs.gradient_at(graphs.objective, dtype=dtype, offset=s * h * u) for s in (1, -1)
-            )
-            tried.append(((ahead - behind) / (2 * h)).to(product.dtype))
-            slopes.append((more - less) / (2 * h))
+            difference, slope = _central_difference(graphs, h * u, dtype)
+            tried.append((difference / h).to(product.dtype))
+            slopes.append(slope / h)
             errors.append(_relative(norm(tried[-1] - product), max(norm(product), norm(tried[-1]))))
             if errors[-1] <= tolerance:
                 return errors[-1], tried[-1], slopes[-1]

@@ -383,27 +383,50 @@ class GraphStore:
             total = ranks.all_reduce_sum_(torch.tensor(total, dtype=torch.float64, device=self.device)).item()
         return total
 
+    def loss_of_the_model_itself(self) -> float:
+        """The loss as a training computes it: in the model's own parameters, without stand-ins."""
+        total = 0.0
+        with self._own_buffers_kept():
+            for piece in self.objective.pieces:
+                with self._without_stand_ins():
+                    total += float(self.objective.forward(piece, self.device).detach()) * piece.share
+        if self.over_ranks:
+            total = ranks.all_reduce_sum_(torch.tensor(total, dtype=torch.float64, device=self.device)).item()
+        return total
+
     def gradient_of_the_model_itself(self) -> tuple[float, torch.Tensor]:
         """Loss and gradient (n,) as a training computes them: in the model's own parameters, without stand-ins."""
         loss, total = 0.0, torch.zeros(self.space.dimension, dtype=self.dtype, device=self.device)
         own = {p.dtype for p in self.space.parameters}
         dtype = own.pop() if self.copy is not None and len(own) == 1 else None
-        buffers = [(m, k, b) for m in self._modules() for k, b in m._buffers.items() if b is not None]
-        try:
-            for module, key, buffer in buffers:
-                module._buffers[key] = buffer.clone()
+        with self._own_buffers_kept():
             for piece in self.objective.pieces:
-                requiring = _requiring_gradients(self.space.parameters)
-                with self.on_stream(), self._measuring(), self._forward_pass(), requiring:
+                with self._without_stand_ins():
                     value = self.objective.forward(piece, self.device, dtype) * piece.share
                     parts = torch.autograd.grad(value, self.space.parameters, allow_unused=True)
                 filled = zip(parts, self.space.parameters, strict=True)
                 total += self._flat([torch.zeros_like(p) if g is None else _dense(g) for g, p in filled])
                 loss += value.item()
+        return self._over_ranks(loss, total)
+
+    @contextlib.contextmanager
+    def _without_stand_ins(self) -> Iterator[None]:
+        """The contexts around a forward pass in the model's own parameters."""
+        requiring = _requiring_gradients(self.space.parameters)
+        with self.on_stream(), self._measuring(), self._forward_pass(), requiring:
+            yield
+
+    @contextlib.contextmanager
+    def _own_buffers_kept(self) -> Iterator[None]:
+        """A context in which forward passes write to copies of the buffers, such as running means."""
+        buffers = [(m, k, b) for m in self._modules() for k, b in m._buffers.items() if b is not None]
+        try:
+            for module, key, buffer in buffers:
+                module._buffers[key] = buffer.clone()
+            yield
         finally:
             for module, key, buffer in buffers:
                 module._buffers[key] = buffer
-        return self._over_ranks(loss, total)
 
     def _modules(self) -> Iterator[nn.Module]:
         """The modules of the model, and those of a loss that is a module."""

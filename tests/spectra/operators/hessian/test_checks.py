@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import spectra
 from spectra import InputError
+from spectra.operators.hessian import checks
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(0, 3, (12,), generator=torch.Generator().manual_seed(1))
@@ -138,8 +139,8 @@ def test_what_autograd_gets_wrong_is_refused_with_the_cause(between, cause):
 def test_ordinary_models_pass_and_are_right(between):
     op = spectra.HessianOperator(Net(between), [(X, Y)])
     assert relative_error(matrix(op), dense(Net(between))) < 1e-5
-    assert op.checks["product_error"] < 1e-4
-    assert op.checks["slope_error"] < 1e-4
+    assert op.checks["product_error"] < checks.QUICK_TOLERANCE
+    assert op.checks["slope_error"] < checks.SLOPE_TOLERANCE
     assert not op.notes
 
 
