@@ -28,7 +28,7 @@ TRAINING_OPTIONS = (
 )
 STUDY_OPTIONS = (
     *("out", "model", "tokenizer", "dataset", "trust_remote_code", "device", "quantizer", "length"),
-    *("validation_sequences", "probes", "lanczos_steps", "deflate", "measure_sequences"),
+    *("validation_sequences", "probes", "lanczos_steps", "deflate", "count_products", "measure_sequences"),
 )
 
 
@@ -177,6 +177,13 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=_with_default(
             StudyConfig.deflate, "outlying eigenvalues measured first and projected out, which narrows most intervals"
+        ),
+    )
+    spectra.add_argument(
+        "--count-products",
+        type=int,
+        help=_with_default(
+            StudyConfig.count_products, "products at most for the count of negative eigenvalues; 0 leaves it out"
         ),
     )
     spectra.add_argument(

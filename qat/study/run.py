@@ -190,6 +190,7 @@ def run_settings(config: StudyConfig, bits: float, method: str) -> dict[str, Any
         "probes": config.probes,
         "lanczos_steps": config.lanczos_steps,
         "deflated": config.deflate,
+        "count_products": config.count_products,
         PLANNED_RECORDS: planned_records(config, method),
     }
 

@@ -59,6 +59,11 @@ class Congruence:
         """
         return CongruentOperator(op, self.transform, shift=self.shift if shift is None else shift, mask=self.mask)
 
+    def to(self, device: torch.device) -> Congruence:
+        """The same change of variables with its factors on another device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, transform=self.transform.to(device), mask=mask)
+
 
 @in_float32
 def find_congruence(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -79,6 +79,9 @@ class KroneckerTransform:
     blocks: tuple[Block, ...]
     left: tuple[torch.Tensor, ...]
     right: tuple[torch.Tensor, ...]
+    _cast: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @classmethod
     def identity(cls, blocks: tuple[Block, ...], device: torch.device) -> KroneckerTransform:
@@ -86,6 +89,11 @@ class KroneckerTransform:
         left = tuple(_identity(block.count, block.rows, block.columns, device) for block in blocks)
         right = tuple(_identity(block.count, block.columns, block.rows, device) for block in blocks)
         return cls(blocks, left, right)
+
+    def to(self, device: torch.device) -> KroneckerTransform:
+        """The same map with its factors on another device."""
+        left, right = (tuple(factor.to(device) for factor in factors) for factors in (self.left, self.right))
+        return KroneckerTransform(self.blocks, left, right)
 
     def apply(self, vectors: torch.Tensor) -> torch.Tensor:
         """P applied to each row of (k, n)."""
@@ -103,8 +111,10 @@ class KroneckerTransform:
         return images
 
     def _factors(self, dtype: torch.dtype) -> Iterator[tuple[Block, torch.Tensor, torch.Tensor]]:
-        for block, left, right in zip(self.blocks, self.left, self.right, strict=True):
-            yield block, left.to(dtype), right.to(dtype)
+        """The blocks with their factors in another precision, which are kept for the next product."""
+        if dtype not in self._cast:
+            self._cast[dtype] = [f.to(dtype) for f in self.left], [f.to(dtype) for f in self.right]
+        yield from zip(self.blocks, *self._cast[dtype], strict=True)
 
 
 def _identity(count: int, side: int, other: int, device: torch.device) -> torch.Tensor:

@@ -17,14 +17,14 @@ from spectra.algorithms.lanczos import LanczosRecurrence
 from spectra.algorithms.origin import unverified
 from spectra.algorithms.probe_space import DEFLATION_TOLERANCE, ProbeSpace
 from spectra.algorithms.progress import Callback, Progress
-from spectra.algorithms.share_recurrences import Part, ShareRecurrences
+from spectra.algorithms.share_recurrences import Part, ShareRecurrences, probes_needed
 from spectra.algorithms.slq import slq
 from spectra.algorithms.topk import Eigenpairs
 from spectra.backend.errors import InputError
 from spectra.backend.float32 import in_float32
 from spectra.backend.random_vectors import gaussian
 from spectra.estimates.density import SpectralDensity
-from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, normal_quantile, unresolved
+from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, unresolved
 from spectra.operators.base import LinearOperator
 
 SHARES = ("negative", "near_zero", "between")
@@ -135,7 +135,7 @@ def _measure(
     changed = recurrences_after_congruence(
         op,
         target.bounds,
-        probes=lambda dimension, counts: _probes_needed(dimension, target.half_width / counts),
+        probes=lambda dimension, counts: probes_needed(dimension, target.half_width / counts),
         seed=seed,
         start=congruence,
         remaining=remaining,
@@ -221,7 +221,7 @@ def _recurrences_of(
     budget = remaining()
     pairs = find_outliers(op, products=_search_products(op, budget), seed=seed, on_step=on_product)
     space, left = ProbeSpace(op, pairs, seed=seed), remaining()
-    probes = _probes_needed(space.dimension, target.half_width)
+    probes = probes_needed(space.dimension, target.half_width)
     probes = max(min(probes, left // FIRST_STEPS), 1)
     first_look = int(FIRST_PART * budget) - (budget - left)
     return ShareRecurrences(
@@ -232,12 +232,6 @@ def _recurrences_of(
         first_steps=max(FIRST_STEPS, math.ceil(first_look / probes)),
         growth=GROWTH,
     )
-
-
-def _probes_needed(dimension: int, half_width: float) -> int:
-    """How many probe vectors bring the sampling error below a third of the half-width, at a share of one half."""
-    per_probe = normal_quantile() * math.sqrt(0.5 / (max(dimension, 1) + 2))
-    return max(math.ceil((3 * per_probe / half_width) ** 2), 1)
 
 
 def _bounds(share: str, tol: float | None, between: tuple[float, float] | None) -> tuple[float, float]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from spectra.algorithms.lanczos import LanczosRecurrence
 from spectra.algorithms.probe_space import ProbeSpace
 from spectra.estimates.density import SpectralDensity
-from spectra.estimates.estimate import Estimate
+from spectra.estimates.estimate import Estimate, normal_quantile
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,13 +33,17 @@ class Part:
         """Whether no further step is possible."""
         return self.recurrence is None or self.recurrence.broken_down
 
-    def estimate(self) -> Estimate:
-        """The estimate after the steps taken so far."""
+    def density(self) -> SpectralDensity:
+        """The density after the steps taken so far."""
         if self.recurrence is None:
-            return self.read(self.space.density([], probes=1, steps=1))
+            return self.space.density([], probes=1, steps=1)
         results = self.recurrence.tridiagonals()
         steps = max(result.steps for result in results)
-        return self.read(self.space.density(results, probes=self.probes, steps=steps))
+        return self.space.density(results, probes=self.probes, steps=steps)
+
+    def estimate(self) -> Estimate:
+        """The estimate after the steps taken so far."""
+        return self.read(self.density())
 
 
 class ShareRecurrences:
@@ -109,3 +114,17 @@ class ShareRecurrences:
 
     def _affordable(self) -> int:
         return self._remaining() // sum(part.probes for part in self.parts)
+
+
+def probes_needed(dimension: int, half_width: float) -> int:
+    """How many probe vectors bring the sampling error below a third of the half-width, at a share of one half.
+
+    Args:
+        dimension: Of the space that they are drawn from.
+        half_width: Of the 95 % interval of the share.
+
+    Returns:
+        The number, at least 1.
+    """
+    per_probe = normal_quantile() * math.sqrt(0.5 / (max(dimension, 1) + 2))
+    return max(math.ceil((3 * per_probe / half_width) ** 2), 1)

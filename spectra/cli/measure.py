@@ -52,6 +52,12 @@ def add_parser(commands: Any) -> None:
         help="Lanczos steps for each probe vector, %(default)s by default; more resolve finer",
     )
     add("--deflate", type=int, help=f"outliers taken out first (default: {DEFLATED} where memory allows)")
+    add(
+        "--count-products",
+        type=int,
+        default=DEFAULTS.count_products,
+        help="products for the count of negative eigenvalues, %(default)s by default at most; 0 leaves it out",
+    )
     add("--sequences", type=int, default=8, help="sequences cut from the text, %(default)s by default")
     add("--length", type=int, help="tokens a sequence (default: 256, or the model's longest)")
     add("--batch-size", type=int, default=8, help="sequences a forward pass, %(default)s by default")
@@ -96,6 +102,7 @@ def _measure(options: argparse.Namespace) -> SpectrumRecord:
         steps=options.steps,
         seed=options.seed,
         deflate=options.deflate,
+        count_products=options.count_products,
         precision=options.dtype if options.dtype in LOWER else None,
     )
     config = {key: value for key, value in vars(options).items() if key not in NOT_SETTINGS}
@@ -183,6 +190,8 @@ def _record_lines(record: SpectrumRecord) -> list[str]:
         value, interval = f"{estimate.value:.4g}", f"[{estimate.low:.4g}, {estimate.high:.4g}]"
         note = "" if estimate.resolved else f"unresolved: {estimate.reason}"
         rows.append((quantity_name(key, record), value, interval, note))
+    if record.count:
+        heading += f"; {record.count['products']} of them count the eigenvalues below zero after a change of variables"
     return [heading, *aligned(rows, "<><<"), *(f"note: {note}" for note in record.notes)]
 
 

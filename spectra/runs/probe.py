@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader
 
 from spectra.algorithms.batch_noise import batch_noise
 from spectra.algorithms.block_size import max_vectors_in_memory
+from spectra.algorithms.congruence import Congruence
+from spectra.algorithms.inertia import count_below
 from spectra.algorithms.lanczos import choose_reorthogonalization
 from spectra.algorithms.progress import Callback, Progress
 from spectra.algorithms.slq import largest_eigenpairs, slq
@@ -28,6 +30,7 @@ from spectra.algorithms.topk import Eigenpairs, default_basis_size
 from spectra.backend import ranks
 from spectra.backend.errors import InputError, NonFiniteError
 from spectra.backend.vectors import norm
+from spectra.estimates.counts import CountBelow
 from spectra.estimates.density import SpectralDensity
 from spectra.estimates.estimate import Estimate
 from spectra.estimates.quantities import summarize
@@ -144,6 +147,7 @@ class SpectrumProbe:
             self._try_modes()
         self._checked: dict[str, Checked] = {}  # by mode
         self._outliers: dict[str, torch.Tensor] = {}  # by mode, the last checkpoint's deflated vectors
+        self._congruences: dict[str, Congruence] = {}  # by mode, the last checkpoint's change of variables
         self._warned: set[str] = set()
         self._last_step: int | None = None  # that `step` was called with
         self._measured_steps: set[int] = set()
@@ -386,6 +390,7 @@ class SpectrumProbe:
             engine=op.engine_used,
             notes=_notes(op, checked),
             weights=weights,
+            count={} if density.count is None else density.count.cost(),
             **self.settings.to_record(),
         )
         return record, density
@@ -402,10 +407,10 @@ class SpectrumProbe:
         return known
 
     def _density(self, op: LinearOperator, mode: str, policy: str) -> SpectralDensity:
-        """The spectral density, by stochastic Lanczos quadrature after deflation."""
-        count = Progress(self.progress, 0)
-        deflate = self._deflated(op, mode, count.part(self.settings.probes * self.settings.steps))
-        return slq(
+        """The spectral density, by stochastic Lanczos quadrature after deflation, with the count below zero."""
+        count, recurrences = Progress(self.progress, 0), self.settings.probes * self.settings.steps
+        deflate = self._deflated(op, mode, count.part(recurrences + self.settings.count_products))
+        density = slq(
             op,
             probes=self.settings.probes,
             steps=self.settings.steps,
@@ -413,8 +418,26 @@ class SpectrumProbe:
             deflate=deflate,
             reorthogonalize=policy,
             spread="probes" if self.settings.spread == "probes" else "none",
-            progress=count.part(0),
+            progress=count.part(self.settings.count_products),
         )
+        return density if density.exact else density.with_count(self._count_below_zero(op, mode, count.part(0)))
+
+    def _count_below_zero(self, op: LinearOperator, mode: str, progress: Callback) -> CountBelow | None:
+        """The count after a change of variables, which is searched from that of the last checkpoint."""
+        start = self._congruences.get(mode)
+        found = count_below(
+            op,
+            products=self.settings.count_products,
+            seed=self.settings.seed,
+            start=None if start is None else start.to(op.device),
+            progress=progress,
+        )
+        if found is None:
+            return None
+        count, congruence = found
+        if congruence is not None:
+            self._congruences[mode] = congruence.to(torch.device("cpu"))  # as the outliers
+        return count
 
     def _deflated(self, op: LinearOperator, mode: str, progress: Callback) -> Eigenpairs | int:
         """The eigenpairs to deflate, searched from those of the last checkpoint; 0 for none."""

@@ -8,6 +8,7 @@ from oracles import matrix_with_spectrum
 import spectra
 from spectra.algorithms import resolve as resolution
 from spectra.algorithms.congruence import find_congruence
+from spectra.algorithms.share_recurrences import probes_needed
 
 
 def bulk(name, n, rng):
@@ -103,7 +104,7 @@ def test_as_many_probe_vectors_as_the_sampling_variance_asks_for(dimension, half
     def sampling_half_width(probes):
         return 1.959964 * np.sqrt(2 * 0.25 / (dimension + 2) / probes)
 
-    probes = resolution._probes_needed(dimension, half_width)
+    probes = probes_needed(dimension, half_width)
     assert probes > 1
     assert sampling_half_width(probes) <= half_width / 3 < sampling_half_width(probes - 1)
 
