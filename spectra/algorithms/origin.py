@@ -1,4 +1,4 @@
-"""Which parameters and batches an operator is about, and whether its numbers can be relied on."""
+"""Which parameters, batches and Hessian an operator is about, and whether its numbers can be relied on."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ def origin_of(op: LinearOperator) -> Origin:
     """
     member = _members(op)[0]
     space, objective = getattr(member, "space", None), getattr(member, "objective", None)
+    training = getattr(member, "training", None)
     return Origin(
         parameters=_digits(zip(space.names, map(tuple, space.shapes), strict=True)) if space is not None else "",
         batches=_digits(map(_sampled, tensors_of(objective.batches))) if objective is not None else "",
+        mode=getattr(member, "mode", ""),
+        training="" if training is None else "training" if training else "evaluation",
         unverified=unverified(op),
     )
 

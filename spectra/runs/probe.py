@@ -12,6 +12,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from spectra.estimates.estimate import Estimate
 from spectra.estimates.quantities import summarize
 from spectra.operators.base import HasLoss, LinearOperator
 from spectra.operators.hessian.batches import as_batches
-from spectra.operators.hessian.checks import StraightThrough
+from spectra.operators.hessian.checks import hessian_mode
 from spectra.operators.hessian.isolation import unwrap
 from spectra.operators.hessian.operator import HessianOperator
 from spectra.operators.hessian.parameters import ParameterSpace, Selection
@@ -49,6 +50,7 @@ from spectra.runs.unsaved import UnsavedRun
 
 SYMMETRIC = 1e-3  # a symmetry gap above this is noted in the record
 START, END = "start", "end"
+STRAIGHT_THROUGH = "quantized layers are measured by their straight-through derivative, the mode 'ste'"
 OCCASIONS = ("", START, END)  # labels that say when, not of which weights: a training step has one such spectrum
 
 OperatorBuilder = Callable[..., LinearOperator]
@@ -85,7 +87,8 @@ class SpectrumProbe:
         modes: Which Hessians to measure, {name: builder}. A builder is called as builder(model, batches, params=,
             loss=, microbatch=), with engine=, precision=, spread= and training= where they are set, and returns an
             operator that has a loss: a HessianOperator, or a MeanOperator of them. None: {"full": HessianOperator}, or
-            {"ste": HessianOperator} for a quantized model, whose straight-through derivative is measured.
+            {"ste": HessianOperator} for a quantized model, whose straight-through derivative is measured, which the
+            records then say.
         params: Which parameters, see `spectra.ParameterSpace`. None: all that are trained.
         loss: (outputs, targets) -> scalar, see `spectra.Objective`. None: the model's own loss.
         settings: How to measure. None: the defaults of `MeasurementSettings`.
@@ -100,6 +103,7 @@ class SpectrumProbe:
 
     Attributes:
         records: The records so far, with those that the folder held.
+        notes: What every later record is to say of how it was measured.
         run: The run folder; None without `out`, and on all ranks of torch.distributed but the first. With
             spread="probes" or "batches" all ranks have to make the same calls.
 
@@ -133,7 +137,9 @@ class SpectrumProbe:
         self.settings = (settings or MeasurementSettings()).changed(**options)
         ranks.check_spread(self.settings.spread)
         self.model, self.every, self.strict, self.training = model, _check_every(every), strict, training
-        self.modes = _check_modes(default_modes(model) if modes is None else modes, training=training)
+        own = hessian_mode(unwrap(model))
+        self.modes = _check_modes({own: HessianOperator} if modes is None else modes, training=training)
+        self.notes = [STRAIGHT_THROUGH] if modes is None and own == "ste" else []
         self.extras, self.progress = extras, progress
         params = _check_params(model, params)
         self._operator_options = {"params": params, "loss": loss, **self.settings.operator_options()}
@@ -384,7 +390,7 @@ class SpectrumProbe:
             dtype=str(op.dtype).removeprefix("torch."),
             device=device_name(op.device),
             engine=op.engine_used,
-            notes=_notes(op, checked),
+            notes=[*self.notes, *_notes(op, checked)],
             weights=weights,
             **self.settings.to_record(),
         )
@@ -405,7 +411,7 @@ class SpectrumProbe:
         """The spectral density, by stochastic Lanczos quadrature after deflation."""
         count = Progress(self.progress, 0)
         deflate = self._deflated(op, mode, count.part(self.settings.probes * self.settings.steps))
-        return slq(
+        density = slq(
             op,
             probes=self.settings.probes,
             steps=self.settings.steps,
@@ -415,6 +421,7 @@ class SpectrumProbe:
             spread="probes" if self.settings.spread == "probes" else "none",
             progress=count.part(0),
         )
+        return density.with_origin(replace(density.origin, mode=density.origin.mode or mode))
 
     def _deflated(self, op: LinearOperator, mode: str, progress: Callback) -> Eigenpairs | int:
         """The eigenpairs to deflate, searched from those of the last checkpoint; 0 for none."""
@@ -489,19 +496,6 @@ class SpectrumProbe:
             "training": self.training,
             "batches": fingerprint(self.batches),
         }
-
-
-def default_modes(model: nn.Module) -> dict[str, OperatorBuilder]:
-    """Which Hessian is measured where none was named.
-
-    Args:
-        model: The model.
-
-    Returns:
-        "full", or "ste" where quantized layers have a straight-through derivative.
-    """
-    quantized = any(isinstance(module, StraightThrough) for module in model.modules())
-    return {"ste" if quantized else "full": HessianOperator}
 
 
 def _read(batches: Any) -> list[Any]:
