@@ -47,24 +47,6 @@ def model_kept(model: nn.Module) -> Iterator[None]:
                     tensor.copy_(copy)
 
 
-@contextlib.contextmanager
-def without_autocast(model: nn.Module) -> Iterator[None]:
-    """Inside, a model that accelerate prepared for mixed precision has the forward pass that it had before.
-
-    Args:
-        model: The model.
-    """
-    tables = [vars(module) for module in model.modules() if "_original_forward" in vars(module)]
-    wrapped = [(table, table["forward"]) for table in tables if "forward" in table]
-    try:
-        for table, _ in wrapped:
-            table["forward"] = table["_original_forward"]
-        yield
-    finally:
-        for table, forward in wrapped:
-            table["forward"] = forward
-
-
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors hold the same; False where there is no memory to compare them."""
     try:

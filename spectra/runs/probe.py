@@ -41,7 +41,7 @@ from spectra.operators.hessian.parameters import ParameterSpace, Selection
 from spectra.runs.checked import Checked, check, take_over
 from spectra.runs.failure import Failure, give_memory_back
 from spectra.runs.folder import Run
-from spectra.runs.kept import model_kept, randomness_kept, without_autocast
+from spectra.runs.kept import model_kept, randomness_kept
 from spectra.runs.object_state import held, kept, modules_in
 from spectra.runs.provenance import device_name, fingerprint, fingerprint_of_weights, versions
 from spectra.runs.record import FAILED, SpectrumRecord
@@ -251,7 +251,6 @@ class SpectrumProbe:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))  # tensors made in it have no graph
             stack.enter_context(randomness_kept())
-            stack.enter_context(without_autocast(self.model))
             for module in others:
                 stack.enter_context(model_kept(module))
                 stack.enter_context(kept(*(vars(part) for part in module.modules())))
