@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from spectra.backend.errors import InputError
 from spectra.operators.hessian.isolation import random_states_kept
 
 
@@ -45,6 +48,25 @@ def model_kept(model: nn.Module) -> Iterator[None]:
             for tensor, version, copy in copies:
                 if tensor._version != version or not _equal(tensor, copy):
                     tensor.copy_(copy)
+
+
+@contextlib.contextmanager
+def without_optimizer_steps() -> Iterator[None]:
+    """Inside, an optimizer step of this thread raises InputError: its optimizer's state would not be put back."""
+    thread = threading.get_ident()
+
+    def refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if threading.get_ident() == thread:
+            raise InputError(
+                f"the measured function makes a step of an optimizer ({type(optimizer).__name__}), which would change "
+                "the training: measure with a loss= that makes none"
+            )
+
+    handle = register_optimizer_step_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -35,16 +35,16 @@ from spectra.estimates.quantities import summarize
 from spectra.operators.base import HasLoss, LinearOperator
 from spectra.operators.hessian.batches import as_batches
 from spectra.operators.hessian.checks import hessian_mode
-from spectra.operators.hessian.isolation import unwrap
+from spectra.operators.hessian.isolation import MODULE_TABLES, unwrap
 from spectra.operators.hessian.operator import HessianOperator
 from spectra.operators.hessian.parameters import ParameterSpace, Selection
 from spectra.runs.checked import Checked, check, take_over
 from spectra.runs.failure import Failure, give_memory_back
-from spectra.runs.folder import Run
-from spectra.runs.kept import model_kept, randomness_kept
+from spectra.runs.folder import FolderError, Run
+from spectra.runs.kept import model_kept, randomness_kept, without_optimizer_steps
 from spectra.runs.object_state import held, kept, modules_in
 from spectra.runs.provenance import device_name, fingerprint, fingerprint_of_weights, versions
-from spectra.runs.record import FAILED, SpectrumRecord
+from spectra.runs.record import SpectrumRecord
 from spectra.runs.settings import DEFLATED, MeasurementSettings
 from spectra.runs.unsaved import UnsavedRun
 
@@ -184,8 +184,14 @@ class SpectrumProbe:
             return []
         return self._measure(i, START if first else "")[1]
 
-    def close(self) -> None:
-        """Measure the end, if `step` was called and its last training step was not measured; let others write."""
+    def close(self, last_step: int | None = None) -> None:
+        """Measure the end, if there is one that was not measured, and let others write.
+
+        Args:
+            last_step: The last training step. None: the one that `step` was called with last, if it was called.
+        """
+        if last_step is not None:
+            self._last_step = last_step
         try:
             if self._last_step is not None and self._last_step not in self._measured_steps:
                 self._measure(self._last_step, END)
@@ -242,21 +248,20 @@ class SpectrumProbe:
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Put back random states, and the modules and generators of the loss function, such as a discriminator.
+        """Put back random states, and all that the loss function holds, such as a discriminator or a list of losses.
 
-        Its modules run in the mode that the model runs in.
+        Its modules run in the mode that the model runs in. An optimizer step is refused.
         """
         loss, own = self._operator_options["loss"], set(self.model.modules())
         others = [module for module in modules_in(loss) if not own & set(module.modules())]
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))  # tensors made in it have no graph
             stack.enter_context(randomness_kept())
+            stack.enter_context(without_optimizer_steps())
+            stack.enter_context(kept(loss, *_code_and_state(self.model)))
             for module in others:
                 stack.enter_context(model_kept(module))
                 stack.enter_context(kept(*(vars(part) for part in module.modules())))
-            for generator in held(loss):
-                if isinstance(generator, torch.Generator):
-                    stack.enter_context(kept(generator))
             for part in (part for module in others for part in module.modules()):
                 part.training = part.training and self.training
             yield
@@ -322,28 +327,12 @@ class SpectrumProbe:
 
     def _failed(self, mode: str, step: int, label: str, started: float, failure: Failure) -> SpectrumRecord:
         """Append the record of a failed measurement to the run, if that can be written, and warn."""
-        record = SpectrumRecord(
-            step=step,
-            mode=mode,
-            loss=float("nan"),
-            gradient_norm=float("nan"),
-            dimension=0,
-            estimates={},
-            reorthogonalize="",
-            products=0,
-            seconds=time.perf_counter() - started,
-            label=label,
-            versions=versions(),
-            status=FAILED,
-            reason=failure.reason,
-            remedy=failure.remedy,
-            **self.settings.to_record(),
-        )
+        seconds = time.perf_counter() - started
+        record = failure.to_record(self.settings, mode=mode, step=step, label=label, seconds=seconds)
         with contextlib.suppress(Exception):  # the disk is full, or the folder has another writer now
             record = self.as_run().append(record)
         self.records.append(record)
-        advice = f"; {failure.remedy}" if failure.remedy else ""
-        self._warn(f"no spectrum at training step {step} ({mode}): {failure.reason}{advice}", failure.reason)
+        self._warn(f"no spectrum at training step {step} ({mode}): {failure}", failure.reason)
         return record
 
     def _warn(self, message: str, reason: str | None = None) -> None:
@@ -481,7 +470,7 @@ class SpectrumProbe:
         if self.settings.spread != "none":
             error, self._earlier = ranks.all_gather((error, self._earlier))[0]
         if error:
-            raise InputError(error)
+            raise FolderError(error)
 
     def _facts(self, params: Selection) -> dict[str, Any]:
         """What config.json says of model and data."""
@@ -510,10 +499,13 @@ def _read(batches: Any) -> list[Any]:
             "measured: pass a list of batches"
         )
     with kept(batches):
-        for loader in held(batches):
-            if isinstance(loader, DataLoader):
-                vars(loader)["_iterator"] = None  # persistent workers belong to the training
         return as_batches(batches)
+
+
+def _code_and_state(model: nn.Module) -> list[Any]:
+    """What a walk through the model starts from: the classes of its modules, and their attributes but for tensors."""
+    tables = [vars(module) for module in model.modules()]
+    return [*map(type, model.modules()), *(v for table in tables for k, v in table.items() if k not in MODULE_TABLES)]
 
 
 def _notes(op: HasLoss, checked: Checked) -> list[str]:

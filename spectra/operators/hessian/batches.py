@@ -305,10 +305,13 @@ def _array_in(value: Any) -> np.ndarray | None:
 
 def attributes_of(value: Any) -> dict[str, Any]:
     """The attributes that an object has of its own, in its `__dict__` and in slots."""
-    found = dict(getattr(value, "__dict__", None) or {})
+    table = getattr(value, "__dict__", None)
+    found = dict(table) if type(table) is dict else {}
     for kind in type(value).__mro__:
         names = vars(kind).get("__slots__", ())
         for name in (names,) if isinstance(names, str) else names:
+            private = name.startswith("__") and not name.endswith("__")
+            name = f"_{kind.__name__.lstrip('_')}{name}" if private else name
             if name not in ("__dict__", "__weakref__") and hasattr(value, name):
                 found[name] = getattr(value, name)
     return found

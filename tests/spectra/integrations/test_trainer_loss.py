@@ -116,12 +116,16 @@ class Weighted(transformers.Trainer):
 
 
 def test_the_models_own_loss_has_the_same_digits(tmp_path):
+    trained, collated = [], transformers.default_data_collator
+
+    def collate(features):
+        trained.append(collated(features))
+        return trained[-1]
+
+    trainer_of(tmp_path / "seen", data=rows(lengths=(8, 3)), collate=collate).train()
     trainer, probe = measured(tmp_path, data=rows(lengths=(8, 3)))
-    batches = [
-        {k: torch.stack([r[k] for r in trainer.train_dataset[i : i + 2]]) for k in ("input_ids", "labels")}
-        for i in (0, 2)
-    ]
-    op = spectra.HessianOperator(trainer.model, batches, params="*mlp*")
+    assert all(torch.equal(trained[i][key], probe.batches[i][key]) for i in range(2) for key in trained[0])
+    op = spectra.HessianOperator(trainer.model, trained[:2], params="*mlp*")
     assert probe.records[-1].loss == op.loss()
     assert not any("loss" in note for note in probe.records[-1].notes)
 
@@ -315,8 +319,53 @@ def test_a_training_that_raises_and_one_after_it(tmp_path):
     with pytest.raises(KeyError):
         trainer.train()
     stop.on = False
+    with pytest.warns(UserWarning, match="its step 0 is training step 1 there"):
+        trainer.train()
+    assert [record.step for record in callback.probe.records] == [0, 1, 2, 4]
+
+
+@pytest.mark.parametrize("other_process", [False, True])
+def test_a_second_training_counts_on(tmp_path, other_process):
+    callback = watch()
+    trainer = trainer_of(tmp_path, callback=callback)
     trainer.train()
-    assert len(callback.probe.records) == len({record.step for record in callback.probe.records}) == 3
+    if other_process:
+        callback = watch()
+        trainer = trainer_of(tmp_path, callback=callback, model=trainer.model)
+    with pytest.warns(UserWarning, match=f"{tmp_path}.*: its step 0 is training step 3 there") as caught:
+        trainer.train()
+    assert sum("its step 0" in str(warning.message) for warning in caught) == len(caught) == 1
+    records = spectra.Run(tmp_path / "spectra").records
+    assert [(record.step, record.label) for record in records] == [(0, "start"), (2, ""), (3, "end"), (4, ""), (6, "end")]
+    assert [any("its step 0" in note for note in record.notes) for record in records] == [False] * 3 + [True] * 2
+    fresh = spectra.HessianOperator(trainer.model, callback.probe.batches, params="*mlp*")
+    assert records[-1].loss == fresh.loss()
+
+
+def test_the_same_training_again_adds_nothing(tmp_path):
+    """With a model that was made anew; and with the weights of the start put back."""
+    trainer_of(tmp_path, callback=watch()).train()
+    before = spectra.Run(tmp_path / "spectra").records
+    callback = watch()
+    trainer = trainer_of(tmp_path, callback=callback)
+    start = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trainer.train()
+        transformers.set_seed(3)
+        trainer.model.load_state_dict(start)
+    assert spectra.Run(tmp_path / "spectra").records == before
+
+
+def test_a_second_training_on_other_data_is_refused_in_the_folder_of_the_first(tmp_path):
+    callback = watch()
+    trainer = trainer_of(tmp_path, callback=callback)
+    trainer.train()
+    trainer.train_dataset = rows(seed=1)
+    with pytest.warns(UserWarning, match=r"holds a run with other settings \(batches: "):
+        trainer.train()
+    assert len(spectra.Run(tmp_path / "spectra").records) == 3
 
 
 def test_a_training_that_is_stopped_is_measured_once_at_its_end(tmp_path):
@@ -374,9 +423,45 @@ def test_a_probe_that_cannot_be_made(tmp_path, strict):
         with pytest.raises(spectra.InputError):
             trainer.train()
         return
-    with pytest.warns(UserWarning, match="no spectrum of this training"):
-        trainer.train()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="no spectrum of this training: no parameter matches"):
+            trainer.train()
     assert trainer.state.global_step == 3
+    records = spectra.Run(tmp_path / "spectra").records
+    assert [(record.step, record.status, record.label) for record in records] == [(0, "failed", "start"), (3, "failed", "start")]
+    assert "no parameter matches" in records[0].reason
+    trainer_of(tmp_path, callback=watch()).train()  # with other settings: nothing was measured with those
+    assert [record.step for record in spectra.Run(tmp_path / "spectra").measured] == [0, 2, 3]
+
+
+def test_a_probe_that_cannot_be_made_leaves_the_runs_of_others_alone(tmp_path):
+    trainer_of(tmp_path, callback=watch()).train()
+    before = (tmp_path / "spectra" / "records.jsonl").read_bytes()
+    for options in ({"probes": 2}, {"params": "nothing*", "probes": 2}):
+        with pytest.warns(UserWarning, match="no spectrum of this training"):
+            trainer_of(tmp_path, callback=watch(**options)).train()
+    assert (tmp_path / "spectra" / "records.jsonl").read_bytes() == before
+
+
+def test_a_probe_that_cannot_be_made_is_recorded_in_the_run_that_goes_on(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trainer_of(tmp_path, callback=watch(), **options).train()
+
+    class Vanished(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            if i < 8:
+                raise OSError("the disk with the data is gone")
+
+    with pytest.warns(UserWarning, match="the disk with the data is gone"), pytest.raises(OSError, match="is gone"):
+        trainer_of(tmp_path, callback=watch(), data=Vanished(), **(options | {"max_steps": 6})).train(
+            resume_from_checkpoint=f"{tmp_path}/checkpoint-2"
+        )
+    record = spectra.Run(tmp_path / "spectra").records[-1]
+    assert (record.step, record.status) == (2, "failed")
+    assert "the disk with the data is gone" in record.reason
 
 
 def test_two_trainers_one_after_another(tmp_path):
