@@ -4,6 +4,7 @@ import pickle
 import random
 import warnings
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -113,6 +114,160 @@ class Weighted(transformers.Trainer):
         labels = inputs.pop("labels")
         logits = model(**inputs).logits
         return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=self.class_weights.to(logits))
+
+
+class Ignoring(transformers.Trainer):
+    """A mean over the tokens of a batch, whatever num_items_in_batch says."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"][:, 1:]
+        logits = model(input_ids=inputs["input_ids"]).logits[:, :-1]
+        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class Dividing(transformers.Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return token_sums(model, inputs)[0] / num_items_in_batch
+
+
+log = []
+
+
+class Meter:
+    """An object of the user that counts, and draws."""
+
+    def __init__(self):
+        self.calls, self.numpy = 0, np.random.RandomState(0)
+
+    def draw(self):
+        self.calls += 1
+        return 1 + 0.1 * self.numpy.rand() + 0.01 * self.calls
+
+
+class Busy(transformers.Trainer):
+    """compute_loss draws from generators of its own, counts in objects and globals, and reads plain iterators."""
+
+    kept = []
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.numpy, self.meter, self.weights = np.random.default_rng(0), Meter(), iter([1.0, 2.0, 3.0, 4.0] * 9)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = model(**inputs).loss * (1 + self.numpy.random()) * self.meter.draw() * next(self.weights)
+        loss = loss * self.data_collator.meter.draw() * self.train_dataset.meter.draw()
+        log.append(loss.item())
+        self.kept.append(len(log))
+        return loss * (1 + 0.01 * len(self.kept))
+
+
+class Collator:
+    def __init__(self):
+        self.meter = Meter()
+
+    def __call__(self, features):
+        return transformers.default_data_collator(features)
+
+
+class Metered(torch.utils.data.Dataset):
+    def __init__(self):
+        self.meter, self.rows = Meter(), rows()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+
+def test_whatever_compute_loss_changes_in_what_the_trainer_holds_is_put_back(tmp_path):
+    found = []
+    for callback in (None, watch()):
+        log.clear()
+        Busy.kept.clear()
+        trainer = trainer_of(tmp_path, kind=Busy, data=Metered(), collate=Collator(), callback=callback)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trainer.train()
+        numbers = (trainer.numpy.random(), next(trainer.weights), trainer.meter.calls, trainer.meter.numpy.rand())
+        found.append((weights(trainer).tolist(), list(log), list(Busy.kept), numbers))
+    assert found[0] == found[1]
+    assert [record.is_measured for record in callback.probe.records] == [True] * 3
+
+
+def test_a_compute_loss_that_reads_from_a_loader_is_refused_and_the_training_misses_nothing(tmp_path):
+    class Mixed(transformers.Trainer):
+        others = None
+
+        def compute_loss(self, model, inputs, **options):
+            if self.others is None:
+                self.others = iter(torch.utils.data.DataLoader(rows(40, seed=2), batch_size=2))
+            return model(**inputs).loss + model(**next(self.others)).loss
+
+    found = []
+    for callback in (None, watch(every=1)):
+        trainer = trainer_of(tmp_path / str(callback is None), kind=Mixed, callback=callback)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        found.append(weights(trainer))
+    assert torch.equal(*found)
+    assert [record.is_measured for record in callback.probe.records] == [True, False, False, False]
+    assert "DataLoader's iterator" in callback.probe.records[-1].reason
+    assert sum("no spectrum" in str(warning.message) for warning in caught) == 1
+
+
+def test_a_compute_loss_that_steps_another_optimizer_is_refused(tmp_path):
+    class Adversarial(transformers.Trainer):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.critic = torch.nn.Linear(tiny_models.VOCABULARY, 1)
+            self.critic_optimizer = torch.optim.Adam(self.critic.parameters())
+
+        def compute_loss(self, model, inputs, **options):
+            logits = model(**inputs).logits
+            self.critic_optimizer.zero_grad()
+            self.critic(logits.detach()).mean().backward()
+            self.critic_optimizer.step()
+            return -self.critic(logits).mean()
+
+    found = []
+    for callback in (None, watch()):
+        trainer = trainer_of(tmp_path / str(callback is None), kind=Adversarial, callback=callback)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train()
+        moments = trainer.critic_optimizer.state_dict()["state"][0]
+        found.append(torch.cat([weights(trainer), trainer.critic.weight.flatten(), moments["exp_avg"].flatten()]))
+    assert torch.equal(*found)
+    assert "step of an optimizer (Adam)" in callback.probe.records[-1].reason
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("kind", [None, Ignoring, Dividing, Penalised])
+def test_what_is_measured_under_accumulation_is_said(tmp_path, kind, steps):
+    _, probe = measured(tmp_path, kind=kind, data=rows(lengths=(8, 7, 3, 2)), gradient_accumulation_steps=steps)
+    notes = [note for note in probe.records[-1].notes if "gradient accumulation" in note]
+    expected = steps == 2 and kind in (Ignoring, Penalised)
+    assert [("the sum of the losses of its 2 batches" in note) for note in notes] == [True] * expected
+
+
+def test_the_sum_that_is_said_is_what_a_step_descends(tmp_path):
+    """The gradient of a step over two batches is twice that of their mean loss, where compute_loss is a mean."""
+    class Seen(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+            self.gradient = self.gradient if state.global_step else [p.grad.clone() for p in model.parameters()]
+
+    seen = Seen()
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "max_steps": 1}
+    callback = watch(batch_count=2, params=None)
+    trainer = trainer_of(tmp_path, kind=Ignoring, callback=callback, **options)
+    trainer.add_callback(seen)
+    trainer.train()
+    fresh = tiny_models.causal_lm("llama", dtype=torch.float32)
+    op = spectra.HessianOperator(fresh, callback.probe.batches)
+    summed = torch.cat([g.flatten() for g in seen.gradient])
+    assert torch.allclose(summed, 2 * op.gradient(), rtol=1e-4, atol=1e-6)
 
 
 def test_the_models_own_loss_has_the_same_digits(tmp_path):
