@@ -133,11 +133,19 @@ def hessian_operator(
             return hessian_mode(built.model, mode, draw=draw, seed=seed, sigma=sigma, point=point)
 
         built = HessianOperator(model, batches, params=chosen, context=context, **options)
+        built.mode = _in_words(mode, sigma, point)
         return built
 
     if mode == "noisy":
         return MeanOperator([operator(draw) for draw in range(draws)])
     return operator(0)
+
+
+def _in_words(mode: str, sigma: float | None, point: float | None) -> str:
+    """The mode with what it depends on, so that two that differ are told apart."""
+    if mode == "noisy" and sigma is not None:
+        return f"noisy, sigma={sigma:g}"
+    return f"latent, point={point:g}" if point else mode
 
 
 @contextmanager

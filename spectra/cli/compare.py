@@ -10,8 +10,8 @@ from typing import Any
 
 from spectra.backend.errors import InputError
 from spectra.cli.tables import aligned, known_digits, quantity_name
-from spectra.estimates.changes import OTHER_BATCHES, Change, compare
-from spectra.estimates.origin import other_batches
+from spectra.estimates.changes import Change, compare
+from spectra.estimates.origin import OTHER_BATCHES, notes_on_differences
 from spectra.runs.folder import Run
 from spectra.runs.record import SpectrumRecord
 from spectra.runs.series import modes, select
@@ -39,11 +39,12 @@ def run(options: argparse.Namespace) -> None:
     _check_alike(first, second)
     densities = first.density(before), second.density(after)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the batches, which a note tells of
+        warnings.simplefilter("ignore")  # about what the notes tell of
         changes = compare(*densities, near_zero_tol=after.near_zero_tol)
     paired = all(change.paired for change in changes.values())
-    others = _other_batches(first.config, second.config) or other_batches(*(each.origin for each in densities))
-    notes = [OTHER_BATCHES] if others else []
+    notes = notes_on_differences(*(each.origin for each in densities))
+    if _other_batches(first.config, second.config) and OTHER_BATCHES not in notes:
+        notes.append(OTHER_BATCHES)
     if options.json:
         places = {"before": _place(first, before), "after": _place(second, after)}
         print(json.dumps({**places, "paired": paired, "notes": notes, "changes": _plain(changes)}, indent=2))

@@ -28,7 +28,7 @@ from spectra.estimates import moments
 from spectra.estimates.density import SEED_BITS, SpectralDensity
 from spectra.estimates.digits import rounded
 from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, negated, unresolved
-from spectra.estimates.origin import check_comparable, other_batches
+from spectra.estimates.origin import check_comparable, notes_on_differences
 from spectra.estimates.paired import (
     Limits,
     PairedMeans,
@@ -37,8 +37,6 @@ from spectra.estimates.paired import (
     mean_over_probes,
 )
 from spectra.estimates.quantities import NEAR_ZERO, Kind, describe, summarize
-
-OTHER_BATCHES = "the two spectra were measured on different batches, so part of a change is a difference of the batches"
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,8 @@ class Change:
 def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NEAR_ZERO) -> dict[str, Change]:
     """Tell what changed from one spectrum to another, for each quantity that a record keeps.
 
-    Both spectra must be of the same parameters. Where they were measured on different batches, a warning says so.
+    Both spectra must be of the same parameters, of a model in the same mode (training or evaluation). Where they were
+    measured on different batches, or are those of different Hessians, a warning says so.
 
     With the same seed and number of probe vectors, the trace, the norms and the energy and magnitude shares
     get paired intervals (see `spectra.estimates.changes`). A ratio r is in its interval if 0 is in that of
@@ -122,8 +121,8 @@ def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NE
         A `Change` for each quantity, by key.
 
     Raises:
-        InputError: Unless both are densities of the same parameters, as far as that is known, and the tolerance is
-            positive.
+        InputError: Unless both are densities of the same parameters in the same mode, as far as that is known, and the
+            tolerance is positive.
 
     Example:
         >>> import numpy as np
@@ -138,8 +137,8 @@ def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NE
                 f"two densities are expected, got {type(density).__name__}: use slq, or Run.density(record)"
             )
     check_comparable(a.origin, b.origin, (a.dimension, b.dimension))
-    if other_batches(a.origin, b.origin):
-        warnings.warn(OTHER_BATCHES, stacklevel=2)
+    for note in notes_on_differences(a.origin, b.origin):
+        warnings.warn(note, stacklevel=2)
     paired = _same_probes(a, b)
     before, after = summarize(a, near_zero_tol), summarize(b, near_zero_tol)
     changes = {}

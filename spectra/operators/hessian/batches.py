@@ -21,6 +21,7 @@ from spectra.operators.hessian.isolation import random_states_kept
 MOST_BATCHES = 4096  # of an iterable: a measurement holds all of its batches, and an endless iterator never ends
 MEMORY_SHARE = 0.5  # of the free memory, for the batches of an iterator of unknown length
 SEARCH_DEPTH = 5  # objects between a loader and a random generator that one of them holds
+CONTENT_DEPTH = 8  # objects between a batch and what a comparison of two batches looks at
 
 
 # -- from what is given to a list of batches
@@ -240,6 +241,92 @@ def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
     elif _is_dataclass(batch):
         for field in dataclasses.fields(batch):
             yield from tensors_of(getattr(batch, field.name))
+
+
+def contents_of(batch: Any) -> Iterator[torch.Tensor | bytes]:
+    """What two batches have to share to be the same: every tensor, and as bytes what they hold beside tensors.
+
+    Args:
+        batch: a batch of any form.
+
+    Yields:
+        Tensors, in the order of `tensors_of` and with those of other objects, nested ones row by row; for numbers,
+        texts, arrays and objects their place, type and value.
+    """
+    yield from _contents(batch, "", CONTENT_DEPTH, {})
+
+
+def _contents(value: Any, path: str, depth: int, seen: dict[int, Any]) -> Iterator[torch.Tensor | bytes]:
+    """The contents of what stands at a place of a batch."""
+    if isinstance(value, torch.Tensor):
+        yield from value.unbind() if value.is_nested else (value,)
+        return
+    members = _members_by_name(value) if depth and id(value) not in seen else None
+    if members is None:
+        yield f"{path}: {_type_and_value(value)!r}".encode()
+        return
+    if not isinstance(value, Mapping | tuple | list) and not _is_dataclass(value):
+        seen[id(value)] = value  # objects may hold one another
+        yield f"{path}: {type(value).__qualname__}".encode()
+    for name, member in members:
+        yield from _contents(member, f"{path}.{name}", depth - 1, seen)
+
+
+def _members_by_name(value: Any) -> list[tuple[Any, Any]] | None:
+    """What a container or an object consists of, by name or position; None for a plain value."""
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, tuple | list) or (isinstance(value, np.ndarray) and value.dtype == object and value.ndim):
+        return list(enumerate(value))
+    if _is_dataclass(value):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    if isinstance(value, str | bytes | int | float | complex | np.generic | type | types.ModuleType):
+        return None
+    if isinstance(value, types.FunctionType | types.MethodType | types.BuiltinFunctionType):
+        return None
+    array = _array_in(value)
+    if array is not None:
+        return None if array is value else [("array", array)]
+    attributes = attributes_of(value)
+    return list(attributes.items()) if attributes else None
+
+
+def _array_in(value: Any) -> np.ndarray | None:
+    """An array, also that of a table or an image."""
+    if isinstance(value, np.ndarray):
+        return value
+    if not hasattr(value, "__array__") and not hasattr(value, "__array_interface__"):
+        return None
+    try:
+        return np.asarray(value)
+    except Exception:  # whatever a class of others raises
+        return None
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """The attributes that an object has of its own, in its `__dict__` and in slots."""
+    table = getattr(value, "__dict__", None)
+    found = dict(table) if type(table) is dict else {}
+    for kind in type(value).__mro__:
+        names = vars(kind).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            private = name.startswith("__") and not name.endswith("__")
+            name = f"_{kind.__name__.lstrip('_')}{name}" if private else name
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                found[name] = getattr(value, name)
+    return found
+
+
+def _type_and_value(value: Any) -> tuple[Any, ...]:
+    """Type and value of what is no container."""
+    if isinstance(value, np.ndarray):
+        return (value.shape, str(value.dtype), np.ascontiguousarray(value).tobytes())
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, str | bytes | int | float | complex | np.generic | type(None)):
+        return (kind, repr(value))
+    if isinstance(value, set | frozenset):
+        return (kind, sorted(map(repr, value)))
+    return (kind, getattr(value, "__qualname__", ""))  # nothing that differs from one process to another
 
 
 def with_tensors(batch: Any, dtype: torch.dtype) -> Any:

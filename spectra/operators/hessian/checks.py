@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
+from torch import nn
 
 from spectra.backend.errors import InputError, NonFiniteError
 from spectra.backend.vectors import dot, norm
@@ -55,6 +56,11 @@ class StraightThrough(Protocol):
     def linearization(self) -> Linearization:
         """A new recorder, which serves all modules of the model."""
         ...
+
+
+def hessian_mode(model: nn.Module) -> str:
+    """Which Hessian products are of: "full", or "ste" where modules of the model have a straight-through derivative."""
+    return "ste" if any(isinstance(module, StraightThrough) for module in model.modules()) else "full"
 
 
 class Linearization(Protocol):

@@ -67,6 +67,8 @@ class HessianOperator(LinearOperator):
         shape: (n, n).
         space: the chosen parameters.
         products: HVPs so far.
+        mode: which Hessian: "full", "ste" for a model with straight-through derivatives, "" where `context` says it.
+        training: whether the model is measured in training mode.
         notes: what a reader of the numbers should know of how they were computed.
         checks: the figures of the checks by name, empty before the first product.
 
@@ -92,7 +94,8 @@ class HessianOperator(LinearOperator):
         spread: str = "none",
         strict: bool = True,
     ):
-        self.model, self.precision, self.strict = unwrap(model), precision, strict
+        self.model, self.precision, self.strict, self.training = unwrap(model), precision, strict, training
+        self.mode = "" if context is not None else checks.hessian_mode(self.model)
         space = ParameterSpace(self.model, params)
         copy = dtype_of_copy(self.model, precision)
         self.dtype = dtype_of_vectors(self.model, space, copy)

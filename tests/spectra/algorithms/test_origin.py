@@ -1,5 +1,6 @@
 """A density knows what it was measured on, and what speaks against it."""
 
+import contextlib
 import warnings
 
 import numpy as np
@@ -156,3 +157,44 @@ def test_an_origin_is_stored_and_older_files_have_none():
     assert older.origin == Origin()
     assert spectra.compare(older, first)["trace"].paired
     assert origin_of(spectra.DiagonalOperator(np.ones(3))) == Origin()
+
+
+def test_training_and_evaluation_mode_are_not_compared():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 1))
+    evaluation, training = density(of=net), density(of=net, training=True)
+    assert (evaluation.origin.training, training.origin.training) == ("evaluation", "training")
+    with pytest.raises(spectra.InputError, match="one in evaluation and one in training mode: .* training="):
+        spectra.compare(evaluation, training)
+    spectra.compare(training, density(of=net, training=True))
+
+
+def test_different_hessians_are_said():
+    qat = pytest.importorskip("qat")
+    net = model()
+    qat.quantize_model(net, qat.QuantConfig(bits=2))
+    modes = {"ste": {}, "latent": {}, "latent, point=0.5": {"point": 0.5}, "noisy, sigma=0.01": {"sigma": 0.01}}
+    found = {}
+    for name, options in modes.items():
+        op = qat.hessian_operator(net, batch(), name.split(",")[0], loss=nn.MSELoss(), draws=2, **options)
+        found[name] = spectra.slq(op, probes=2, steps=4)
+        assert found[name].origin.mode == name
+    names = list(modes)
+    for one, other in zip(names, names[1:], strict=False):
+        with pytest.warns(UserWarning, match=f"different Hessians, '{one}' and '{other}'"):
+            spectra.compare(found[one], found[other])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spectra.compare(found["ste"], density(of=net, params=["0.weight", "2.weight"]))  # the operator's own mode
+        spectra.compare(found["ste"], found["ste"])
+
+
+def test_a_probe_names_the_hessian_of_a_builder_that_does_not():
+    def mine(model, batches, **options):
+        return spectra.HessianOperator(model, batches, context=contextlib.nullcontext, **options)
+
+    modes = {"mine": mine, "full": spectra.HessianOperator}
+    probe = spectra.SpectrumProbe(model(), batch(), loss=nn.MSELoss(), modes=modes, probes=1, steps=3)
+    own, full = map(probe.density, probe.measure(0))
+    assert (own.origin.mode, full.origin.mode) == ("mine", "full")
+    with pytest.warns(UserWarning, match="different Hessians"):
+        spectra.compare(own, full)
