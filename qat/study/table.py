@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -162,15 +161,10 @@ def _cell(row: Row, key: str) -> str:
     if value is None:
         return NOT_REACHED if key == "steps_to_baseline_loss" else "-"
     if isinstance(value, Estimate):
-        mark = "" if value.resolved else "?"
-        return f"{_number(value.value)}{mark} [{_number(value.low)}, {_number(value.high)}]"
+        number, low, high = value.rounded()
+        return f"{number}{'' if value.resolved else '?'} [{low}, {high}]"
     if key == "steps_to_baseline_loss":
         return f"{value:.0f}"
     if key == "perplexity":
         return f"{value:.2f}"
     return f"{value:.4f}" if isinstance(value, float) and key != "bits" else str(value)
-
-
-def _number(value: float) -> str:
-    """A number in three digits."""
-    return f"{value:.3g}" if math.isfinite(value) else str(value)

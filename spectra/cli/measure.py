@@ -180,9 +180,9 @@ def _record_lines(record: SpectrumRecord) -> list[str]:
     )
     rows = [("quantity", "value", "95 % interval", "")]
     for key, estimate in record.estimates.items():
-        value, interval = f"{estimate.value:.4g}", f"[{estimate.low:.4g}, {estimate.high:.4g}]"
+        value, low, high = estimate.rounded()
         note = "" if estimate.resolved else f"unresolved: {estimate.reason}"
-        rows.append((quantity_name(key, record), value, interval, note))
+        rows.append((quantity_name(key, record), value, f"[{low}, {high}]", note))
     return [heading, *aligned(rows, "<><<"), *(f"note: {note}" for note in record.notes)]
 
 

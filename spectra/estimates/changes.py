@@ -26,7 +26,6 @@ from functools import partial
 from spectra.backend.errors import InputError
 from spectra.estimates import moments
 from spectra.estimates.density import SEED_BITS, SpectralDensity
-from spectra.estimates.digits import rounded
 from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, negated, unresolved
 from spectra.estimates.origin import check_comparable, other_batches
 from spectra.estimates.paired import (
@@ -68,7 +67,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """What happened to the quantity, such as "rose by 31 % [27, 35]"."""
+        """What happened to the quantity, such as "rose by 31.2 % [27.3, 35.1]"."""
         return self._what_happened() + ("" if self.difference.resolved else " (unresolved)")
 
     def _what_happened(self) -> str:
@@ -239,5 +238,5 @@ def _independent(a: SpectralDensity, b: SpectralDensity) -> bool:
 
 def _with_interval(estimate: Estimate, unit: str = "", sign: str = "") -> str:
     """Value and interval in as many digits as the interval warrants."""
-    value, low, high = rounded(estimate, sign=sign)
+    value, low, high = estimate.rounded(sign=sign)
     return f"{value}{unit} [{low}, {high}]"
