@@ -131,8 +131,8 @@ def simultaneous_error(dimension: int, probes: int, level: float) -> float:
     the tail by n.
 
     Args:
-        dimension: n, of the space that the probe vectors were drawn from.
-        probes: k, how many there are.
+        dimension: The dimension n of the space that the probe vectors were drawn from.
+        probes: The number k of probe vectors.
         level: The probability that no threshold has a larger error.
 
     Returns:
