@@ -1,4 +1,4 @@
-"""What a spectrum was measured on, so that only like is compared with like."""
+"""What a spectrum was measured on, so that only spectra of the same parameters are compared."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from spectra.backend.errors import InputError
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of the operator behind a density. An empty text says that it is not known.
+    """What is known of the operator behind a density. An empty string means unknown.
 
     Attributes:
-        parameters: Digits that are equal where names and shapes of the measured parameters are.
-        batches: Digits that are equal where the measured batches are.
-        unverified: Why the operator's numbers cannot be relied on; empty where nothing speaks against them.
+        parameters: Hash of the names and shapes of the measured parameters.
+        batches: Hash of the measured batches.
+        unverified: Why the operator's products cannot be relied on; empty if they can.
     """
 
     parameters: str = ""
@@ -48,7 +48,7 @@ def check_comparable(a: Origin, b: Origin, dimensions: tuple[int, int]) -> None:
     Args:
         a: Where the first spectrum comes from.
         b: Where the second comes from.
-        dimensions: Of the first and of the second.
+        dimensions: Number of eigenvalues of the first and of the second.
 
     Raises:
         InputError: If dimensions, or names and shapes of the parameters, are known to differ.
