@@ -1,4 +1,4 @@
-"""Shares of eigenvalues from counts below a threshold, each read after a change of variables."""
+"""Shares of eigenvalues from counts below a threshold, by Sylvester's law of inertia after a change of variables."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from spectra.estimates.density import SpectralDensity
 from spectra.estimates.estimate import Estimate
 from spectra.operators.base import LinearOperator
 
-FEWEST_PRODUCTS = 100  # of a budget with which to look for a change of variables, which takes 18
-FIRST_STEPS = 40  # Lanczos steps before the share is first looked at
-GROWTH = 0.15  # of the number of steps from one look to the next
+FEWEST_PRODUCTS = 100  # smallest budget with which a change of variables is searched for; the search takes 18 products
+FIRST_STEPS = 40  # Lanczos steps before the share is first estimated
+GROWTH = 0.15  # relative growth of the number of Lanczos steps from one estimate to the next
 
 
 @dataclass(frozen=True)
 class _Count:
-    """The eigenvalues below a bound.
+    """A count of the eigenvalues below a bound.
 
     Attributes:
         bound: The bound.
-        zeros_below: Whether an eigenvalue of exactly zero is one of them.
+        zeros_below: Whether eigenvalues of exactly zero belong to the count.
     """
 
     bound: float
@@ -44,21 +44,22 @@ def recurrences_after_congruence(
     remaining: Callable[[], int],
     on_product: Callable[[], None],
 ) -> ShareRecurrences | None:
-    """Recurrences that give the share of eigenvalues inside (low, high), by one count or by the difference of two.
+    """Recurrences for the share of eigenvalues inside (low, high), by one count or by the difference of two.
 
-    P is found for the bound of larger size and used for both. The two counts use different probe vectors.
+    P is found for the upper bound if it is finite, else for the lower one, and used for both counts. The counts use
+    different probe vectors.
 
     Args:
         op: A, a symmetric operator (n, n).
         bounds: (low, high); one of them may be infinite.
-        probes: The number of probe vectors for so many coordinates and so many counts.
+        probes: Returns the number of probe vectors, from the number of coordinates and the number of counts.
         seed: Seed of the random vectors.
-        start: A change of variables to start the search from.
-        remaining: How many products may still be spent.
+        start: A change of variables from which the search starts.
+        remaining: Returns how many products may still be spent.
         on_product: Called after each product.
 
     Returns:
-        The recurrences before their first step, or None where no change of variables helps.
+        The recurrences before their first step, or None if no change of variables helps.
     """
     low, high = bounds
     counts = [_Count(bound, zeros) for bound, zeros in ((low, low >= 0), (high, high > 0)) if math.isfinite(bound)]
@@ -90,9 +91,10 @@ def recurrences_after_congruence(
 
 
 def _reader(count: _Count, zeros: bool) -> Callable[[SpectralDensity], Estimate]:
-    """What reads the share below the bound from the density of T = P^T (A - bound I) P.
+    """A function that reads the share below the bound from the density of T = P^T (A - bound I) P.
 
-    The coordinates that A maps to zero are eigenvalues 0 of T as it is masked, and -bound of A - bound I.
+    Coordinates that A maps to zero are masked in T, where they have the eigenvalue 0. In A - bound I they have the
+    eigenvalue -bound.
     """
 
     def read(density: SpectralDensity) -> Estimate:
@@ -115,7 +117,7 @@ def _reader(count: _Count, zeros: bool) -> Callable[[SpectralDensity], Estimate]
 
 
 def _inside(estimates: Sequence[Estimate], bounds: tuple[float, float], parts: Sequence[Part]) -> Estimate:
-    """The share inside the bounds, from the shares below those that are finite.
+    """The share inside the bounds, from the shares below each finite bound.
 
     The standard deviation of a difference is at most the sum of the two, so the ends of the intervals subtract.
     """

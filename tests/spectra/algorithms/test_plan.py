@@ -66,7 +66,7 @@ def test_a_batch_that_does_not_fit_is_cut_and_the_numbers_stay(case, monkeypatch
 def test_the_plan_reads_in_one_line(case):
     text = str(spectra.plan(operator(case), probes=2, steps=5))
     assert "MiB at most beside the model" in text
-    assert "all graphs kept, 8 rows at a time, 2 probes together" in text
+    assert "all graphs kept, 8 rows at a time, 2 probe vectors together" in text
     assert "\n" not in text
 
 
