@@ -109,7 +109,7 @@ def test_compare_says_what_changed(tmp_path, capsys):
     capsys.readouterr()
     assert main(["compare", str(run.folder)]) == 0
     heading, columns, *lines = capsys.readouterr().out.splitlines()
-    assert heading == f"{run.folder} step 0 (start), full -> {run.folder} step 20 (end), full, the same probes"
+    assert heading == f"{run.folder} step 0 (start), full -> {run.folder} step 20 (end), full, the same probe vectors"
     assert columns.split() == ["quantity", "before", "after", "change"]
     assert len(lines) == len(run.records[0].estimates)
     (largest,) = [line for line in lines if line.startswith("largest eigenvalue")]
