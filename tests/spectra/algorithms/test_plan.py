@@ -36,7 +36,7 @@ def test_the_plan_holds_what_is_held(case, graph, measured):
     assert plan.rows == graph.get("microbatch", 8)
 
 
-def test_the_footprint_of_a_few_rows_foretells_that_of_all(case):
+def test_the_footprint_of_a_few_rows_predicts_that_of_all(case):
     op = operator(case)
     graphs, footprint = op._graphs, op.footprint()
     substitution = graphs.substitution()

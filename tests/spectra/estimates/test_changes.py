@@ -1,4 +1,4 @@
-"""compare: intervals of changes that cover, are narrower for shared probes, and say so in words."""
+"""compare: intervals of changes that cover and are narrower for shared probe vectors, and sentences about them."""
 
 import math
 
@@ -60,7 +60,7 @@ def truth(values):
 
 
 def traced(density, rule):
-    """What one probe says of the trace."""
+    """The trace as one probe vector estimates it."""
     return density.measure.sampled_dimension * (rule.weights @ rule.nodes)
 
 
@@ -103,7 +103,7 @@ def test_intervals_of_changes_cover_where_students_would_not(monkeypatch):
     assert np.mean(list(alone.values())) < coverage["trace"] - 0.04
 
 
-def test_shared_probes_make_changes_sharp():
+def test_shared_probe_vectors_narrow_the_interval_of_a_change():
     before, after = pair(1)
     a, b, other = slq(before, probes=10), slq(after, probes=10), slq(after, probes=10, seed=1)
     paired, unpaired = spectra.compare(a, b), spectra.compare(a, other)

@@ -1,4 +1,4 @@
-"""No digit that the interval does not know."""
+"""Numbers are written with the digits that their interval knows, and intervals contain the measured ones."""
 
 import math
 

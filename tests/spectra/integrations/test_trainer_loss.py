@@ -331,7 +331,7 @@ def test_a_training_that_is_stopped_is_measured_once_at_its_end(tmp_path):
     assert [record.step for record in callback.probe.records] == [0, 2]
 
 
-def test_the_best_model_is_said(tmp_path):
+def test_a_note_says_that_the_best_model_was_loaded(tmp_path):
     class Worse(transformers.Trainer):
         def __init__(self, *args, **options):
             super().__init__(*args, eval_dataset=rows(2), **options)

@@ -1,4 +1,4 @@
-"""What a probe puts back beside the model: loaders, and what a loss function holds. And when checks are made again."""
+"""A probe restores loaders and the objects that a loss function holds, and repeats checks when they are due."""
 
 import numpy as np
 import pytest
