@@ -23,20 +23,20 @@ from spectra.estimates.shares import share_inside
 from spectra.operators.base import LinearOperator
 from spectra.operators.derived import CongruentOperator
 
-FEWEST_PRODUCTS = 100  # of a budget with which to look for a change of variables, which takes 18
-FIRST_STEPS = 40  # Lanczos steps before the share is first looked at
-GROWTH = 0.08  # of the number of steps from one look to the next
+FEWEST_PRODUCTS = 100  # smallest budget with which a change of variables is searched for; the search takes 18 products
+FIRST_STEPS = 40  # Lanczos steps before the share is first estimated
+GROWTH = 0.08  # relative growth of the number of Lanczos steps from one estimate to the next
 COUNT_PRODUCTS = 250  # by default for the count that goes with a density
 HOPELESS = 0.35  # half-width after the first steps above which no more products are spent on that count
 
 
 @dataclass(frozen=True)
 class _Count:
-    """The eigenvalues below a bound.
+    """A count of the eigenvalues below a bound.
 
     Attributes:
         bound: The bound.
-        zeros_below: Whether an eigenvalue of exactly zero is one of them.
+        zeros_below: Whether eigenvalues of exactly zero belong to the count.
     """
 
     bound: float
@@ -53,21 +53,22 @@ def recurrences_after_congruence(
     remaining: Callable[[], int],
     on_product: Callable[[], None],
 ) -> ShareRecurrences | None:
-    """Recurrences that give the share of eigenvalues inside (low, high), by one count or by the difference of two.
+    """Recurrences for the share of eigenvalues inside (low, high), by one count or by the difference of two.
 
-    P is found for the bound of larger size and used for both. The two counts use different probe vectors.
+    P is found for the upper bound if it is finite, else for the lower one, and used for both counts. The counts use
+    different probe vectors.
 
     Args:
         op: A, a symmetric operator (n, n).
         bounds: (low, high); one of them may be infinite.
-        probes: The number of probe vectors for so many coordinates and so many counts.
+        probes: Returns the number of probe vectors, from the number of coordinates and the number of counts.
         seed: Seed of the random vectors.
-        start: A change of variables to start the search from.
-        remaining: How many products may still be spent.
+        start: A change of variables from which the search starts.
+        remaining: Returns how many products may still be spent.
         on_product: Called after each product.
 
     Returns:
-        The recurrences before their first step, or None where no change of variables helps.
+        The recurrences before their first step, or None if no change of variables helps.
     """
     low, high = bounds
     counts = [_Count(bound, zeros) for bound, zeros in ((low, low >= 0), (high, high > 0)) if math.isfinite(bound)]
@@ -200,7 +201,7 @@ def _with_zeros_placed(density: SpectralDensity, count: _Count, zeros: bool) -> 
 
 
 def _inside(estimates: Sequence[Estimate], bounds: tuple[float, float], parts: Sequence[Part]) -> Estimate:
-    """The share inside the bounds, from the shares below those that are finite.
+    """The share inside the bounds, from the shares below each finite bound.
 
     The standard deviation of a difference is at most the sum of the two, so the ends of the intervals subtract.
     """

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         places = {"before": _place(first, before), "after": _place(second, after)}
         print(json.dumps({**places, "paired": paired, "notes": notes, "changes": _plain(changes)}, indent=2))
         return
-    print(f"{_place(first, before)} -> {_place(second, after)}, {'the same' if paired else 'different'} probes")
+    print(f"{_place(first, before)} -> {_place(second, after)}, {'the same' if paired else 'different'} probe vectors")
     for note in notes:
         print(f"note: {note}")
     rows = [("quantity", "before", "after", "change")]

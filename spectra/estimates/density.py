@@ -331,18 +331,19 @@ class SpectralDensity:
         return self._share(low, high)
 
     def decided_signs(self, half_width: float = RESOLVED_HALF_WIDTH) -> DecidedSigns:
-        """Find the least t for which the shares of eigenvalues below -t and above t are each known to a half-width.
+        """Find how far from zero the signs are known: the smallest t with known shares below -t and above t.
 
-        Lanczos steps place the mass near zero last, so this is what can be said where the negative share is unresolved.
+        Lanczos steps resolve the mass near zero last. So the sign of eigenvalues far from zero is often known where the
+        negative share is unresolved.
 
         Args:
-            half_width: Of the 95 % interval of each of the two shares.
+            half_width: Largest half-width of the 95 % interval of each of the two shares.
 
         Returns:
-            t with two digits, and both shares.
+            The threshold t, rounded to two digits, and both shares.
 
         Raises:
-            InputError: For a half-width that is not positive.
+            InputError: If the half-width is not positive.
         """
         if not half_width > 0:
             raise InputError(f"the half-width must be positive, got {half_width}")
@@ -352,22 +353,24 @@ class SpectralDensity:
     def band(self, level: float = CONFIDENCE, *, known: Mapping[float, Estimate] | None = None) -> CumulativeBand:
         """Bound the share of eigenvalues below t, #{lambda < t} / n, for all t at once.
 
-        The brackets of the quadrature rules hold at all thresholds at once. What chance adds is bounded at all
-        thresholds at once too, by the law of Kolmogorov and Smirnov with (n + 2) / 2 points a probe vector: the squared
-        coordinates of a uniform unit vector have a Dirichlet law, whose partial sums are a Brownian bridge as the
-        errors of an empirical distribution are (see `spectra.estimates.band.simultaneous_error`).
+        The brackets of the quadrature rules hold at all thresholds at once. The sampling error is bounded at all
+        thresholds at once by the Kolmogorov-Smirnov distribution of (n + 2) / 2 points for each probe vector. The
+        partial sums of the squared coordinates of a uniform unit vector, which have a Dirichlet distribution, tend to
+        the same Brownian bridge as the error of an empirical distribution (see
+        `spectra.estimates.band.simultaneous_error`).
 
         Args:
-            level: The probability with which the whole curve shall lie inside.
-            known: Intervals of the share below some thresholds that are known from elsewhere, by threshold, such as
-                {0.0: spectra.resolve(op)}. Monotonicity carries them to other thresholds. Each takes .05, by which it
-                may fail, from the level of the band; one of width 0 is certain and takes nothing.
+            level: The probability that the whole curve lies inside the band.
+            known: Intervals of the share below some thresholds from other measurements, by threshold, such as
+                {0.0: spectra.resolve(op)}. They narrow the band at other thresholds too, because the share is
+                monotonic. Each may fail with probability .05, which is subtracted from the level of the band; an
+                interval of width 0 is certain.
 
         Returns:
-            The band: `thresholds`, `low`, `high` and `level`, and `at` for any other thresholds.
+            The band, with `thresholds`, `low`, `high` and `level`, and with `at` for any other thresholds.
 
         Raises:
-            InputError: For a level outside (0, 1), a threshold that is not finite, or an interval that misses the band.
+            InputError: If the level is outside (0, 1), a threshold is not finite, or an interval misses the band.
         """
         return replace(cumulative_band(self.measure, level=level, known=known), reason=self.origin.unverified)
 

@@ -1,4 +1,4 @@
-"""What a spectrum was measured on, so that only like is compared with like."""
+"""What a spectrum was measured on, so that only spectra of the same parameters are compared."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ OTHER_BATCHES = "the two spectra were measured on different batches, so part of 
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of the operator behind a density. An empty text says that it is not known.
+    """What is known of the operator behind a density. An empty string means unknown.
 
     Attributes:
-        parameters: Digits that are equal where names and shapes of the measured parameters are.
-        batches: Digits that are equal where the measured batches are.
+        parameters: Hash of the names and shapes of the measured parameters.
+        batches: Hash of the measured batches.
         mode: Which Hessian, such as "full" or "ste".
         training: "training" or "evaluation", the mode in which the model ran.
-        unverified: Why the operator's numbers cannot be relied on; empty where nothing speaks against them.
+        unverified: Why the operator's products cannot be relied on; empty if they can.
     """
 
     parameters: str = ""
@@ -54,7 +54,7 @@ def check_comparable(a: Origin, b: Origin, dimensions: tuple[int, int]) -> None:
     Args:
         a: Where the first spectrum comes from.
         b: Where the second comes from.
-        dimensions: Of the first and of the second.
+        dimensions: Number of eigenvalues of the first and of the second.
 
     Raises:
         InputError: If dimensions, names and shapes of the parameters, or training and evaluation mode, are known to

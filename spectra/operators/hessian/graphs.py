@@ -91,9 +91,9 @@ class GraphStore:
         can_be_cut: Returns whether batches may be cut into rows, which some losses do not allow.
         writes_to_weights: Whether the forward pass was seen to write to weights, as an embedding with max_norm does.
         unused: Names of chosen parameters that the gradient does not reach.
-        when_out_of_memory: Makes later computations need less memory, and returns how in words; by default
+        when_out_of_memory: Makes later computations need less memory, and says how in words; by default
             `reduce_memory`.
-        each_forward: Returns another context manager around every forward pass; `checks` sets it for a while.
+        each_forward: Returns a further context manager around every forward pass; the checks set it temporarily.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class GraphStore:
         return changed
 
     def prepare(self, *, thorough: bool = False) -> bool:
-        """Compute loss, gradient and graphs at the current weights, unless that is done. Returns whether it was not."""
+        """Compute loss, gradient and graphs at the current weights, unless they are known. Returns whether it did."""
         if self.weights_changed(thorough=thorough):
             self.forget()
             self.space = self.space.renewed(self.model)

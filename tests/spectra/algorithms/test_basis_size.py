@@ -76,7 +76,7 @@ def test_bases_step_down_to_nothing():
 
 @pytest.mark.parametrize("vectors", [8 + fewest(8) + WORK_VECTORS, 36])
 def test_a_search_keeps_to_the_memory_there_is(monkeypatch, vectors):
-    """The allocations are counted, also those of restarts, of the look for missed pairs, and of the result."""
+    """All allocations are counted, those of restarts, of the search for missed pairs, and of the result among them."""
     op = operator()
     monkeypatch.setattr(krylov_search, "SLICE_BYTES", 1 << 20)
     shorten(monkeypatch, op, vectors)

@@ -100,7 +100,7 @@ def test_zero_coordinates_are_masked_and_the_rest_stays_nonsingular():
     assert int((inside > 0).sum()) == int((want > 0).sum())
 
 
-def test_there_is_none_without_matrices_without_a_matrix_and_for_zero():
+def test_there_is_no_congruence_without_matrices_and_for_a_zero_operator():
     diagonal = spectra.DiagonalOperator(np.linspace(-1, 1, 50))
     assert find_congruence(diagonal) is None
     assert diagonal.products == 0

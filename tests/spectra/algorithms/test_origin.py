@@ -1,4 +1,4 @@
-"""A density knows what it was measured on, and what speaks against it."""
+"""A density knows what it was measured on, and why it cannot be relied on."""
 
 import contextlib
 import warnings
@@ -76,7 +76,7 @@ def test_every_estimate_of_an_unverified_operator_is_unresolved(name):
     assert checked == 10
 
 
-def test_the_numbers_stay_what_they_are():
+def test_an_unverified_operator_changes_no_number():
     op = doubtful()
     for one, other in zip(
         spectra.estimates.quantities.summarize(spectra.slq(op, probes=2, steps=8)).values(),
@@ -88,7 +88,7 @@ def test_the_numbers_stay_what_they_are():
         assert (one.value, one.low, one.high) == (other.value, other.low, other.high)
 
 
-def test_other_results_say_it_too():
+def test_every_other_result_has_the_reason_too():
     for probes in (10, 400):
         for method in ("hutchinson", "hutch++", "xtrace"):
             trace = spectra.trace(doubtful(), method=method, probes=probes)
@@ -136,7 +136,7 @@ def test_spectra_of_other_parameters_are_refused():
     spectra.compare(zero, density(of=square, params="0.weight"))
 
 
-def test_other_batches_are_said():
+def test_a_warning_says_that_the_batches_differ():
     first = density()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

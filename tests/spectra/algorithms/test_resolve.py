@@ -1,4 +1,4 @@
-"""resolve: within the budget, to the half-width asked for, or saying why not; and coverage on a fast subset."""
+"""resolve: it keeps to the budget, reaches the half-width or says why not, and its intervals cover (a fast subset)."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_ordinary_bulks_are_resolved_and_covered(name, zeros, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_masses_over_decades_are_covered_or_unresolved(seed):
+def test_spectra_over_decades_are_covered_or_unresolved(seed):
     values = values_of("log-normal", seed)
     share = spectra.resolve(spectra.DiagonalOperator(values), budget=600, seed=seed)
     assert share.low <= (values < 0).mean() <= share.high
@@ -88,7 +88,7 @@ def test_bad_options_are_refused_in_one_line(options, word):
     assert "\n" not in str(caught.value)
 
 
-def test_an_eighth_of_the_budget_is_spent_before_the_first_look(monkeypatch):
+def test_an_eighth_of_the_budget_is_spent_before_the_first_estimate(monkeypatch):
     """Where memory cuts the search for outliers short, a bracket may be narrow after a few steps already."""
     monkeypatch.setattr(resolution, "SEARCH_BASIS_BYTES", 0)
     values = np.random.default_rng(0).uniform(-1, 1, size=20_000)

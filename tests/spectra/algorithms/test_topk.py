@@ -87,7 +87,7 @@ def test_repeats_at_the_ends_of_a_larger_matrix(seed):
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 30])
-def test_all_of_them(n):
+def test_all_eigenpairs_of_a_small_matrix(n):
     truth = np.random.default_rng(n).normal(size=n)
     for which in ("LM", "LA", "SA", "BE"):
         _, values, _ = check(spectra.DenseOperator(matrix_with_spectrum(truth, seed=2)), truth, n, which)

@@ -30,7 +30,7 @@ def ending(error, capsys):
         (OSError("disk full"), "disk full"),
     ],
 )
-def test_what_a_person_can_mend_is_one_line_and_code_2(error, line, capsys):
+def test_what_a_user_can_fix_is_one_line_and_code_2(error, line, capsys):
     assert ending(error, capsys) == (2, f"prog: error: {line}\n")
 
 

@@ -336,9 +336,11 @@ def read(place):
     if callable(place):
         return place()
     while not hasattr(place, "__next__"):
-        place = next(iter((vars(place) if isinstance(place, types.SimpleNamespace) else place).values())) if not (
-            isinstance(place, list)
-        ) else place[0]
+        place = (
+            next(iter((vars(place) if isinstance(place, types.SimpleNamespace) else place).values()))
+            if not (isinstance(place, list))
+            else place[0]
+        )
     return next(place)
 
 

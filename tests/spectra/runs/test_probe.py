@@ -132,7 +132,7 @@ def test_it_measures_where_the_step_is_a_multiple(case):
     assert [record.step for record in probe.records] == [0, 3, 6]
 
 
-def test_the_same_probes_each_time(case):
+def test_the_same_probe_vectors_each_time(case):
     model, batches, _ = case
     # of engine="auto" the clock decides, and engines agree to rounding alone
     probe = spectra.SpectrumProbe(model, batches, probes=3, steps=6, seed=9, engine="reverse")

@@ -1,4 +1,4 @@
-"""What a probe puts back beside the model: loaders, and what a loss function holds. And when checks are made again."""
+"""A probe restores loaders and the objects that a loss function holds, and repeats checks when they are due."""
 
 import array
 import collections
@@ -175,7 +175,9 @@ class CountingLoss:
         module_log.append(self.calls)
         self.numpy.random()
         value = functional.cross_entropy(outputs, targets)
-        add = next(getattr(self.container, name) for name in ("append", "add", "update") if hasattr(self.container, name))
+        add = next(
+            getattr(self.container, name) for name in ("append", "add", "update") if hasattr(self.container, name)
+        )
         add({self.calls: value.item()} if isinstance(self.container, dict) else value.item())
         return value
 

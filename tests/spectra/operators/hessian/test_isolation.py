@@ -146,7 +146,7 @@ def test_weights_that_are_not_finite_name_the_parameter():
         assert "batch" in message
 
 
-def test_weights_that_turn_not_finite_later_are_noticed():
+def test_weights_that_become_not_finite_are_detected():
     model = tiny_models.mlp()
     op = spectra.HessianOperator(model, tiny_models.regression((4, 3)))
     op @ normal(51, seed=0)
