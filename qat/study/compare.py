@@ -16,7 +16,7 @@ from typing import Any
 
 from qat.study.config import StudyConfig
 from qat.study.measure import measure_full_precision
-from qat.study.resume import NOT_COMPARED, PLANNED_RUNS, check_same, kept_in_words
+from qat.study.resume import NOT_COMPARED, check_same, kept_in_words
 from qat.study.run import Outcome, dequantized, finished_outcome, run_settings, train_method
 from qat.study.start import Start, prepare
 from qat.study.table import Row, for_report, terminal, with_steps_to_baseline, write_table
@@ -24,6 +24,7 @@ from qat.study.workers import run_jobs
 from qat.training.evaluate import Evaluation
 from spectra.backend.errors import InputError
 from spectra.runs.folder import Run
+from spectra.runs.planned import PLANNED_RUNS
 from spectra.views import page
 
 MODEL, REFERENCE_FOLDER = "model", "full-precision"

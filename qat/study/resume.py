@@ -17,8 +17,6 @@ from spectra.runs.folder import CONFIG, LANCZOS, RECORDS, TELEMETRY, Run, check_
 from spectra.runs.jsonlines import plain
 from spectra.runs.lock import WriterLock
 
-# Entries of config.json from which `spectra report` sees what a run or a study still lacks.
-PLANNED_RECORDS, PLANNED_RUNS = "planned_records", "planned_runs"
 NOT_COMPARED = ("out", "workers", "presentation")  # they change no number
 
 Curve = tuple[tuple[int, float], ...]
