@@ -113,7 +113,8 @@ def train_one(config: StudyConfig, *, save_model: bool = True, say: Callable[[st
     try:
         return _train_one(config, bits, method, out, save_model=save_model, say=say)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(kept_in_words([(out, method)], config)) from None
+        beside = MODEL if save_model else None
+        raise KeyboardInterrupt(kept_in_words([(out, method)], config, beside=beside)) from None
 
 
 def _train_one(
