@@ -23,6 +23,7 @@ from qat.study.table import Row, for_report, terminal, with_steps_to_baseline, w
 from qat.study.workers import run_jobs
 from qat.training.evaluate import Evaluation
 from spectra.backend.errors import InputError
+from spectra.integrations.loading import quiet_transformers
 from spectra.runs.folder import Run
 from spectra.runs.planned import PLANNED_RUNS
 from spectra.views import page
@@ -146,7 +147,7 @@ def _save_model(model: Any, tokenizer: Any, out: Path) -> None:
     """Write the folder `model`, so that it is there whole or not at all."""
     for left in (out / MODEL, *out.glob(f".{MODEL}-*")):  # the latter of a command that was killed here
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f".{MODEL}-", dir=out) as work:
+    with tempfile.TemporaryDirectory(prefix=f".{MODEL}-", dir=out) as work, quiet_transformers():
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
         Path(work).rename(out / MODEL)

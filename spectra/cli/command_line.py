@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import functools
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,7 +54,8 @@ def run_command(main: Main, *, name: str | None = None) -> Callable[..., int]:
             if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
                 stream.reconfigure(errors="backslashreplace")
         try:
-            return main(arguments) or 0
+            with _no_interrupt_is_lost():
+                return main(arguments) or 0
         except SystemExit as stop:  # argparse has printed its usage and its line already
             return _exit_code(stop)
         except BrokenPipeError:  # the reader of our output has ended, as in `spectra measure ... | head`
@@ -73,6 +76,26 @@ def run_command(main: Main, *, name: str | None = None) -> Callable[..., int]:
         return code
 
     return command
+
+
+@contextlib.contextmanager
+def _no_interrupt_is_lost() -> Iterator[None]:
+    """Raise an interrupt again that came while Python ran a finalizer, where it ignores exceptions."""
+    before = sys.unraisablehook
+
+    def hook(ignored: Any) -> None:
+        if issubclass(ignored.exc_type, KeyboardInterrupt):
+            again = threading.Timer(0.02, _thread.interrupt_main)  # by then the finalizer has ended
+            again.daemon = True
+            again.start()
+        else:
+            before(ignored)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager

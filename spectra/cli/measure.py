@@ -103,6 +103,8 @@ def _measure(options: argparse.Namespace) -> SpectrumRecord:
     model, batches = _load(options)
     ParameterSpace(model, options.params)  # refuses a glob that matches nothing before a folder is made
     config["length"] = batches[0]["input_ids"].shape[1]
+    if next(model.parameters()).device.type == "cpu":
+        settings = settings.changed(engine="reverse")  # a choice by time could change the last digits from run to run
     with quiet_transformers(), _progress_bar() as progress:
         probe = SpectrumProbe(
             model,

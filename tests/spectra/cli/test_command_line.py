@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -39,6 +40,23 @@ def test_what_a_person_can_mend_is_one_line_and_code_2(error, line, capsys):
 def test_an_interrupt_is_code_130_with_what_the_command_knows_is_kept(said, capsys):
     interrupt = KeyboardInterrupt(said) if ":" in said else KeyboardInterrupt()
     assert ending(interrupt, capsys) == (130, f"prog: error: {said}\n")
+
+
+def test_an_interrupt_that_comes_in_a_finalizer_is_not_lost(capsys):
+    """Python ignores exceptions there; the command must end all the same."""
+
+    class Slow:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def main(arguments=None):
+        del arguments
+        Slow()
+        for _ in range(100):
+            time.sleep(0.1)
+
+    assert run_command(main, name="prog")([]) == 130
+    assert capsys.readouterr().err == "prog: error: interrupted\n"
 
 
 def test_success_is_code_0(capsys):
