@@ -17,11 +17,6 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 TIMES = ("wall_time", "seconds")
-STUDY = [
-    *("--bits", "2", "--methods", "baseline,winq", "--steps", "4", "--batch-size", "2", "--length", "8"),
-    *("--probes", "1", "--lanczos-steps", "3", "--deflate", "0", "--measure-sequences", "2"),
-    *("--validation-sequences", "4", "--device", "cpu"),
-]
 MODULES = {"qat": "qat.cli", "spectra": "spectra.cli.main"}
 PRELOADED = ["qat.cli", "qat.study.compare", "spectra.cli.main", "spectra.integrations.loading", "matplotlib.figure"]
 
