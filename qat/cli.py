@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +17,7 @@ from qat.study.workers import MOST_WORKERS, available_cores, threads
 from qat.training.config import PRETRAINED_RATE, SCHEDULES, SMALL_LLAMA_RATE, TrainConfig
 from qat.training.winq import PRESETS, WinQConfig
 from spectra.backend.errors import InputError
-from spectra.cli.command_line import run_command
-from spectra.runs.jsonlines import plain
+from spectra.cli.command_line import interrupts_say, print_json, run_command
 
 LISTED_BITS = ",".join(f"{bits:g}" for bits in BITS)
 # Options that have the name of the setting they give.
@@ -208,7 +206,7 @@ def _compare(options: argparse.Namespace) -> None:
     with _threads_for(config):
         rows = compare(config, say=_say_on_stderr if options.json else _say)
     if options.json:
-        _print_json({"out": config.out, "rows": rows})
+        print_json({"out": config.out, "rows": rows})
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -218,15 +216,13 @@ def _train(options: argparse.Namespace) -> None:
     with _threads_for(config):
         row = train_one(config, say=_say_on_stderr if options.json else _say)
     if options.json:
-        _print_json({"out": config.out, **row})
+        print_json({"out": config.out, **row})
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     """Print the perplexity. Nothing is written."""
-    try:
+    with interrupts_say("no perplexity was computed"):
         _print_perplexity(options)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted: no perplexity was computed") from None
 
 
 def _print_perplexity(options: argparse.Namespace) -> None:
@@ -252,7 +248,7 @@ def _print_perplexity(options: argparse.Namespace) -> None:
         check_fit(model, Blocks(tokens, 1))
     result = perplexity(model.to(device), tokens, block=options.block)
     if options.json:
-        _print_json(
+        print_json(
             {"perplexity": result.perplexity, "loss": result.loss, "tokens": result.tokens, "block": result.block}
         )
         return
@@ -313,10 +309,6 @@ def _given(options: argparse.Namespace, **names: str) -> dict[str, Any]:
 
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(plain(value), indent=2, allow_nan=False))
 
 
 def _say_on_stderr(line: str) -> None:

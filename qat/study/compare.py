@@ -16,14 +16,16 @@ from typing import Any
 
 from qat.study.config import StudyConfig
 from qat.study.measure import measure_full_precision
-from qat.study.resume import NOT_COMPARED, PLANNED_RUNS, check_same, kept_in_words
+from qat.study.resume import NOT_COMPARED, check_same, kept_in_words
 from qat.study.run import Outcome, dequantized, finished_outcome, run_settings, train_method
 from qat.study.start import Start, prepare
 from qat.study.table import Row, for_report, terminal, with_steps_to_baseline, write_table
 from qat.study.workers import run_jobs
 from qat.training.evaluate import Evaluation
 from spectra.backend.errors import InputError
+from spectra.integrations.loading import quiet_transformers
 from spectra.runs.folder import Run
+from spectra.runs.planned import PLANNED_RUNS
 from spectra.views import page
 
 MODEL, REFERENCE_FOLDER = "model", "full-precision"
@@ -112,7 +114,8 @@ def train_one(config: StudyConfig, *, save_model: bool = True, say: Callable[[st
     try:
         return _train_one(config, bits, method, out, save_model=save_model, say=say)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(kept_in_words([(out, method)], config)) from None
+        beside = MODEL if save_model else None
+        raise KeyboardInterrupt(kept_in_words([(out, method)], config, beside=beside)) from None
 
 
 def _train_one(
@@ -144,7 +147,7 @@ def _save_model(model: Any, tokenizer: Any, out: Path) -> None:
     """Write the folder `model`, so that it is complete or absent."""
     for left in (out / MODEL, *out.glob(f".{MODEL}-*")):  # the latter were left by a command that was killed here
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f".{MODEL}-", dir=out) as work:
+    with tempfile.TemporaryDirectory(prefix=f".{MODEL}-", dir=out) as work, quiet_transformers():
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
         Path(work).rename(out / MODEL)

@@ -14,13 +14,14 @@ from qat.layers.convert import quantize_model
 from qat.layers.linear import weight_names
 from qat.study.config import StudyConfig
 from qat.study.presentation import REFERENCE_LABEL, presentation
-from qat.study.resume import PLANNED_RECORDS, check_same, start_again
+from qat.study.resume import check_same, start_again
 from qat.study.start import Start
 from qat.training.evaluate import Evaluation, evaluate
 from qat.training.progress import MeasuringBar
 from spectra.backend.errors import NonFiniteError
 from spectra.operators.hessian.operator import HessianOperator
 from spectra.runs.folder import Run, is_recorded
+from spectra.runs.planned import PLANNED_RECORDS
 from spectra.runs.probe import SpectrumProbe
 
 

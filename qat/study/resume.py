@@ -17,8 +17,6 @@ from spectra.runs.folder import CONFIG, LANCZOS, RECORDS, TELEMETRY, Run, check_
 from spectra.runs.jsonlines import plain
 from spectra.runs.lock import WriterLock
 
-# Entries of config.json from which `spectra report` can tell whether a run or a study is finished.
-PLANNED_RECORDS, PLANNED_RUNS = "planned_records", "planned_runs"
 NOT_COMPARED = ("out", "workers", "presentation")  # they change no number
 
 Curve = tuple[tuple[int, float], ...]
@@ -107,12 +105,13 @@ def start_again(folder: Path) -> None:
     lock.release()
 
 
-def kept_in_words(folders: Sequence[tuple[Path, str]], config: StudyConfig) -> str:
+def kept_in_words(folders: Sequence[tuple[Path, str]], config: StudyConfig, *, beside: str | None = None) -> str:
     """What an interrupted command leaves, for its last line.
 
     Args:
         folders: The folder and the method of each planned run.
         config: The study's settings.
+        beside: A folder that a finished run has beside its records.
 
     Returns:
         A sentence that counts the finished runs.
@@ -120,6 +119,8 @@ def kept_in_words(folders: Sequence[tuple[Path, str]], config: StudyConfig) -> s
     again = "the same command goes on from there"
     if not is_recorded(config.out):
         return "interrupted: nothing was recorded yet"
-    finished = sum(is_finished(Run(folder), config, method) for folder, method in folders if is_recorded(folder))
+    recorded = [(folder, method) for folder, method in folders if is_recorded(folder)]
+    whole = [(folder, method) for folder, method in recorded if beside is None or (folder / beside).is_dir()]
+    finished = sum(is_finished(Run(folder), config, method) for folder, method in whole)
     kept = f"{finished} of {len(folders)} runs are finished and kept in {config.out}"
     return f"interrupted: {kept}, an unfinished run starts again: {again}"

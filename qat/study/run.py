@@ -20,7 +20,6 @@ from qat.study.config import StudyConfig
 from qat.study.measure import MeasuringCallback, study_probe
 from qat.study.presentation import presentation, run_label
 from qat.study.resume import (
-    PLANNED_RECORDS,
     Curve,
     check_same,
     is_finished,
@@ -35,6 +34,7 @@ from qat.training.evaluate import perplexity_of
 from qat.training.telemetry import Telemetry
 from qat.training.train import train
 from spectra.runs.folder import Run, is_recorded
+from spectra.runs.planned import PLANNED_RECORDS
 
 NOISE_DRAWS = 4
 

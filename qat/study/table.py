@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spectra.estimates.estimate import Estimate
 from spectra.estimates.quantities import ESTIMATES
-from spectra.runs.folder import PARTIAL
-from spectra.runs.jsonlines import plain
+from spectra.runs.files import write_whole
+from spectra.runs.jsonlines import encoded
 from spectra.runs.record import SpectrumRecord
 
 RUN_KEYS = ("bits", "method")  # the columns that identify a run of a study
@@ -99,16 +99,8 @@ def write_table(rows: Sequence[Row], folder: Path, *, heading: str = "") -> None
         folder: The folder to write to.
         heading: What table.md says above the table.
     """
-    text = json.dumps([plain(_in_order(row)) for row in rows], indent=2, allow_nan=False)
-    _replace(folder / "table.json", text + "\n")
-    _replace(folder / "table.md", markdown(rows, heading=heading))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file under another name first, so that an interrupt leaves the old one or the new one."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(folder / "table.json", encoded([_in_order(row) for row in rows], indent=2) + b"\n")
+    write_whole(folder / "table.md", markdown(rows, heading=heading).encode(errors="replace"))
 
 
 def markdown(rows: Sequence[Row], *, heading: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from spectra.backend.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1  # part of every key; raise it when what is cached changes
 
@@ -45,7 +51,7 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     """A folder in the cache, made if it is not there.
 
     A new folder is filled under another name and then renamed. So it is complete or absent after any interrupt, also if
-    several processes make it at once.
+    several processes make it at once. What a killed process left is removed.
 
     Args:
         name: The folder's name in the cache.
@@ -62,7 +68,9 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        for left in target.parent.glob(f".{target.name}-*"):
+            _remove_if_abandoned(left)
+        work, lock = _new_folder(target)
     except OSError as error:
         raise InputError(
             f"cannot write the cache folder {cache_folder()} ({error.strerror}): "
@@ -77,4 +85,42 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        _close(lock)
     return target
+
+
+def _new_folder(target: Path) -> tuple[Path, int | None]:
+    """An empty folder beside the target, and its lock, which ends with this process."""
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        lock = _lock(work, wait=True)
+        if work.is_dir():  # it had no lock for a moment, in which another process may have taken it for abandoned
+            return work, lock
+        _close(lock)
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    """Remove a folder that no living process fills."""
+    with contextlib.suppress(OSError):
+        lock = _lock(folder, wait=False)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            _close(lock)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """The folder, opened and locked; None where another process has the lock or the system has none for folders."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _close(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)

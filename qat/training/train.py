@@ -77,44 +77,43 @@ def train(
         NonFiniteError: A loss is NaN or infinite; the message names the step. What was recorded is kept.
     """
     set_seed(config.seed)
-    with tempfile.TemporaryDirectory(prefix="qat-trainer-") as scratch:  # the Trainer needs a folder
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            max_steps=config.steps,
-            per_device_train_batch_size=config.batch_size,
-            max_grad_norm=config.gradient_clip,
-            seed=config.seed,
-            use_cpu=device == "cpu" or not torch.cuda.is_available(),
-            save_strategy="no",
-            eval_strategy="no",
-            logging_strategy="no",
-            logging_nan_inf_filter=False,
-            disable_tqdm=True,
-            report_to=[],
-            remove_unused_columns=False,
-        )
-        _ = arguments.device
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # on all GPUs the Trainer would train on a larger batch
-        optimizer = make_optimizer(model, config)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, config))
-        watch = _Watch(validation_blocks, config, name=name, run=run, telemetry=telemetry)
-        trainer = _Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=train_blocks,
-            callbacks=[*callbacks, watch],
-            optimizers=(optimizer, schedule),
-        )
-        trainer.watch = watch
-        trainer.ordered = Subset(train_blocks, data_order(len(train_blocks), config))
-        trainer.remove_callback(PrinterCallback)
-        started = time.perf_counter()
-        try:
-            watch.validate(model.to(arguments.device), 0)
-            trainer.train()
-        finally:
-            watch.close()
-            model.zero_grad(set_to_none=True)
+    arguments = TrainingArguments(
+        output_dir=tempfile.gettempdir(),  # it asks for a folder, and saves nothing there
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        max_grad_norm=config.gradient_clip,
+        seed=config.seed,
+        use_cpu=device == "cpu" or not torch.cuda.is_available(),
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+    )
+    _ = arguments.device
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # on all GPUs the Trainer would train on a larger batch
+    optimizer = make_optimizer(model, config)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, config))
+    watch = _Watch(validation_blocks, config, name=name, run=run, telemetry=telemetry)
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_blocks,
+        callbacks=[*callbacks, watch],
+        optimizers=(optimizer, schedule),
+    )
+    trainer.watch = watch
+    trainer.ordered = Subset(train_blocks, data_order(len(train_blocks), config))
+    trainer.remove_callback(PrinterCallback)
+    started = time.perf_counter()
+    try:
+        watch.validate(model.to(arguments.device), 0)
+        trainer.train()
+    finally:
+        watch.close()
+        model.zero_grad(set_to_none=True)
     return TrainResult(config.steps, tuple(watch.curve), time.perf_counter() - started)
 
 

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from spectra.algorithms.basis_size import Basis, choose_basis
 from spectra.algorithms.block_size import VECTORS_PER_PROBE, probe_block_size
 from spectra.algorithms.lanczos import choose_reorthogonalization
 from spectra.algorithms.topk import default_basis_size
+from spectra.backend.errors import InputError
 
 if TYPE_CHECKING:
     from spectra.operators.hessian.operator import HessianOperator
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@runtime_checkable
+class _Measurable(Protocol):
+    """An operator whose graphs and products can be measured."""
+
+    def footprint(self) -> Any: ...
+
+    def graph_layout(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -83,9 +93,19 @@ def plan(
         The `MemoryPlan`; print it for one line of text.
 
     Raises:
-        InputError: If `reorthogonalize` has an unknown value, or there is no memory to search for that many
-            eigenvalues.
+        InputError: For another operator than a `HessianOperator`, whose products would have to be measured; for counts
+            that `slq` does not take; or if there is no memory to search for that many eigenvalues.
     """
+    if not isinstance(op, _Measurable):
+        raise InputError(
+            f"a HessianOperator is expected, whose graphs and products can be measured, got {type(op).__name__}: plan "
+            "the HessianOperator it is made of; one that is not made of any takes what its own products take"
+        )
+    if probes < 1 or steps < 1 or deflate < 0:
+        raise InputError(
+            f"at least 1 probe and step and 0 or more deflated eigenvalues are expected, got probes={probes}, "
+            f"steps={steps}, deflate={deflate}"
+        )
     vector = op.vector_bytes
     basis_size = steps if choose_reorthogonalization(op, steps, reorthogonalize) == "full" else 0
     together = min(probe_block_size(op, basis_size, deflated=deflate > 0), probes)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
+import contextlib
 import functools
+import io
+import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from spectra.backend.errors import InputError
 from spectra.backend.extras import EXTRA_OF, missing
+from spectra.runs.jsonlines import plain
 
 INTERRUPTED = 130  # as shells count it: 128 and the number of the signal
 
@@ -43,8 +50,12 @@ def run_command(main: Main, *, name: str | None = None) -> Callable[..., int]:
     @functools.wraps(main)
     def command(arguments: Sequence[str] | None = None) -> int:
         code = 2
+        for stream in (sys.stdout, sys.stderr):  # may be in an encoding without the letters of a name or a formula
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
         try:
-            return main(arguments) or 0
+            with _no_interrupt_is_lost():
+                return main(arguments) or 0
         except SystemExit as stop:  # argparse has printed its usage and its line already
             return _exit_code(stop)
         except BrokenPipeError:  # the reader of our output has ended, as in `spectra measure ... | head`
@@ -59,7 +70,7 @@ def run_command(main: Main, *, name: str | None = None) -> Callable[..., int]:
         except OSError as error:
             message = _message(error)
         except KeyboardInterrupt as interrupt:
-            message, code = str(interrupt) or "interrupted; what was recorded so far is kept", INTERRUPTED
+            message, code = str(interrupt) or "interrupted", INTERRUPTED
         words = re.sub(r"\bout=", "--out", " ".join(message.split()))  # functions take what commands have as an option
         print(f"{program}: error: {words}", file=sys.stderr)
         return code
@@ -67,9 +78,62 @@ def run_command(main: Main, *, name: str | None = None) -> Callable[..., int]:
     return command
 
 
+@contextlib.contextmanager
+def _no_interrupt_is_lost() -> Iterator[None]:
+    """Raise an interrupt again that came while Python ran a finalizer, where it ignores exceptions."""
+    before = sys.unraisablehook
+
+    def hook(ignored: Any) -> None:
+        if issubclass(ignored.exc_type, KeyboardInterrupt):
+            again = threading.Timer(0.02, _thread.interrupt_main)  # by then the finalizer has ended
+            again.daemon = True
+            again.start()
+        else:
+            before(ignored)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+@contextlib.contextmanager
+def interrupts_say(words: str, *, unless: Path | None = None) -> Iterator[None]:
+    """Let an interrupt inside end the command with true words on what it leaves.
+
+    Args:
+        words: What is so if it was interrupted before the file was written, such as "nothing was compared".
+        unless: The file that is written inside. Where it has changed, the interrupt came after that, and says so.
+
+    Yields:
+        Nothing.
+    """
+    before = unless and _identity(unless)
+    try:
+        yield
+    except KeyboardInterrupt:
+        written = unless and _identity(unless) != before
+        raise KeyboardInterrupt(f"interrupted: {f'{unless} is written' if written else words}") from None
+
+
+def print_json(value: Any) -> None:
+    """Print a value as strict JSON; a number that is not finite is null."""
+    print(json.dumps(plain(value), indent=2, allow_nan=False))
+
+
 def on_terminal() -> bool:
     """Whether stderr is a terminal; progress bars are drawn on a terminal only."""
     return sys.stderr.isatty()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What differs after a file was replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _message(error: OSError) -> str:

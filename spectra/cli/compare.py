@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from spectra.backend.errors import InputError
+from spectra.cli.command_line import interrupts_say, print_json
 from spectra.cli.tables import aligned, known_digits, quantity_name
 from spectra.estimates.changes import Change, compare
 from spectra.estimates.origin import OTHER_BATCHES, notes_on_differences
 from spectra.runs.folder import Run
+from spectra.runs.planned import unfinished
 from spectra.runs.record import SpectrumRecord
 from spectra.runs.series import modes, select
 
@@ -34,7 +35,12 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print each quantity before and after, and how far it changed."""
+    """Print each quantity before and after, and how far it changed. Nothing is written."""
+    with interrupts_say("nothing was compared"):
+        _compare(options)
+
+
+def _compare(options: argparse.Namespace) -> None:
     (first, before), (second, after) = _two_records(options)
     _check_alike(first, second)
     densities = first.density(before), second.density(after)
@@ -45,9 +51,12 @@ def run(options: argparse.Namespace) -> None:
     notes = notes_on_differences(*(each.origin for each in densities))
     if _other_batches(first.config, second.config) and OTHER_BATCHES not in notes:
         notes.append(OTHER_BATCHES)
+    for single in dict.fromkeys((first, second)):
+        if lacking := unfinished(single):
+            notes.append(f"{single.folder} is unfinished: {lacking}")
     if options.json:
         places = {"before": _place(first, before), "after": _place(second, after)}
-        print(json.dumps({**places, "paired": paired, "notes": notes, "changes": _plain(changes)}, indent=2))
+        print_json({**places, "paired": paired, "notes": notes, "changes": _plain(changes)})
         return
     print(f"{_place(first, before)} -> {_place(second, after)}, {'the same' if paired else 'different'} probe vectors")
     for note in notes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from spectra.backend.errors import InputError
-from spectra.cli.command_line import on_terminal
+from spectra.cli.command_line import on_terminal, print_json
 from spectra.cli.tables import aligned, quantity_name
 from spectra.operators.hessian.parameters import ParameterSpace
 from spectra.operators.hessian.precision import COPIES, LOWER, PRECISIONS
@@ -83,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
         lost = "interrupted before the spectrum was complete; nothing is kept"
         raise KeyboardInterrupt(f"interrupted: {kept}" if kept else lost) from None
     if options.json:
-        print(json.dumps({"out": options.out, **record.to_dict()}, indent=2))
+        print_json({"out": options.out, **record.to_dict()})
         return
     for line in _record_lines(record):
         print(line)
@@ -111,6 +110,8 @@ def _measure(options: argparse.Namespace) -> SpectrumRecord:
     model, batches = _load(options)
     ParameterSpace(model, options.params)  # refuses a glob that matches nothing before a folder is made
     config["length"] = batches[0]["input_ids"].shape[1]
+    if next(model.parameters()).device.type == "cpu":
+        settings = settings.changed(engine="reverse")  # a choice by time could change the last digits from run to run
     with quiet_transformers(), _progress_bar() as progress:
         probe = SpectrumProbe(
             model,

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from spectra.backend.errors import InputError
+from spectra.cli.command_line import interrupts_say
+from spectra.runs.files import write_whole
 from spectra.runs.folder import Run
 
 IMAGES = (".png", ".svg", ".pdf")
@@ -25,18 +27,20 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Draw one figure, save it, and print its path."""
     from spectra.views import plots
-    from spectra.views.style import new_figure
+    from spectra.views.style import new_figure, rendered
 
     run = Run(options.run)
     name = "density" if options.quantity is None else f"trajectory-{options.quantity}"
     out = Path(options.out) if options.out else run.folder / f"{name}.png"
     if out.suffix.lower() not in IMAGES:
         raise InputError(f"expected an image file ending in {', '.join(IMAGES)}, got {out}: choose another --out")
-    figure, (ax,) = new_figure()
-    if options.quantity is None:
-        plots.density(run, ax=ax, mode=options.mode, steps="last" if len(run.runs) > 1 else None)
-    else:
-        plots.trajectory(run, options.quantity, ax=ax, mode=options.mode)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=160)
+    with interrupts_say("no image was written", unless=out):
+        figure, (ax,) = new_figure()
+        if options.quantity is None:
+            plots.density(run, ax=ax, mode=options.mode, steps="last" if len(run.runs) > 1 else None)
+        else:
+            plots.trajectory(run, options.quantity, ax=ax, mode=options.mode)
+        image = rendered(figure, out.suffix[1:].lower(), dpi=160)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, image)
     print(out)

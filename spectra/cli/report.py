@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
+
+from spectra.cli.command_line import interrupts_say
 
 
 def add_parser(commands: Any) -> None:
@@ -18,4 +21,6 @@ def run(options: argparse.Namespace) -> None:
     """Write the page and print its path."""
     from spectra.views import page
 
-    print(page.write(options.run, title=options.title))
+    with interrupts_say("no report was written", unless=Path(options.run) / page.REPORT):
+        path = page.write(options.run, title=options.title)
+    print(path)

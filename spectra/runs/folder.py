@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -18,13 +17,13 @@ from safetensors.numpy import load_file, save
 
 from spectra.backend.errors import InputError, first_line
 from spectra.estimates.density import SpectralDensity
-from spectra.runs.jsonlines import JsonLines, plain
+from spectra.runs.files import PARTIAL, write_whole
+from spectra.runs.jsonlines import JsonLines, encoded, plain
 from spectra.runs.lock import WriterLock, is_written_here
 from spectra.runs.presentation import Presentation
 from spectra.runs.record import VERSION, VERSION_NUMBER, SpectrumRecord, read_number, read_version
 
 CONFIG, RECORDS, TELEMETRY, LANCZOS = "config.json", "records.jsonl", "telemetry.jsonl", "lanczos"
-PARTIAL = ".partial"  # the ending of a file that is being written
 NOT_COMPARED = ("presentation", "facts")  # entries of config.json that may differ when a run goes on
 LONGEST_VALUE = 60  # characters of a value in a message
 
@@ -199,7 +198,7 @@ class Run:
             mode = "".join(letter if letter.isalnum() else "-" for letter in record.mode)
             name = f"{LANCZOS}/{self._next_number():06d}-step-{record.step}-{mode}.safetensors"
             (self.folder / LANCZOS).mkdir(exist_ok=True)
-            _write_whole(self.folder / name, _safetensors(density.to_arrays()))
+            write_whole(self.folder / name, _safetensors(density.to_arrays()))
             record = replace(record, lanczos=name)
         self._records.append(record.to_dict())
         return record
@@ -367,8 +366,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write config.json, with the version of the schema first."""
     fields = {VERSION: VERSION_NUMBER} | {name: value for name, value in config.items() if name != VERSION}
-    text = json.dumps(plain(fields), indent=2, allow_nan=False, ensure_ascii=False)
-    _write_whole(folder / CONFIG, text.encode() + b"\n")
+    write_whole(folder / CONFIG, encoded(fields, indent=2) + b"\n")
 
 
 @runtime_checkable
@@ -406,28 +404,3 @@ def _number_and_name(folder: Path) -> tuple[float, str]:
 def _safetensors(arrays: Mapping[str, Any]) -> bytes:
     """The contents of a safetensors file of these arrays."""
     return save({name: np.array(array, order="C") for name, array in arrays.items()})
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a loss of power."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
-    with contextlib.suppress(OSError):  # Windows opens no folders
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -43,6 +43,20 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+def encoded(value: Any, *, indent: int | None = None) -> bytes:
+    """Strict JSON in UTF-8.
+
+    Args:
+        value: Anything, see `plain`.
+        indent: As in `json.dumps`.
+
+    Returns:
+        The JSON. A letter that UTF-8 lacks, as in a file name in another encoding, is written as its escape.
+    """
+    text = json.dumps(plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+    return text.encode(errors="backslashreplace")
+
+
 class JsonLines:
     """A file with one JSON object on each line, each written whole or not at all.
 
@@ -69,7 +83,7 @@ class JsonLines:
         Raises:
             OSError: If it cannot be written; the file is then as it was.
         """
-        line = json.dumps(plain(fields), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        line = encoded(fields) + b"\n"
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | BINARY, 0o666)
         try:
             size = os.fstat(handle).st_size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,17 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from spectra.backend.errors import InputError
 from spectra.estimates.quantities import ESTIMATES
+from spectra.runs.files import write_whole
 from spectra.runs.folder import Run, open_run
 from spectra.runs.record import SpectrumRecord
 from spectra.views.pictures import Picture, density_pictures, figures, trajectory_pictures
+from spectra.views.style import rendered
 from spectra.views.tables import Table, estimates_of_rows, estimates_of_run, results
-from spectra.views.wording import describe, mode_meaning, tolerance
+from spectra.views.wording import describe, mode_meaning, sentence_case, tolerance, unfinished_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["figures", "write"]
 
+REPORT = "report.html"
 IMAGE_RESOLUTION = 130  # dots per inch
 
 
@@ -60,6 +62,7 @@ def write(
     folder = run.folder / "figures" if images else None
     page = _render(
         title=title or f"Hessian spectra: {run.folder.resolve().name}",
+        unfinished=sentence_case(unfinished_words([run])),
         facts=_facts(runs),
         results=results(rows, describe=partial(describe, runs)) if rows else None,
         tables=_estimate_tables(runs, rows),
@@ -70,8 +73,8 @@ def write(
         settings=_settings(run, runs),
         notes=list(dict.fromkeys(note for record in _all_records(runs) for note in record.notes)),
     )
-    path = run.folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path = run.folder / REPORT
+    write_whole(path, page.encode("utf-8", "replace"))
     return path
 
 
@@ -185,15 +188,10 @@ def _embedded(picture: Picture, folder: Path | None) -> dict[str, Any]:
     if folder is not None:
         folder.mkdir(exist_ok=True)
         picture.figure.set_layout_engine("none")  # the layout is computed already, which is slow
-        picture.figure.savefig(folder / f"{picture.name}.png", dpi=IMAGE_RESOLUTION)
+        write_whole(folder / f"{picture.name}.png", rendered(picture.figure, "png", dpi=IMAGE_RESOLUTION))
     return embedded
 
 
 def _data_url(figure: Figure) -> str:
     """The figure as a data URL of an SVG."""
-    import matplotlib
-
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "spectra"}):  # the same figure gives the same file
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/svg+xml;base64," + base64.b64encode(rendered(figure, "svg")).decode()

@@ -12,8 +12,8 @@ from spectra.runs.folder import Run
 from spectra.runs.series import available, modes, select, series
 from spectra.views import plots
 from spectra.views.densities import curves_of, draw_densities
-from spectra.views.style import TITLE_WIDTH, literal, new_figure, wrapped
-from spectra.views.wording import describe, listed, sentence_case
+from spectra.views.style import TITLE_WIDTH, literal, new_figure, note, wrapped
+from spectra.views.wording import describe, listed, sentence_case, unfinished_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,7 +73,7 @@ def density_pictures(run: Run) -> list[Picture]:
                 name = ("density", group if run.runs else "", str(first or ""), mode)
                 pictures.append(_side_by_side(_file_name(*name), members[first : first + MAX_PANELS], mode))
         if len(having) > 1:
-            pictures.append(_last_spectra(having, mode))
+            pictures.append(_last_spectra(having, mode, run))
     return _with_distinct_names(pictures)
 
 
@@ -92,7 +92,7 @@ def trajectory_pictures(run: Run) -> list[Picture]:
                 if count == 1 and single.presentation.reference
             ]
             if moving:
-                pictures.append(_trajectory(moving + levels, quantity, mode))
+                pictures.append(_trajectory(moving + levels, quantity, mode, run))
     return _with_distinct_names(pictures)
 
 
@@ -102,7 +102,8 @@ def _side_by_side(name: str, runs: list[Run], mode: str | None) -> Picture:
     draw_densities([(ax, curves_of(single, mode=mode)) for ax, single in zip(axes, runs, strict=True)])
     for ax, single in zip(axes, runs, strict=True):
         title = wrapped(literal(single.presentation.label), TITLE_WIDTH) if len(runs) > 1 else ""
-        ax.set_title(title, fontsize=11, loc="left")
+        lines = filter(None, (title, unfinished_words([single])))
+        ax.set_title("\n".join(lines), fontsize=11, loc="left")
         ax.label_outer()
     names = listed(single.presentation.label for single in runs)
     along = " along the training" if any(len(select(single, mode=mode)) > 1 for single in runs) else ""
@@ -110,18 +111,20 @@ def _side_by_side(name: str, runs: list[Run], mode: str | None) -> Picture:
     return Picture(name, figure, caption, f"{caption} {_ends_in_words(runs, mode)}")
 
 
-def _last_spectra(runs: list[Run], mode: str | None) -> Picture:
-    """The last density of every run in one panel."""
+def _last_spectra(runs: list[Run], mode: str | None, study: Run) -> Picture:
+    """The last density of every run of a study in one panel."""
     figure, (ax,) = new_figure()
     plots.density(runs, ax=ax, mode=mode, steps="last")
+    note(ax, unfinished_words([study]))
     caption = f"The last spectrum of every run, {_mode_in_words(runs, mode)}."
     return Picture(_file_name("density-last", mode), figure, caption, f"{caption} {_ends_in_words(runs, mode)}")
 
 
-def _trajectory(runs: list[Run], quantity: str, mode: str | None) -> Picture:
-    """A quantity over the training steps of runs."""
+def _trajectory(runs: list[Run], quantity: str, mode: str | None, study: Run) -> Picture:
+    """A quantity over the training steps of runs of a study; a run alone is its own study."""
     figure, (ax,) = new_figure()
     plots.trajectory(runs, quantity, ax=ax, mode=mode)
+    note(ax, unfinished_words([study]))
     about = describe(runs, quantity)
     caption = sentence_case(about.name) + (f": {about.meaning}" if about.meaning else "")
     caption += f", Hessian mode {mode}." if mode else "."

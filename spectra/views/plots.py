@@ -1,21 +1,25 @@
-"""Figures of spectra. Every function draws on one Axes and returns it; none saves, shows or changes global settings."""
+"""Figures of spectra. Every function draws on one Axes and returns it; none saves, shows or changes global settings.
+
+Where a run or a study lacks part of what its config.json plans, a figure says so above its axes.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spectra.backend.errors import InputError
 from spectra.estimates.estimate import CONFIDENCE
-from spectra.runs.folder import Run
+from spectra.runs.folder import HasRun, Run, open_run
 from spectra.runs.series import Point, Series, Steps, as_runs, series
 from spectra.views.densities import Curve, curves_of, draw_bands, draw_densities
-from spectra.views.style import TEXT_COLOUR, legend_outside, literal, new_axes, run_style, tidy
-from spectra.views.wording import axis_name
+from spectra.views.style import TEXT_COLOUR, legend_outside, literal, new_axes, note, run_style, tidy
+from spectra.views.wording import axis_name, unfinished_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,6 +59,7 @@ def density(
     curves = _with_labels(curves_of(spectra, mode=mode, steps=steps), labels)
     ax = new_axes() if ax is None else ax
     draw_densities([(ax, curves)], bandwidth=bandwidth, scale=scale)
+    note(ax, _unfinished(spectra))
     return ax
 
 
@@ -91,6 +96,7 @@ def cumulative(
     curves = _with_labels(curves_of(spectra, mode=mode, steps=steps), labels)
     ax = new_axes() if ax is None else ax
     draw_bands(ax, curves, level=level, scale=scale)
+    note(ax, _unfinished(spectra))
     return ax
 
 
@@ -131,7 +137,14 @@ def trajectory(runs: Any, quantity: str, *, ax: Axes | None = None, mode: str | 
     ax.set_ylabel(literal(axis_name(found, quantity)))
     tidy(ax)
     _add_legend(ax, unresolved=any(not point.estimate.resolved for point in points))
+    note(ax, _unfinished(runs))
     return ax
+
+
+def _unfinished(shown: Any) -> str:
+    """What is missing of the runs and studies among what is drawn, in words."""
+    items = shown if isinstance(shown, list | tuple) else [shown]
+    return unfinished_words([open_run(item) for item in items if isinstance(item, Run | HasRun | str | Path)])
 
 
 def _with_labels(curves: list[Curve], labels: Sequence[str] | None) -> list[Curve]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -46,8 +47,12 @@ def run_style(run: Run, position: int = 0) -> dict[str, Any]:
 
 
 def literal(text: str) -> str:
-    """Text that matplotlib shows as it is: dollar signs start no formula, an underscore in front hides no entry."""
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+    """Text that matplotlib shows as it is: dollar signs start no formula, an underscore in front hides no entry.
+
+    Characters that no font has, such as those of a file name in another encoding, become a question mark.
+    """
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return (" " if text.startswith("_") else "") + shown.replace("$", r"\$")
 
 
 def wrapped(text: str, width: int) -> str:
@@ -91,6 +96,25 @@ def new_figure(panels: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(1, panels, squeeze=False, sharex=True, sharey=True)[0])
 
 
+def rendered(figure: Figure, kind: str, **options: Any) -> bytes:
+    """A figure as the contents of an image file; the same figure gives the same SVG.
+
+    Args:
+        figure: The figure.
+        kind: "png", "svg", "pdf": what matplotlib writes.
+        options: Further options of `savefig`.
+
+    Returns:
+        The bytes of the file.
+    """
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "spectra"}):
+        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None, **options)
+    return buffer.getvalue()
+
+
 def tidy(ax: Axes) -> None:
     """A light grid behind the data and no box around it."""
     ax.spines[["top", "right"]].set_visible(False)
@@ -99,6 +123,12 @@ def tidy(ax: Axes) -> None:
     ax.set_axisbelow(True)
     ax.tick_params(colors=TEXT_COLOUR, labelsize=9, which="both")
     ax.tick_params(which="minor", length=2, color="#bbbbbb")
+
+
+def note(ax: Axes, words: str) -> None:
+    """Small words above the axes on the right; none for ""."""
+    if words:
+        ax.set_title(words, fontsize=9, loc="right", color=TEXT_COLOUR)
 
 
 def symlog_axis(ax: Axes, low: float, high: float, threshold: float) -> None:

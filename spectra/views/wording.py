@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from spectra.estimates import quantities
 from spectra.estimates.quantities import Quantity
 from spectra.runs.folder import Run
+from spectra.runs.planned import unfinished
 from spectra.runs.record import SpectrumRecord
 
 MODE_MEANINGS = {"full": "the Hessian of the loss in the model's own weights"}
@@ -52,3 +53,12 @@ def listed(items: Iterable[str]) -> str:
     """One or more items as in a sentence: "a, b and c"."""
     *others, last = items
     return f"{', '.join(others)} and {last}" if others else last
+
+
+def unfinished_words(shown: Sequence[Run]) -> str:
+    """Which part of what was planned is there, as in "unfinished: 2 of 4 runs are finished"; "" where all is there."""
+    lacking = list(filter(None, map(unfinished, shown)))
+    if not lacking:
+        return ""
+    many = f"{len(shown) - len(lacking)} of {len(shown)} runs are finished"
+    return f"unfinished: {lacking[0] if len(shown) == 1 else many}"

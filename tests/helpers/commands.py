@@ -1,34 +1,117 @@
-"""Commands in processes of their own, to be killed and compared."""
+"""Commands in processes of their own, to be killed and compared.
+
+A command takes six seconds to import what it needs. So most tests fork it from a server that has it all imported; the
+long ones start an interpreter for each (`fresh`).
+"""
 
 import contextlib
+import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 TIMES = ("wall_time", "seconds")
-STUDY = [
-    *("--bits", "2", "--methods", "baseline,winq", "--steps", "4", "--batch-size", "2", "--length", "8"),
-    *("--probes", "1", "--lanczos-steps", "3", "--deflate", "0", "--measure-sequences", "2"),
-    *("--validation-sequences", "4", "--device", "cpu"),
-]
+MODULES = {"qat": "qat.cli", "spectra": "spectra.cli.main"}
+PRELOADED = ["qat.cli", "qat.study.compare", "spectra.cli.main", "spectra.integrations.loading", "matplotlib.figure"]
+
+_numbers = itertools.count()
 
 
-def start(program, *arguments, cache):
-    """The command `qat` or `spectra` as the leader of a process group."""
-    module = {"qat": "qat.cli", "spectra": "spectra.cli"}[program]
-    environment = os.environ | {"QAT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def start(program, *arguments, cache, fresh=False, figures=False):
+    """The command `qat` or `spectra` as the leader of a process group.
+
+    Temporary files go to the folder `temporary` beside the cache. Figures are left out of reports unless asked for, or
+    the process is fresh.
+    """
+    temporary = Path(cache).with_name("temporary")
+    temporary.mkdir(exist_ok=True)
+    environment = {"QAT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(temporary)}
+    arguments = list(map(str, arguments))
+    if not fresh:
+        return Forked(MODULES[program], arguments, environment, figures=figures)
     return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, arguments)],
+        [sys.executable, "-c", f"import {MODULES[program]} as m; raise SystemExit(m.main())", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=os.environ | environment,
         start_new_session=True,
     )
+
+
+class Forked:
+    """A command in a process that a server has forked, as far as it has the methods of `subprocess.Popen`."""
+
+    def __init__(self, module, arguments, environment, *, figures):
+        number = next(_numbers)
+        self._files = [Path(environment["QAT_CACHE"]).with_name(f"{name}-{number}") for name in ("stdout", "stderr")]
+        with _one_thread():
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(PRELOADED)
+            forkserver.ensure_running()
+        self._process = context.Process(target=_run, args=(module, arguments, environment, self._files, figures))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    def poll(self):
+        return self._process.exitcode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout=None):
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.pid, timeout)
+        return tuple(path.read_text() if path.exists() else "" for path in self._files)
+
+
+@contextlib.contextmanager
+def _one_thread():
+    """The server must not have threads when it forks."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("OMP_NUM_THREADS")
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _run(module, arguments, environment, files, figures):
+    """In the forked process: the command, as its console script would run it."""
+    import importlib
+    import tempfile
+
+    from spectra.views import page
+
+    os.setsid()
+    for path, number in zip(files, (1, 2), strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))  # noqa: SIM115
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    sys.argv = [module, *arguments]
+    if not figures:
+        page.density_pictures = page.trajectory_pictures = lambda run: []
+    code = importlib.import_module(module).main(arguments)
+    sys.stdout.flush()
+    sys.exit(code)
 
 
 def finish(process, seconds=300):

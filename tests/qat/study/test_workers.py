@@ -53,7 +53,7 @@ def test_an_error_ends_what_has_not_begun_and_lets_the_rest_end(tmp_path):
 
 def test_a_worker_that_is_killed_says_what_to_do():
     with pytest.raises(InputError, match="--workers 1"):
-        list(workers.run_jobs(die, None, [(), ()], workers=2))
+        list(workers.run_jobs(die, None, [()], workers=2))
 
 
 PARENT = """
@@ -64,7 +64,7 @@ from qat.study.workers import run_jobs
 from spectra.cli.command_line import run_command
 
 def main(arguments=None):
-    list(run_jobs(test_workers.wait_long, None, [({folder!r},), ({folder!r},)], workers=2))
+    list(run_jobs(test_workers.wait_long, None, [({folder!r},)] * {count}, workers=2))
 
 if __name__ == "__main__":
     raise SystemExit(run_command(main, name="prog")())
@@ -92,16 +92,18 @@ def until(condition, seconds=60.0):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at the processes in /proc")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_workers_end_with_their_parent(number, code, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "count"), [(signal.SIGKILL, -signal.SIGKILL, 2), (signal.SIGINT, 130, 1)]
+)
+def test_workers_end_with_their_parent(number, code, count, tmp_path):
     """The signal goes to the parent alone: the workers must see by themselves that it is gone."""
     began = tmp_path / "began"
     began.mkdir()
     script = tmp_path / "parent.py"
-    script.write_text(PARENT.format(here=str(Path(__file__).parent), folder=str(began)))
+    script.write_text(PARENT.format(here=str(Path(__file__).parent), folder=str(began), count=count))
     with subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True) as parent:
         try:
-            assert until(lambda: len(list(began.iterdir())) == 2)
+            assert until(lambda: len(list(began.iterdir())) == count)
             workers_of_it = [int(path.name) for path in began.iterdir()]
             assert all(map(lives, workers_of_it))
             parent.send_signal(number)

@@ -1,5 +1,8 @@
 """Where text comes from, that no text is on both sides, and that tokens and blocks lose nothing."""
 
+import signal
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -196,6 +199,36 @@ def test_another_process_that_was_first_wins(tmp_path):
 
     assert (cache.cached_folder("thing", late) / "mark").read_text() == "first"
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thing"]
+
+
+MAKER = """
+import pathlib, sys, time
+from qat.text import cache
+
+def fill(folder):
+    (folder / "part").touch()
+    print(folder, flush=True)
+    time.sleep(300)
+
+cache.cached_folder("thing", fill)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs the signals of POSIX")
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_fills_is_not(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", MAKER], stdout=subprocess.PIPE, text=True) as living:
+        try:
+            filled = Path(living.stdout.readline().strip())
+            assert filled.parent == tmp_path / "cache"
+            cache.cached_folder("thing", lambda folder: None).rmdir()
+            assert (filled / "part").exists()
+        finally:
+            living.kill()
+    assert filled.exists()
+    other = filled.with_name(".things-1")
+    other.mkdir()
+    made = cache.cached_folder("thing", lambda folder: None)
+    assert set(made.parent.iterdir()) == {made, other}
 
 
 def test_a_cache_that_cannot_be_written_says_how_to_move_it(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The Trainer as we wire it: against a loop written out, with the same data in the same order, and stopping at NaN."""
 
 import math
+import tempfile
 
 import pytest
 import tiny_models
@@ -86,6 +87,22 @@ def test_validating_more_often_changes_no_weight(tmp_path):
         device="cpu",
     )
     assert same_weights(plain, watched)
+
+
+def test_training_writes_nothing_but_its_run(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path / "here")
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.extend(path for name in ("temporary", "here") for path in (tmp_path / name).iterdir())
+
+    train(model_of(), blocks(), blocks(3, seed=6), settings(steps=2), callbacks=[Look()], device="cpu")
+    assert seen == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_every_pass_over_the_data_takes_each_block_once():

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import spectra
 from spectra.algorithms.plan import format_bytes
 from spectra.backend import memory
+from spectra.backend.errors import InputError
 from spectra.backend.memory import AllocationMeter
 
 
@@ -76,3 +77,20 @@ def test_the_plan_reads_in_one_line(case):
 )
 def test_bytes_read_well(size, text):
     assert format_bytes(size) == text
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_operator_without_graphs_is_refused_with_what_to_plan(case, wrapped):
+    diagonal = spectra.DiagonalOperator(torch.arange(4.0))
+    op = spectra.MeanOperator([diagonal]) if wrapped else diagonal
+    with pytest.raises(InputError, match=f"got {type(op).__name__}: plan the HessianOperator") as refused:
+        spectra.plan(op)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"probes": 0}, {"steps": -1}, {"deflate": -1}, {"reorthogonalize": "some"}, {"deflate": 10**7}]
+)
+def test_counts_that_slq_refuses_are_refused(case, changes):
+    with pytest.raises(InputError):
+        spectra.plan(operator(case), **{"probes": 2, "steps": 3} | changes)

@@ -1,13 +1,15 @@
 import argparse
 import io
+import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 from spectra.backend.errors import InputError, NonFiniteError
-from spectra.cli.command_line import on_terminal, run_command
+from spectra.cli.command_line import on_terminal, print_json, run_command
 
 
 def ending(error, capsys):
@@ -34,10 +36,27 @@ def test_what_a_user_can_fix_is_one_line_and_code_2(error, line, capsys):
     assert ending(error, capsys) == (2, f"prog: error: {line}\n")
 
 
-@pytest.mark.parametrize("said", ["interrupted; what was recorded so far is kept", "interrupted: 2 of 4 are kept"])
-def test_an_interrupt_is_code_130_with_what_is_kept(said, capsys):
-    interrupt = KeyboardInterrupt() if ";" in said else KeyboardInterrupt(said)
+@pytest.mark.parametrize("said", ["interrupted", "interrupted: 2 of 4 are kept"])
+def test_an_interrupt_is_code_130_with_what_the_command_knows_is_kept(said, capsys):
+    interrupt = KeyboardInterrupt(said) if ":" in said else KeyboardInterrupt()
     assert ending(interrupt, capsys) == (130, f"prog: error: {said}\n")
+
+
+def test_an_interrupt_that_comes_in_a_finalizer_is_not_lost(capsys):
+    """Python ignores exceptions there; the command must end all the same."""
+
+    class Slow:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def main(arguments=None):
+        del arguments
+        Slow()
+        for _ in range(100):
+            time.sleep(0.1)
+
+    assert run_command(main, name="prog")([]) == 130
+    assert capsys.readouterr().err == "prog: error: interrupted\n"
 
 
 def test_success_is_code_0(capsys):
@@ -68,6 +87,22 @@ def test_arguments_that_argparse_refuses_are_code_2(capsys):
     assert main(["--count", "x"]) == 2
     assert capsys.readouterr().err.endswith("prog: error: argument --count: invalid int value: 'x'\n")
     assert main(["--help"]) == 0
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", rb"|\u03bb| caf\udce9"), ("utf-8", b"|\xce\xbb| caf\\udce9")])
+def test_letters_that_the_terminal_lacks_are_no_error(encoding, shown, monkeypatch):
+    printed = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding))
+        assert run_command(lambda arguments: print("|λ| caf\udce9", flush=True), name="prog")([]) == 0
+        assert printed.getvalue().rstrip() == shown
+
+
+def test_printed_json_is_strict(capsys):
+    print_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": "x\udce9"})
+    assert json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name)) == {
+        **{"a": None, "b": [None, 1.5], "c": "x\udce9"}
+    }
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path):

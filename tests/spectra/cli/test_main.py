@@ -173,9 +173,18 @@ def test_compare_says_other_batches_first_and_marks_what_is_unresolved(tmp_path,
     assert not density.near_zero_share(run_folders.TOLERANCE).resolved
 
 
+def strict_json(capsys):
+    """What a command has printed, which is strict JSON and nothing else."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(capsys.readouterr().out, parse_constant=refuse)
+
+
 def test_json_has_the_numbers_of_the_table(model, text, tmp_path, capsys):
     assert measure(model, text, tmp_path / "run", "--json") == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = strict_json(capsys)
     (record,) = Run(tmp_path / "run").records
     assert printed["estimates"]["rms"] == record.estimates["rms"].to_dict()
     assert printed["out"] == str(tmp_path / "run")
@@ -183,7 +192,9 @@ def test_json_has_the_numbers_of_the_table(model, text, tmp_path, capsys):
     run = run_folders.run_folder(tmp_path / "a")
     capsys.readouterr()
     assert main(["compare", str(run.folder), "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = strict_json(capsys)
+    assert printed["before"] == f"{run.folder} step 0 (start), full"
+    assert printed["after"] == f"{run.folder} step 20 (end), full"
     assert printed["paired"] is True
     assert printed["notes"] == []
     changes = printed["changes"]
@@ -191,6 +202,68 @@ def test_json_has_the_numbers_of_the_table(model, text, tmp_path, capsys):
     assert changes["lambda_max"]["before"]["value"] == pytest.approx(8)
     assert changes["lambda_max"]["ratio"]["value"] == pytest.approx(0.8)
     assert set(changes) == set(run.records[0].estimates)
+
+
+def test_json_of_numbers_that_are_not_finite_is_strict(tmp_path, capsys):
+    """From nothing to something is no ratio."""
+    run = Run.create(tmp_path / "a")
+    for step, scale in ((0, 0.0), (1, 1.0)):
+        spectrum = run_folders.density(scale=scale)
+        run.append(run_folders.record(spectrum, step=step), spectrum)
+    capsys.readouterr()
+    assert main(["compare", str(run.folder), "--json"]) == 0
+    assert strict_json(capsys)["changes"]["lambda_max"]["ratio"]["value"] is None
+
+
+def test_compare_says_that_a_run_is_unfinished(tmp_path, capsys):
+    part = run_folders.run_folder(tmp_path / "a", planned_records=5)
+    whole = run_folders.run_folder(tmp_path / "b", planned_records=3)
+    capsys.readouterr()
+    assert main(["compare", str(part.folder), str(whole.folder), "--json"]) == 0
+    assert strict_json(capsys)["notes"] == [f"{part.folder} is unfinished: 3 of 5 spectra are measured"]
+    assert main(["compare", str(whole.folder)]) == 0
+    assert "unfinished" not in capsys.readouterr().out
+
+
+def interrupt(*given, **options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "words"),
+    [
+        (["plot"], "spectra.views.plots.density", "no image was written"),
+        (["plot", "--quantity", "rms"], "spectra.views.style.rendered", "no image was written"),
+        (["plot", "--out", "{run}/x.pdf"], "os.replace", "no image was written"),
+        (["report"], "spectra.views.page.density_pictures", "no report was written"),
+        (["report"], "os.replace", "no report was written"),
+        (["compare"], "spectra.cli.compare.compare", "nothing was compared"),
+    ],
+)
+def test_an_interrupt_says_truly_that_nothing_was_written(command, place, words, tmp_path, capsys, monkeypatch):
+    run = run_folders.run_folder(tmp_path / "a", marks=((0, ""), (1, "")))
+    before = sorted(run.folder.rglob("*"))
+    capsys.readouterr()
+    monkeypatch.setattr("spectra.views.page.trajectory_pictures", lambda run: [])
+    monkeypatch.setattr(place, interrupt)
+    name, *options = [word.format(run=run.folder) for word in command]
+    assert main([name, str(run.folder), *options]) == 130
+    assert capsys.readouterr().err == f"spectra: error: interrupted: {words}\n"
+    assert sorted(run.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("command", "name"), [("plot", "density.png"), ("report", "report.html")])
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interrupt_after_the_file_was_written_says_so(command, name, there, tmp_path, capsys, monkeypatch):
+    run = run_folders.run_folder(tmp_path / "a", marks=((0, ""),))
+    monkeypatch.setattr("spectra.views.page.density_pictures", lambda run: [])
+    monkeypatch.setattr("spectra.views.page.trajectory_pictures", lambda run: [])
+    if there:
+        assert main([command, str(run.folder)]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("spectra.runs.files._sync_folder", interrupt)
+    assert main([command, str(run.folder)]) == 130
+    assert capsys.readouterr().err == f"spectra: error: interrupted: {run.folder / name} is written\n"
 
 
 def test_options_are_checked_before_a_model_is_loaded(model, text, tmp_path, capsys, monkeypatch):
@@ -218,9 +291,6 @@ def test_the_next_commands_can_be_pasted(model, text, tmp_path, capsys):
 
 
 def test_an_interrupted_measurement_keeps_nothing_and_says_so(model, text, tmp_path, capsys, monkeypatch):
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
         patched.setattr("spectra.runs.probe.slq", interrupt)
         assert measure(model, text, tmp_path / "run") == 130

@@ -259,3 +259,44 @@ def test_a_damaged_table_is_named(tmp_path):
         (run.folder / "table.json").write_text(content)
         with pytest.raises(InputError, match=r"expected a list of rows in .*table\.json"):
             report.write(run)
+
+
+def test_an_unfinished_study_says_so_in_words_and_in_its_figures(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "rendered", lambda figure, kind, **options: drawn.append(figure) or b"")
+    study = run_folders.study_folder(tmp_path / "study", bits=(2,))
+    assert "Unfinished:" not in page(report.write(study)).text
+    titles = [ax.get_title(loc=where) for figure in drawn for ax in figure.axes for where in ("left", "right")]
+    assert not any("finished" in title for title in titles)
+    config = study.folder / "2bit-winq" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"planned_records": 9}))
+    drawn.clear()
+    got = page(report.write(study))
+    assert "study Unfinished: 1 of 2 runs are finished. What is shown is what there is so far." in got.text
+    for figure in drawn:
+        titles = [figure.axes[0].get_title(loc="right"), *(ax.get_title(loc="left") for ax in figure.axes)]
+        assert "unfinished: 1 of 2 runs are finished" in titles or (
+            "2-bit WinQ\nunfinished: 4 of 9 spectra are measured" in titles and "2-bit baseline" in titles
+        )
+    assert len(drawn) > 10
+
+
+def test_a_report_is_replaced_whole_or_not_at_all(tmp_path, without_figures, monkeypatch):
+    run = run_folders.run_folder(tmp_path / "a")
+    path = report.write(run, title="before")
+    before = path.read_bytes()
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        report.write(run, title="after")
+    assert path.read_bytes() == before
+    assert not list(run.folder.rglob("*.partial"))
+
+
+def test_names_that_no_encoding_has_are_shown_all_the_same(tmp_path):
+    shown = {"label": "a\ud800b\x00", "quantities": {"rms": {"name": "r\udce9ms"}}}
+    run = run_folders.run_folder(tmp_path / "x\udce9", presentation=shown, checkpoint="y\udce9")
+    assert "a?b" in page(report.write(run, images=True)).text

@@ -314,3 +314,24 @@ def test_eigenvalues_that_are_exactly_zero_are_told(tmp_path):
     run.append(run_folders.record(spectrum), spectrum)
     run_folders.add(run, step=5)
     assert legend(plots.density(run)) == ["step 0, 75% at 0", "step 5"]
+
+
+def above(ax):
+    return ax.get_title(loc="right")
+
+
+def test_what_is_unfinished_says_so_above_the_axes(tmp_path):
+    whole = run_folders.run_folder(tmp_path / "whole", planned_records=3)
+    part = run_folders.run_folder(tmp_path / "part", planned_records=5)
+    for drawn in (plots.density(part), plots.cumulative(part.folder), plots.trajectory([part], "rms")):
+        assert above(drawn) == "unfinished: 3 of 5 spectra are measured"
+    assert above(plots.density([whole, str(part.folder)], steps="last")) == "unfinished: 1 of 2 runs are finished"
+    assert above(plots.trajectory(tmp_path_study(tmp_path), "rms")) == "unfinished: 1 of 3 runs are finished"
+    for drawn in (plots.density(whole), plots.trajectory(whole, "rms"), plots.density(run_folders.density())):
+        assert above(drawn) == ""
+
+
+def tmp_path_study(tmp_path):
+    """The two runs as a study of three."""
+    (tmp_path / "config.json").write_text('{"planned_runs": ["whole", "part", "third"]}')
+    return tmp_path
