@@ -1,0 +1,297 @@
+"""How many faults the tests catch: mutants of the numerical rooms, each run against the tests that reach its lines.
+
+    python benchmarks/mutation/mutation.py [--sample 300] [--seed 0] [--jobs 2] [--files GLOB ...] [--out FILE]
+
+First the tests run once as they are, to see which of them reach which line. Then each mutant runs against those that
+reach its statement: the tests that mirror its file, then those of the neighbouring rooms, the quickest first, and up to
+--seconds of them. The first failure or a timeout catches it. Results are kept in runs/mutation: the same command again
+goes on, and tries the survivors again where tests have changed. equivalent.toml lists mutants that are no faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mutants import Mutant, sample
+from reached import Tracer, lines_of_statement
+
+ROOT = Path(__file__).resolve().parents[2]
+HESSIAN = "spectra/operators/hessian"
+SOURCES = ["spectra/estimates/*.py", "spectra/algorithms/*.py", "qat/layers/*.py", "qat/layers/quantizers/*.py"]
+SOURCES += [f"{HESSIAN}/{name}.py" for name in ("objective", "pieces", "batches", "losses")]
+ROOMS = ["spectra/estimates", "spectra/algorithms", "spectra/operators", "qat/layers", "core"]
+TESTS = [f"tests/{room}/**/test_*.py" for room in ROOMS] + ["tests/qat/test_hessian.py"]
+COPIED = ["spectra", "qat", "tests", "benchmarks", "docs", "pyproject.toml", "README.md"]
+PRELOADED = ["torch", "scipy.stats", "scipy.sparse.linalg", "pytest", "hypothesis", "transformers", "torch.fx"]
+LIMIT = 12 << 30  # bytes of address space: a mutant that asks for more fails by itself
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What each test takes and reaches, by test files."""
+
+    seconds: dict[str, float]
+    lines: dict[str, dict[int, set[str]]]
+
+    def tests(self, mutant: Mutant, source: str, budget: float) -> list[str]:
+        """The tests that reach a mutant: those that mirror its file first, and each part with the quickest first."""
+        lines = lines_of_statement(source, mutant.line)
+        names = {name for line in lines for name in self.lines[mutant.file].get(line, ())}
+        mirror = f"/test_{Path(mutant.file).stem}.py"
+        own = sorted((name for name in names if mirror in name), key=self.seconds.__getitem__)
+        chosen, spent = own, 0.0
+        for name in sorted(names - set(own), key=self.seconds.__getitem__):
+            spent += self.seconds[name]
+            if spent > budget:
+                break
+            chosen.append(name)
+        return chosen
+
+
+def _pytest(tree: str, arguments: list[str], plugin: Any) -> int:
+    """Run pytest on a tree in this process, which was forked for it."""
+    import resource
+
+    os.setsid()
+    os.chdir(tree)
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, tree)
+    os.environ |= {"PYTHONPATH": tree, "PYTHONDONTWRITEBYTECODE": "1"}
+    resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
+    log = os.open("pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    import pytest
+
+    spec = find_spec("spectra")
+    assert str(spec and spec.origin).startswith(tree), spec
+    return pytest.main([*arguments, "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"], plugins=[plugin])
+
+
+def _trace(tree: str, test_file: str, files: list[str], out: str) -> None:
+    """Write to `out` what the tests of one file take and reach."""
+    with Tracer(tree, files, test_file) as tracer:
+        code = _pytest(tree, [test_file], tracer)
+    lines = {file: {n: sorted(tests) for n, tests in found.items()} for file, found in tracer.lines.items()}
+    result = {"code": int(code), "failed": tracer.failed, "seconds": tracer.seconds, "lines": lines}
+    Path(out).write_text(json.dumps(result))
+
+
+class _FirstFailure:
+    """A pytest plugin that remembers the first test, or file of tests, that failed."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.name = self.name or report.nodeid
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def _catch(tree: str, tests: list[str], out: str) -> None:
+    """Write to `out` which test failed; nothing where all passed."""
+    first = _FirstFailure()
+    code = _pytest(tree, tests, first)
+    assert first.name or code == 0, f"pytest ended with {code}: see {tree}/pytest.log"
+    Path(out).write_text(first.name)
+
+
+class Runner:
+    """Runs pytest in forked processes, each on a copy of the project of its own.
+
+    Args:
+        jobs: How many processes at a time.
+    """
+
+    def __init__(self, jobs: int):
+        self._folder = Path(tempfile.mkdtemp(prefix="mutation-"))
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
+        self._trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for job in range(jobs):
+            tree = self._folder / str(job)
+            for name in COPIED:
+                copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+                options = {"ignore": shutil.ignore_patterns("__pycache__")} if (ROOT / name).is_dir() else {}
+                tree.mkdir(exist_ok=True)
+                copy(ROOT / name, tree / name, **options)
+            self._trees.put(tree)
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def trace(self, test_file: str, files: list[str]) -> dict[str, Any]:
+        """Which lines the tests of a file reach."""
+        result = json.loads(self._run(_trace, (test_file, files), 1800.0) or '{"code": "timeout", "failed": "timeout"}')
+        if result["code"] not in (0, 5):  # passed, or only slow tests
+            raise SystemExit(f"tests must pass before mutants are made: {test_file}, {result['failed']}")
+        return result
+
+    def catch(self, mutant: Mutant, tests: list[str], timeout: float) -> str:
+        """The name of a test that fails with the mutant, "timeout", or "" where all pass."""
+        outcome = self._run(_catch, (tests,), timeout, mutant) if tests else ""
+        return "timeout" if outcome is None else outcome
+
+    def _run(self, target: Any, arguments: tuple, timeout: float, mutant: Mutant | None = None) -> str | None:
+        tree = self._trees.get()
+        out = tree / "outcome"
+        out.unlink(missing_ok=True)
+        original = (tree / mutant.file).read_text() if mutant else ""
+        try:
+            if mutant:
+                (tree / mutant.file).write_text(mutant.code)
+            process = self._context.Process(target=target, args=(str(tree), *arguments, str(out)))
+            process.start()
+            process.join(timeout)
+            if process.is_alive():
+                _kill_group(process.pid)
+                process.join()
+                return None
+            assert process.exitcode <= 0, f"{mutant and mutant.change}: a process ended with {process.exitcode}"
+            return out.read_text() if out.exists() else f"signal {-process.exitcode}"
+        finally:
+            if mutant:
+                (tree / mutant.file).write_text(original)
+            self._trees.put(tree)
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has no group of its own yet
+        os.kill(pid, signal.SIGKILL)
+
+
+def digest(*patterns: str) -> str:
+    """A short name of the contents of files."""
+    found = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern)}):
+        found.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def reached(runner: Runner, jobs: int, tests: list[str], files: list[str], folder: Path) -> Reached:
+    """Run each test file as it is, where that was not done before, and gather what the tests reach."""
+    sources = digest("spectra/**/*.py", "qat/**/*.py", "tests/helpers/*.py")
+
+    def of_file(test_file: str) -> dict[str, Any]:
+        kept = folder / f"reached-{Path(test_file).stem}-{sources}-{digest(test_file)}.json"
+        if not kept.exists():
+            print(f"running {test_file} as it is", flush=True)
+            kept.write_text(json.dumps(runner.trace(test_file, files)))
+        return json.loads(kept.read_text())
+
+    seconds, lines = {}, {file: {} for file in files}
+    with ThreadPoolExecutor(jobs) as pool:
+        for result in pool.map(of_file, tests):
+            seconds |= result["seconds"]
+            for file, found in result["lines"].items():
+                for line, names in found.items():
+                    lines[file].setdefault(int(line), set()).update(names)
+    return Reached(seconds, lines)
+
+
+def equivalents() -> dict[tuple[str, str, str], str]:
+    """The reasons of the mutants that are no faults."""
+    listed = tomllib.loads(Path(__file__).with_name("equivalent.toml").read_text())["mutants"]
+    return {(item["file"], item["before"], item["after"]): item["reason"] for item in listed}
+
+
+def table(rows: list[dict[str, Any]], equivalent: dict[tuple[str, str, str], str], title: str) -> str:
+    """Mutants, caught and survivors by file, and each survivor's line."""
+    counts: dict[str, Counter] = {}
+    survivors = []
+    for row in sorted(rows, key=lambda row: (row["file"], row["line"])):
+        change = row["file"], row["before"], row["after"]
+        outcome = "caught" if row["caught"] else "equivalent" if change in equivalent else "survived"
+        counts.setdefault(row["file"], Counter())[outcome] += 1
+        if outcome == "survived":
+            survivors.append(f"* `{row['file']}:{row['line']}`: `{row['before']}` became `{row['after']}`")
+    total = sum(counts.values(), Counter())
+    lines = [f"# {title}", "", "| file | mutants | caught | equivalent | survived |", "|---|---:|---:|---:|---:|"]
+    for name, count in [*counts.items(), ("all", total)]:
+        cells = [count.total(), count["caught"], count["equivalent"], count["survived"]]
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
+    faults = total["caught"] + total["survived"]
+    lines += ["", f"Caught of what is not equivalent: {total['caught']} of {faults}, {total['caught'] / faults:.1%}."]
+    return "\n".join([*lines, "", *(["Survivors:", "", *survivors, ""] if survivors else [])])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, default=300, help="number of mutants; 0 for all (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    parser.add_argument("--files", nargs="*", default=SOURCES, help="globs of the files to change")
+    parser.add_argument("--tests", nargs="*", default=TESTS, help="globs of the files of tests")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of the neighbours' tests, each (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "mutation", help="what is kept between runs")
+    parser.add_argument("--out", type=Path, help="file for the table")
+    options = parser.parse_args(arguments)
+    files, tests = (
+        sorted({str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)})
+        for patterns in (options.files, options.tests)
+    )
+    options.folder.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
+    drawn = sample(ROOT, files, options.sample, options.seed)
+    kept, state = options.folder / "results.jsonl", digest("tests/**/*.py")
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    sources = {file: ((ROOT / file).read_text(), digest(file)) for file in files}
+    known = {
+        (row["file"], row["line"], row["after"], row["source"]): row
+        for row in rows
+        if row["caught"] or row["state"] == state
+    }
+    with Runner(options.jobs) as runner:
+        found = reached(runner, options.jobs, tests, files, options.folder)
+
+        def outcome(mutant: Mutant) -> dict[str, Any]:
+            source, name = sources[mutant.file]
+            before = known.get((mutant.file, mutant.line, mutant.after, name))
+            if before:
+                return before
+            chosen = found.tests(mutant, source, options.seconds)
+            timeout = 60 + 5 * sum(found.seconds[test] for test in chosen)
+            caught = runner.catch(mutant, chosen, timeout)
+            row = {"file": mutant.file, "line": mutant.line, "before": mutant.before, "after": mutant.after}
+            row |= {"caught": caught, "tests": len(chosen), "source": name, "state": state}
+            with kept.open("a") as out:
+                out.write(json.dumps(row) + "\n")
+            print(f"{mutant.file}:{mutant.line}: {mutant.before} -> {mutant.after}: {caught or 'SURVIVED'}", flush=True)
+            return row
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            rows = list(pool.map(outcome, drawn))
+    version = subprocess.run(["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    title = f"Mutants caught, sample of {len(rows)} with seed {options.seed}, commit {version}"
+    text = table(rows, equivalents(), title)
+    print(text)
+    if options.out:
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
