@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import queue
+import resource
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 from mutants import Mutant, sample
 from reached import Tracer, lines_of_statement
 
@@ -50,69 +52,85 @@ class Reached:
     seconds: dict[str, float]
     lines: dict[str, dict[int, set[str]]]
 
-    def tests(self, mutant: Mutant, source: str, budget: float) -> list[str]:
-        """The tests that reach a mutant: those that mirror its file first, and each part with the quickest first."""
+    def tests(self, mutant: Mutant, source: str, budget: float) -> tuple[list[str], list[str]]:
+        """The tests that reach a mutant, the quickest first: those that mirror its file, and the neighbours'."""
         lines = lines_of_statement(source, mutant.line)
         names = {name for line in lines for name in self.lines[mutant.file].get(line, ())}
         mirror = f"/test_{Path(mutant.file).stem}.py"
         own = sorted((name for name in names if mirror in name), key=self.seconds.__getitem__)
-        chosen, spent = own, 0.0
+        neighbours, spent = [], 0.0
         for name in sorted(names - set(own), key=self.seconds.__getitem__):
             spent += self.seconds[name]
             if spent > budget:
                 break
-            chosen.append(name)
-        return chosen
+            neighbours.append(name)
+        return own, neighbours
 
 
-def _pytest(tree: str, arguments: list[str], plugin: Any) -> int:
-    """Run pytest on a tree in this process, which was forked for it."""
-    import resource
-
+def _enter(tree: str) -> None:
+    """Make a tree the project of this process, which was forked for it."""
     os.setsid()
     os.chdir(tree)
     sys.dont_write_bytecode = True
     sys.path.insert(0, tree)
     os.environ |= {"PYTHONPATH": tree, "PYTHONDONTWRITEBYTECODE": "1"}
+    spec = find_spec("spectra")
+    assert str(spec and spec.origin).startswith(tree), spec
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
     log = os.open("pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    import pytest
 
-    spec = find_spec("spectra")
-    assert str(spec and spec.origin).startswith(tree), spec
-    return pytest.main([*arguments, "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"], plugins=[plugin])
+
+def _pytest(files: list[str], plugin: Any) -> int:
+    options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    return int(pytest.main([*files, *options], plugins=[plugin]))
 
 
 def _trace(tree: str, test_file: str, files: list[str], out: str) -> None:
     """Write to `out` what the tests of one file take and reach."""
+    _enter(tree)
     with Tracer(tree, files, test_file) as tracer:
-        code = _pytest(tree, [test_file], tracer)
+        code = _pytest([test_file], tracer)
     lines = {file: {n: sorted(tests) for n, tests in found.items()} for file, found in tracer.lines.items()}
-    result = {"code": int(code), "failed": tracer.failed, "seconds": tracer.seconds, "lines": lines}
-    Path(out).write_text(json.dumps(result))
+    Path(out).write_text(json.dumps({"code": code, "failed": tracer.failed, "seconds": tracer.seconds, "lines": lines}))
 
 
-class _FirstFailure:
-    """A pytest plugin that remembers the first test, or file of tests, that failed."""
+class _Chosen:
+    """A pytest plugin that runs the chosen tests in their order, and remembers the first that failed.
 
-    def __init__(self) -> None:
-        self.name = ""
+    Where a mutant has changed the names of tests (of parametrized ones), all tests of these files run.
+    """
+
+    def __init__(self, tests: list[str]):
+        self._rank = {name: rank for rank, name in enumerate(tests)}
+        self.failed = ""
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        def rank(item: pytest.Item) -> int | None:
+            return self._rank.get(item.nodeid, self._rank.get(item.nodeid.split("::")[0]))
+
+        if not {name for name in self._rank if "::" in name} - {item.nodeid for item in items}:
+            items[:] = sorted((item for item in items if rank(item) is not None), key=rank)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
-            self.name = self.name or report.nodeid
+            self.failed = self.failed or report.nodeid
 
     pytest_collectreport = pytest_runtest_logreport
 
 
-def _catch(tree: str, tests: list[str], out: str) -> None:
-    """Write to `out` which test failed; nothing where all passed."""
-    first = _FirstFailure()
-    code = _pytest(tree, tests, first)
-    assert first.name or code == 0, f"pytest ended with {code}: see {tree}/pytest.log"
-    Path(out).write_text(first.name)
+def _catch(tree: str, stages: tuple[list[str], ...], out: str) -> None:
+    """Write to `out` which test failed, an empty text where all passed."""
+    _enter(tree)
+    failed = ""
+    for tests in filter(None, stages):
+        chosen = _Chosen(tests)
+        code = _pytest(sorted({name.split("::")[0] for name in tests}), chosen)
+        failed = chosen.failed or ("" if code == 0 else f"pytest ended with {code}")
+        if failed:
+            break
+    Path(out).write_text(failed)
 
 
 class Runner:
@@ -149,9 +167,15 @@ class Runner:
             raise SystemExit(f"tests must pass before mutants are made: {test_file}, {result['failed']}")
         return result
 
-    def catch(self, mutant: Mutant, tests: list[str], timeout: float) -> str:
-        """The name of a test that fails with the mutant, "timeout", or "" where all pass."""
-        outcome = self._run(_catch, (tests,), timeout, mutant) if tests else ""
+    def catch(self, mutant: Mutant, stages: tuple[list[str], ...], timeout: float) -> str:
+        """The name of a test that fails with the mutant, "timeout", or "" where all pass.
+
+        Args:
+            mutant: What to change.
+            stages: Names of tests or files, those of the first stage to be run first.
+            timeout: In seconds.
+        """
+        outcome = self._run(_catch, (stages,), timeout, mutant) if any(stages) else ""
         return "timeout" if outcome is None else outcome
 
     def _run(self, target: Any, arguments: tuple, timeout: float, mutant: Mutant | None = None) -> str | None:
@@ -273,11 +297,11 @@ def main(arguments: list[str] | None = None) -> None:
             before = known.get((mutant.file, mutant.line, mutant.after, name))
             if before:
                 return before
-            chosen = found.tests(mutant, source, options.seconds)
-            timeout = 60 + 5 * sum(found.seconds[test] for test in chosen)
-            caught = runner.catch(mutant, chosen, timeout)
+            stages = found.tests(mutant, source, options.seconds)
+            timeout = 60 + 5 * sum(found.seconds[test] for stage in stages for test in stage)
+            caught = runner.catch(mutant, stages, timeout)
             row = {"file": mutant.file, "line": mutant.line, "before": mutant.before, "after": mutant.after}
-            row |= {"caught": caught, "tests": len(chosen), "source": name, "state": state}
+            row |= {"caught": caught, "tests": len(stages[0]) + len(stages[1]), "source": name, "state": state}
             with kept.open("a") as out:
                 out.write(json.dumps(row) + "\n")
             print(f"{mutant.file}:{mutant.line}: {mutant.before} -> {mutant.after}: {caught or 'SURVIVED'}", flush=True)

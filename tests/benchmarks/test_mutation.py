@@ -67,26 +67,30 @@ def test_own_tests_go_first_and_the_quickest_of_the_neighbours():
     seconds = dict(zip(names, (9.0, 1.0, 3.0, 2.0), strict=True))
     found = mutation.Reached(seconds, {"a.py": {5: {*names[:3]}, 6: {*names}}})
     mutant = mutants.Mutant("a.py", 6, "", "", "")
-    assert found.tests(mutant, SOURCE, 10.0) == [names[i] for i in (1, 0, 3, 2)]
-    assert found.tests(mutant, SOURCE, 4.0) == [names[i] for i in (1, 0, 3)]
-    assert found.tests(replace(mutant, line=5), SOURCE, 4.0) == [names[i] for i in (1, 0, 2)]
-    assert found.tests(replace(mutant, line=7), SOURCE, 4.0) == []
+    assert found.tests(mutant, SOURCE, 10.0) == ([names[1], names[0]], [names[3], names[2]])
+    assert found.tests(mutant, SOURCE, 4.0) == ([names[1], names[0]], [names[3]])
+    assert found.tests(replace(mutant, line=5), SOURCE, 4.0) == ([names[1], names[0]], [names[2]])
+    assert found.tests(replace(mutant, line=7), SOURCE, 4.0) == ([], [])
 
 
 def test_a_fault_is_caught_and_no_change_is_not(tmp_path):
-    test_file = "tests/spectra/estimates/test_digits.py"
+    test_file, other = "tests/spectra/estimates/test_digits.py", "tests/spectra/estimates/test_curves.py"
     source = (ROOT / FILE).read_text()
     unchanged = mutants.Mutant(FILE, 1, "", "", source)
+    broken = replace(unchanged, code=source.replace("MOST_DIGITS = 4", "MOST_DIGITS = 3"))
     with mutation.Runner(1) as runner:
         traced = mutation.reached(runner, 1, [test_file], [FILE], tmp_path)
-        assert any(test_file in name for names in traced.lines[FILE].values() for name in names)
-        assert len(traced.seconds) > 2
-        assert runner.catch(unchanged, [test_file], 120.0) == ""
-        broken = replace(unchanged, code=source.replace("def rounded", "def other"))
-        assert test_file in runner.catch(broken, [test_file], 120.0)
+        reaching = sorted({name for names in traced.lines[FILE].values() for name in names if "::" in name})
+        assert len(reaching) > 2
+        assert set(reaching) <= set(traced.seconds)
+        assert runner.catch(unchanged, ([test_file], [other]), 120.0) == ""
+        assert runner.catch(broken, ([other], []), 120.0) == ""  # which does not reach it
+        assert runner.catch(broken, ([other], reaching), 120.0) in reaching
+        assert test_file in runner.catch(broken, ([test_file + "::gone"], []), 120.0)
+        renamed = replace(unchanged, code=source.replace("def rounded", "def other"))
+        assert runner.catch(renamed, (reaching, []), 120.0) == test_file
         endless = replace(unchanged, code=source + "\nwhile True:\n    pass\n")
-        assert runner.catch(endless, [test_file], 2.0) == "timeout"
-        assert runner.catch(unchanged, [test_file], 120.0) == ""
+        assert runner.catch(endless, (reaching, []), 2.0) == "timeout"
 
 
 def test_the_table():
