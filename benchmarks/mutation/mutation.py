@@ -11,6 +11,7 @@ goes on, and tries the survivors again where tests have changed. equivalent.toml
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -43,6 +44,7 @@ TESTS = [f"tests/{room}/**/test_*.py" for room in ROOMS] + ["tests/qat/test_hess
 COPIED = ["spectra", "qat", "tests", "benchmarks", "docs", "pyproject.toml", "README.md"]
 PRELOADED = ["torch", "scipy.stats", "scipy.sparse.linalg", "pytest", "hypothesis", "transformers", "torch.fx"]
 LIMIT = 12 << 30  # bytes of address space: a mutant that asks for more fails by itself
+SLOWEST, SLOWER = 60, 10  # a test may take so many seconds, and so many times as long as without a mutant
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,21 @@ class Reached:
     seconds: dict[str, float]
     lines: dict[str, dict[int, set[str]]]
 
-    def tests(self, mutant: Mutant, source: str, budget: float) -> tuple[list[str], list[str]]:
-        """The tests that reach a mutant, the quickest first: those that mirror its file, and the neighbours'."""
+    def tests(self, mutant: Mutant, source: str, budget: float) -> tuple[dict[str, float], dict[str, float]]:
+        """The tests that reach a mutant and their seconds: those that mirror its file, and the neighbours'.
+
+        The quickest come first, and of the neighbours' as many as fit in the budget.
+        """
         lines = lines_of_statement(source, mutant.line)
         names = {name for line in lines for name in self.lines[mutant.file].get(line, ())}
-        mirror = f"/test_{Path(mutant.file).stem}.py"
-        own = sorted((name for name in names if mirror in name), key=self.seconds.__getitem__)
-        neighbours, spent = [], 0.0
-        for name in sorted(names - set(own), key=self.seconds.__getitem__):
-            spent += self.seconds[name]
-            if spent > budget:
-                break
-            neighbours.append(name)
+        mirror, spent = f"/test_{Path(mutant.file).stem}.py", 0.0
+        own, neighbours = {}, {}
+        for name in sorted(names, key=self.seconds.__getitem__):
+            if mirror in name:
+                own[name] = self.seconds[name]
+            elif spent + self.seconds[name] <= budget:
+                neighbours[name] = self.seconds[name]
+                spent += self.seconds[name]
         return own, neighbours
 
 
@@ -99,19 +104,31 @@ def _trace(tree: str, test_file: str, files: list[str], out: str) -> None:
 class _Chosen:
     """A pytest plugin that runs the chosen tests in their order, and remembers the first that failed.
 
-    Where a mutant has changed the names of tests (of parametrized ones), all tests of these files run.
+    Where a mutant has changed the names of tests (of parametrized ones), all tests of these files run. A test that
+    takes far longer than without the mutant ends the process.
+
+    Args:
+        seconds: Of each chosen test or file, in the order in which to run them.
     """
 
-    def __init__(self, tests: list[str]):
-        self._rank = {name: rank for rank, name in enumerate(tests)}
+    def __init__(self, seconds: dict[str, float]):
+        self._seconds, self._rank = seconds, {name: rank for rank, name in enumerate(seconds)}
         self.failed = ""
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        def rank(item: pytest.Item) -> int | None:
-            return self._rank.get(item.nodeid, self._rank.get(item.nodeid.split("::")[0]))
+    def _name(self, item: pytest.Item) -> str:
+        return item.nodeid if item.nodeid in self._rank else item.nodeid.split("::")[0]
 
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         if not {name for name in self._rank if "::" in name} - {item.nodeid for item in items}:
-            items[:] = sorted((item for item in items if rank(item) is not None), key=rank)
+            chosen = [item for item in items if self._name(item) in self._rank]
+            items[:] = sorted(chosen, key=lambda item: self._rank[self._name(item)])
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
+        signal.alarm(SLOWEST + int(SLOWER * self._seconds.get(self._name(item), 0.0)))
+        result = yield
+        signal.alarm(SLOWEST)
+        return result
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
@@ -120,13 +137,14 @@ class _Chosen:
     pytest_collectreport = pytest_runtest_logreport
 
 
-def _catch(tree: str, stages: tuple[list[str], ...], out: str) -> None:
+def _catch(tree: str, stages: tuple[dict[str, float], ...], out: str) -> None:
     """Write to `out` which test failed, an empty text where all passed."""
     _enter(tree)
     failed = ""
-    for tests in filter(None, stages):
-        chosen = _Chosen(tests)
-        code = _pytest(sorted({name.split("::")[0] for name in tests}), chosen)
+    for seconds in filter(None, stages):
+        chosen = _Chosen(seconds)
+        signal.alarm(SLOWEST)
+        code = _pytest(sorted({name.split("::")[0] for name in seconds}), chosen)
         failed = chosen.failed or ("" if code == 0 else f"pytest ended with {code}")
         if failed:
             break
@@ -162,23 +180,21 @@ class Runner:
 
     def trace(self, test_file: str, files: list[str]) -> dict[str, Any]:
         """Which lines the tests of a file reach."""
-        result = json.loads(self._run(_trace, (test_file, files), 1800.0) or '{"code": "timeout", "failed": "timeout"}')
+        result = json.loads(self._run(_trace, (test_file, files)))
         if result["code"] not in (0, 5):  # passed, or only slow tests
             raise SystemExit(f"tests must pass before mutants are made: {test_file}, {result['failed']}")
         return result
 
-    def catch(self, mutant: Mutant, stages: tuple[list[str], ...], timeout: float) -> str:
-        """The name of a test that fails with the mutant, "timeout", or "" where all pass.
+    def catch(self, mutant: Mutant, stages: tuple[dict[str, float], ...]) -> str:
+        """The name of a test that fails with the mutant, a signal that ended the process, or "" where all pass.
 
         Args:
             mutant: What to change.
-            stages: Names of tests or files, those of the first stage to be run first.
-            timeout: In seconds.
+            stages: Names and seconds of tests or files, those of the first stage to be run first.
         """
-        outcome = self._run(_catch, (stages,), timeout, mutant) if any(stages) else ""
-        return "timeout" if outcome is None else outcome
+        return self._run(_catch, (stages,), mutant) if any(stages) else ""
 
-    def _run(self, target: Any, arguments: tuple, timeout: float, mutant: Mutant | None = None) -> str | None:
+    def _run(self, target: Any, arguments: tuple, mutant: Mutant | None = None) -> str:
         tree = self._trees.get()
         out = tree / "outcome"
         out.unlink(missing_ok=True)
@@ -188,24 +204,15 @@ class Runner:
                 (tree / mutant.file).write_text(mutant.code)
             process = self._context.Process(target=target, args=(str(tree), *arguments, str(out)))
             process.start()
-            process.join(timeout)
-            if process.is_alive():
-                _kill_group(process.pid)
-                process.join()
-                return None
+            process.join()
+            with contextlib.suppress(ProcessLookupError):  # what it has started and left behind
+                os.killpg(process.pid, signal.SIGKILL)
             assert process.exitcode <= 0, f"{mutant and mutant.change}: a process ended with {process.exitcode}"
             return out.read_text() if out.exists() else f"signal {-process.exitcode}"
         finally:
             if mutant:
                 (tree / mutant.file).write_text(original)
             self._trees.put(tree)
-
-
-def _kill_group(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has no group of its own yet
-        os.kill(pid, signal.SIGKILL)
 
 
 def digest(*patterns: str) -> str:
@@ -270,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
     parser.add_argument("--files", nargs="*", default=SOURCES, help="globs of the files to change")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="globs of the files of tests")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of the neighbours' tests, each (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the neighbours' tests, each (%(default)s)")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "mutation", help="what is kept between runs")
     parser.add_argument("--out", type=Path, help="file for the table")
     options = parser.parse_args(arguments)
@@ -298,8 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
             if before:
                 return before
             stages = found.tests(mutant, source, options.seconds)
-            timeout = 60 + 5 * sum(found.seconds[test] for stage in stages for test in stage)
-            caught = runner.catch(mutant, stages, timeout)
+            caught = runner.catch(mutant, stages)
             row = {"file": mutant.file, "line": mutant.line, "before": mutant.before, "after": mutant.after}
             row |= {"caught": caught, "tests": len(stages[0]) + len(stages[1]), "source": name, "state": state}
             with kept.open("a") as out:

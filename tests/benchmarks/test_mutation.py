@@ -1,5 +1,8 @@
 """The mutation run: mutants of a few lines, the tests that reach them, and what becomes of one that is no fault."""
 
+import os
+import signal
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -67,30 +70,40 @@ def test_own_tests_go_first_and_the_quickest_of_the_neighbours():
     seconds = dict(zip(names, (9.0, 1.0, 3.0, 2.0), strict=True))
     found = mutation.Reached(seconds, {"a.py": {5: {*names[:3]}, 6: {*names}}})
     mutant = mutants.Mutant("a.py", 6, "", "", "")
-    assert found.tests(mutant, SOURCE, 10.0) == ([names[1], names[0]], [names[3], names[2]])
-    assert found.tests(mutant, SOURCE, 4.0) == ([names[1], names[0]], [names[3]])
-    assert found.tests(replace(mutant, line=5), SOURCE, 4.0) == ([names[1], names[0]], [names[2]])
-    assert found.tests(replace(mutant, line=7), SOURCE, 4.0) == ([], [])
+    for line, budget, own, neighbours in ((6, 10.0, [1, 0], [3, 2]), (6, 4.0, [1, 0], [3]), (5, 4.0, [1, 0], [2])):
+        stages = found.tests(replace(mutant, line=line), SOURCE, budget)
+        assert [list(stage) for stage in stages] == [[names[i] for i in part] for part in (own, neighbours)]
+        assert all(seconds[name] == stage[name] for stage in stages for name in stage)
+    assert found.tests(replace(mutant, line=7), SOURCE, 4.0) == ({}, {})
 
 
 def test_a_fault_is_caught_and_no_change_is_not(tmp_path):
-    test_file, other = "tests/spectra/estimates/test_digits.py", "tests/spectra/estimates/test_curves.py"
+    test_file, other = "tests/spectra/estimates/test_digits.py", {"tests/spectra/estimates/test_curves.py": 1.0}
     source = (ROOT / FILE).read_text()
     unchanged = mutants.Mutant(FILE, 1, "", "", source)
     broken = replace(unchanged, code=source.replace("MOST_DIGITS = 4", "MOST_DIGITS = 3"))
     with mutation.Runner(1) as runner:
         traced = mutation.reached(runner, 1, [test_file], [FILE], tmp_path)
-        reaching = sorted({name for names in traced.lines[FILE].values() for name in names if "::" in name})
+        names = sorted({name for names in traced.lines[FILE].values() for name in names if "::" in name})
+        reaching = {name: traced.seconds[name] for name in names}
         assert len(reaching) > 2
-        assert set(reaching) <= set(traced.seconds)
-        assert runner.catch(unchanged, ([test_file], [other]), 120.0) == ""
-        assert runner.catch(broken, ([other], []), 120.0) == ""  # which does not reach it
-        assert runner.catch(broken, ([other], reaching), 120.0) in reaching
-        assert test_file in runner.catch(broken, ([test_file + "::gone"], []), 120.0)
+        assert runner.catch(unchanged, ({test_file: 1.0}, other)) == ""
+        assert runner.catch(broken, (other, {})) == ""  # which does not reach it
+        assert runner.catch(broken, (other, reaching)) in reaching
+        assert test_file in runner.catch(broken, ({test_file + "::gone": 1.0}, {}))
         renamed = replace(unchanged, code=source.replace("def rounded", "def other"))
-        assert runner.catch(renamed, (reaching, []), 120.0) == test_file
-        endless = replace(unchanged, code=source + "\nwhile True:\n    pass\n")
-        assert runner.catch(endless, (reaching, []), 2.0) == "timeout"
+        assert runner.catch(renamed, (reaching, {})) == test_file
+
+
+def test_a_test_that_does_not_end_is_ended(tmp_path):
+    (tmp_path / "test_endless.py").write_text("def test_endless():\n    while True:\n        pass\n")
+    code = (
+        "import pytest, mutation; mutation.SLOWEST = 1; "
+        f"pytest.main(['{tmp_path}'], plugins=[mutation._Chosen({{'test_endless.py': 0.0}})])"
+    )
+    paths = os.pathsep.join([str(ROOT / "benchmarks" / "mutation"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True)
+    assert done.returncode == -signal.SIGALRM
 
 
 def test_the_table():

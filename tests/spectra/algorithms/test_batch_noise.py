@@ -148,7 +148,7 @@ def test_what_cannot_be_split_is_refused_in_one_line():
         batch_noise(
             lambda b: spectra.HessianOperator(model, b, loss=nn.MSELoss(reduction="sum")), batches * 2, groups=2
         )
-    with pytest.raises(spectra.InputError, match="1 rows in all make no 2 groups: give more batches$"):
+    with pytest.raises(spectra.InputError, match=r"1 rows in all make no 2 groups: give more batches$"):
         batch_noise(builder(model), batches[1:], groups=2)
     nothing = nn.Linear(6, 2).double()
     silent = [(x, torch.full((len(x),), label)) for (x, _), label in zip(batches, (1, -100), strict=True)]
