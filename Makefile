@@ -7,7 +7,7 @@ CORE := $(VENV)/core
 PEERS := $(VENV)/peers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-core test-slow soak lint bench bench-trust bench-speed figures clean
+.PHONY: demo test test-core test-slow soak mutation lint bench bench-trust bench-speed figures clean
 
 demo: $(INSTALLED)
 	$(BIN)/qat compare --bits 1,2,4 --methods baseline,winq --out runs/demo
@@ -25,6 +25,12 @@ test-slow: $(INSTALLED)
 # 50 kills, 500 measurements, over 2,000 random calls: the figures of docs/reliability.md.
 soak: $(INSTALLED)
 	SPECTRA_EXAMPLES=300 $(BIN)/python -m pytest -s tests/reliability tests/spectra/runs/test_faults.py
+
+# Faults seeded into the numerical rooms, and how many of them the tests catch. SAMPLE=0 seeds all, which takes days.
+SAMPLE ?= 300
+SEED ?= 0
+mutation: $(INSTALLED)
+	$(BIN)/python benchmarks/mutation/mutation.py --sample $(SAMPLE) --seed $(SEED)
 
 bench: bench-trust bench-speed
 

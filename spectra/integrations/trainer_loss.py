@@ -101,7 +101,7 @@ def notes_of_accumulation(trainer: Trainer, loss: Callable[..., torch.Tensor] | 
     if steps == 1:
         return []
     counted = trainer.compute_loss_func is not None or trainer.model_accepts_loss_kwargs
-    if loss is None and counted or isinstance(loss, _TrainersLoss) and loss.depends_on_items(batch):
+    if (loss is None and counted) or (isinstance(loss, _TrainersLoss) and loss.depends_on_items(batch)):
         return []
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # which older versions of transformers do not have
     has_items = isinstance(batch, Mapping) and "labels" in batch

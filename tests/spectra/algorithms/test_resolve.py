@@ -8,6 +8,7 @@ from oracles import matrix_with_spectrum
 import spectra
 from spectra.algorithms import resolve as resolution
 from spectra.algorithms.congruence import find_congruence
+from spectra.algorithms.inertia import recurrences_after_congruence
 from spectra.algorithms.share_recurrences import probes_needed
 
 
@@ -180,3 +181,25 @@ def test_a_reason_after_a_change_of_variables_names_the_zeros():
     assert not share.resolved
     assert "zero that are no coordinates" in share.reason
     assert share.products <= 130
+
+
+@pytest.mark.parametrize("probes", [1, 2])
+def test_a_probe_vector_alone_is_reorthogonalized_after_a_change_of_variables(probes):
+    op, _ = shaped("kronecker", 0)
+    found = recurrences_after_congruence(
+        op,
+        (-np.inf, 0.0),
+        probes=lambda dimension, counts: probes,
+        seed=0,
+        start=None,
+        remaining=lambda: 400 - op.products,
+        on_product=lambda: None,
+    )
+    found.advance()
+    results = found.parts[0].recurrence.tridiagonals()
+    assert len(results) == probes
+    if probes > 1:
+        assert all(result.basis is None for result in results)
+    else:
+        gram = results[0].basis @ results[0].basis.T
+        torch.testing.assert_close(gram, torch.eye(len(gram), dtype=gram.dtype), atol=1e-7, rtol=0)
