@@ -33,6 +33,7 @@ SEARCH_PART = 0.12  # part of the budget that the search for outliers may spend
 SEARCH_STEPS = (20, 160)  # fewest and most Lanczos steps of that search
 SEARCH_BASIS_BYTES = 1 << 30  # largest basis of the search on a CPU: beyond it reorthogonalization costs too much
 GROWTH = 0.5  # relative growth of the number of Lanczos steps from one estimate to the next
+CLEARLY = 0.8  # ratio of half-widths after the same number of steps that shows which of two ways is better
 PROMISING = 0.17  # half-width at which one of the two methods goes on alone
 FIRST_STEPS = 50  # Lanczos steps before the share is first estimated
 FIRST_PART = 1 / 8  # part of the budget spent before that: an early interval may be narrow around a value that is off
@@ -133,6 +134,9 @@ def _measure(
     def direct() -> ShareRecurrences:
         return _recurrences_of(op, target, remaining, seed=seed, on_product=on_product)
 
+    def glance() -> ShareRecurrences:
+        return _glance_at(op, target, remaining, seed=seed, on_product=on_product)
+
     changed = recurrences_after_congruence(
         op,
         target.bounds,
@@ -144,18 +148,26 @@ def _measure(
     )
     if changed is None:
         return direct().advance_until(target.half_width)
-    return _narrower(changed, direct, remaining, target.half_width)
+    return _narrower(changed, glance, direct, remaining, target.half_width)
 
 
 def _narrower(
-    changed: ShareRecurrences, direct: Callable[[], ShareRecurrences], remaining: Callable[[], int], half_width: float
+    changed: ShareRecurrences,
+    glance: Callable[[], ShareRecurrences],
+    direct: Callable[[], ShareRecurrences],
+    remaining: Callable[[], int],
+    half_width: float,
 ) -> Estimate:
-    """The share from the recurrences after a change of variables, or from those without it if these are faster.
+    """The share from the recurrences after a change of variables, or from those without it if these do better.
 
-    If the interval of the first is wide after their first steps, both are advanced in turn until one is promising.
+    If the first steps after the change of variables leave the interval wide, a few steps of the operator itself tell
+    whether the change of variables helps. If it does, the recurrences after it go on alone. If that is not clear, both
+    advance side by side until one is promising.
     """
     promising = max(PROMISING, half_width)
     if changed.advance().half_width <= promising or remaining() < FEWEST_PRODUCTS:
+        return changed.advance_until(half_width)
+    if changed.estimate().half_width <= CLEARLY * glance().advance().half_width:
         return changed.advance_until(half_width)
     sides = [direct(), changed]
     while not all(side.finished for side in sides):
@@ -231,6 +243,21 @@ def _recurrences_of(
         remaining=remaining,
         on_step=on_product,
         first_steps=max(FIRST_STEPS, math.ceil(first_look / probes)),
+        growth=GROWTH,
+    )
+
+
+def _glance_at(
+    op: LinearOperator, target: _Target, remaining: Callable[[], int], *, seed: int, on_product: Callable[[], None]
+) -> ShareRecurrences:
+    """A recurrence of the operator itself, of one probe vector, whose first estimate comes after few steps."""
+    space = ProbeSpace(op, None, seed=seed)
+    return ShareRecurrences(
+        [Part(space, space.recurrence(range(1), 0), 1, target.read)],
+        lambda estimates: estimates[0],
+        remaining=remaining,
+        on_step=on_product,
+        first_steps=FIRST_STEPS,
         growth=GROWTH,
     )
 
