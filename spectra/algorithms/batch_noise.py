@@ -45,7 +45,7 @@ class NoiseSplit:
         return {**parts, "low": self.total.low, "high": self.total.high}
 
     def __str__(self) -> str:
-        return f"{self.total}: probes +-{self.probe_half_width:.2g}, batches +-{self.batch_half_width:.2g}"
+        return f"{self.total}: probe vectors +-{self.probe_half_width:.2g}, batches +-{self.batch_half_width:.2g}"
 
 
 def batch_noise(

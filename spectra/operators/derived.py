@@ -14,7 +14,7 @@ from spectra.operators.base import HasLoss, LinearOperator, Preflight
 
 
 class MeanOperator(LinearOperator):
-    """The mean of operators of one shape, (A_1 + ... + A_k) / k, such as a Hessian averaged over draws of noise.
+    """The mean of operators of one shape, (A_1 + ... + A_k) / k, such as a Hessian averaged over draws of weight noise.
 
     Where the members have a loss, the mean has one too: `loss`, `gradient`, `preflight`, `engine_used`, `notes` and
     `close` answer for all members.

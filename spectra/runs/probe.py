@@ -448,7 +448,7 @@ class SpectrumProbe:
         return pairs
 
     def _batch_noise(self, mode: str, full: dict[str, Estimate]) -> dict[str, dict[str, float]]:
-        """How much of each interval is probe noise and how much is batch noise, as the record keeps it."""
+        """How much of each interval is due to the probe vectors and how much to the batches, as the record keeps it."""
         splits = batch_noise(
             lambda batches: self._build(mode, batches),
             self.batches,

@@ -421,7 +421,7 @@ def rows_between(batch: Any, start: int, stop: int, rows: int) -> Any:
     return _cut(batch, slice(start, stop), rows)
 
 
-def spread_rows(batch: Any, count: int) -> Any:
+def evenly_spaced_rows(batch: Any, count: int) -> Any:
     """At most `count` rows of a batch, evenly spaced."""
     rows = rows_in(batch)
     return batch if rows <= count else _cut(batch, [i * rows // count for i in range(count)], rows)

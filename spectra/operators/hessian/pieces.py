@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from spectra.backend import memory
 from spectra.backend.errors import InputError
-from spectra.operators.hessian.batches import concatenated, constants_in, kind_of, rows_in, spread_rows
+from spectra.operators.hessian.batches import concatenated, constants_in, evenly_spaced_rows, kind_of, rows_in
 from spectra.operators.hessian.graphs import GraphStore
 from spectra.operators.hessian.isolation import random_states_kept
 from spectra.operators.hessian.losses import counts_for_certain
@@ -238,7 +238,7 @@ class _Comparison:
             if rows < 2:
                 return None
             try:
-                sample = replace(piece, batch=spread_rows(piece.batch, rows), share=1.0, within=1.0)
+                sample = replace(piece, batch=evenly_spaced_rows(piece.batch, rows), share=1.0, within=1.0)
                 parts = list(self.objective.split(sample, max(-(-rows // 3), 1)))
                 return self.error(sample, parts) if parts else None
             except torch.OutOfMemoryError:
@@ -258,7 +258,9 @@ class _Comparison:
         piece = self.objective.pieces[0]
         for count in (*SAMPLE_ROWS, rows_in(piece.batch)):  # all rows, if the model takes no part of them
             with contextlib.suppress(torch.OutOfMemoryError, *NOT_A_BATCH):
-                sample = replace(piece, batch=spread_rows(piece.batch, min(count, rows_in(piece.batch))), share=1.0)
+                sample = replace(
+                    piece, batch=evenly_spaced_rows(piece.batch, min(count, rows_in(piece.batch))), share=1.0
+                )
                 first = self.graphs.gradient_at(self.objective.with_pieces([sample]))
                 with random_states_kept(self.graphs.device), _other_random_numbers(self.graphs):
                     again = self.graphs.gradient_at(self.objective.with_pieces([sample]))
@@ -403,7 +405,7 @@ def _error_of_a_sample(comparison: _Comparison, batch: Any, part: Piece) -> floa
     """The error of the sum over parts of some rows of a batch, as many rows as fit in memory; None if too few fit."""
     rows = min(comparison.most_rows, rows_in(batch))
     while rows > rows_in(part.batch):
-        sample = replace(part, batch=spread_rows(batch, rows), share=1.0, within=1.0)
+        sample = replace(part, batch=evenly_spaced_rows(batch, rows), share=1.0, within=1.0)
         with contextlib.suppress(torch.OutOfMemoryError):
             return comparison.error(sample, list(comparison.objective.split(sample, rows_in(part.batch))))
         rows //= 2

@@ -63,7 +63,7 @@ def test_widths_add_in_quadrature_and_the_bias_gets_room_on_its_side():
     assert split.probe_half_width == pytest.approx(0.35)
     assert split.total.low == pytest.approx(values.var() - math.hypot(0.3, split.batch_half_width))
     assert split.total.high == pytest.approx(values.var() + math.hypot(0.4, split.batch_half_width) - split.bias)
-    assert "probes +-0.35, batches +-" in str(split)
+    assert "probe vectors +-0.35, batches +-" in str(split)
 
 
 def test_shares_stay_shares_and_wide_ones_are_unresolved():

@@ -18,12 +18,12 @@ from spectra.operators.hessian.batches import (
     as_batches,
     concatenated,
     constants_in,
+    evenly_spaced_rows,
     kind_of,
     mapped,
     moved,
     rows_between,
     rows_in,
-    spread_rows,
     tensors_of,
     with_tensors,
 )
@@ -100,8 +100,8 @@ def test_rows_are_counted_and_cut(batch):
     assert rows_in(batch) == 6
     first, second = rows_between(batch, 0, 2, 6), rows_between(batch, 2, 6, 6)
     assert (rows_in(first), rows_in(second)) == (2, 4)
-    assert rows_in(spread_rows(batch, 3)) == 3
-    assert spread_rows(batch, 6) is batch
+    assert rows_in(evenly_spaced_rows(batch, 3)) == 3
+    assert evenly_spaced_rows(batch, 6) is batch
     assert kind_of(first, 2) == kind_of(second, 4)
 
 
@@ -116,7 +116,7 @@ def test_parts_joined_are_the_batch(batch):
 
 
 def test_spread_rows_are_those_of_all_members():
-    x, y = spread_rows((X, Y), 3)
+    x, y = evenly_spaced_rows((X, Y), 3)
     assert torch.equal(x, X[[0, 2, 4]])
     assert torch.equal(y, Y[[0, 2, 4]])
 
