@@ -7,7 +7,7 @@ CORE := $(VENV)/core
 PEERS := $(VENV)/peers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-core test-slow soak lint bench bench-trust bench-speed figures clean
+.PHONY: demo test test-core test-slow soak mutation lint bench bench-trust bench-speed figures clean
 
 demo: $(INSTALLED)
 	$(BIN)/qat compare --bits 1,2,4 --methods baseline,winq --out runs/demo
@@ -26,17 +26,26 @@ test-slow: $(INSTALLED)
 soak: $(INSTALLED)
 	SPECTRA_EXAMPLES=300 $(BIN)/python -m pytest -s tests/reliability tests/spectra/runs/test_faults.py
 
+# Faults seeded into the numerical rooms, and how many of them the tests catch. SAMPLE=0 seeds all, which takes days.
+SAMPLE ?= 300
+SEED ?= 0
+mutation: $(INSTALLED)
+	$(BIN)/python benchmarks/mutation/mutation.py --sample $(SAMPLE) --seed $(SEED)
+
 bench: bench-trust bench-speed
 
 # FIGURE=docs/trust.png draws the negative shares there.
 bench-trust: $(INSTALLED) $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/trust/coverage.py $(if $(FIGURE),--figure $(FIGURE))
 	$(BIN)/python benchmarks/trust/finite_precision.py
+	$(BIN)/python benchmarks/trust/band.py
+	$(BIN)/python benchmarks/trust/congruence.py
 
 # SPEED="--models 1M --tasks density --repeats 3" for a part of it, or more of it; `speed.py --help` lists what there is.
 SPEED ?= --bits 16 --repeats 1 --products-scale 0.1
 bench-speed: $(INSTALLED) $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/speed/speed.py $(SPEED) --out runs/speed
+	$(BIN)/python benchmarks/speed/check_costs.py
 
 # The libraries compared with lie in a folder of their own, which only the benchmarks see.
 $(PEERS)/.installed: benchmarks/peers.txt $(INSTALLED)

@@ -26,7 +26,7 @@ TRAINING_OPTIONS = (
 )
 STUDY_OPTIONS = (
     *("out", "model", "tokenizer", "dataset", "trust_remote_code", "device", "quantizer", "length"),
-    *("validation_sequences", "probes", "lanczos_steps", "deflate", "measure_sequences"),
+    *("validation_sequences", "probes", "lanczos_steps", "deflate", "count_products", "measure_sequences"),
 )
 
 
@@ -105,7 +105,7 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
     small = SmallLlamaConfig
     start.add_argument("--vocabulary-size", type=int, help=_with_default(small.vocabulary_size, "of the default model"))
     start.add_argument(
-        "--base-steps", type=int, help=_with_default(small.steps, "full-precision steps of the default model")
+        "--base-steps", type=int, help=_with_default(small.steps, "full-precision training steps of the default model")
     )
     start.add_argument(
         "--trust-remote-code", action="store_true", default=None, help="run code that a hub model brings"
@@ -114,7 +114,7 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
 
     training, given = parser.add_argument_group("training"), TrainConfig
     training.add_argument("--steps", type=int, help=_with_default(given.steps, "training steps"))
-    training.add_argument("--batch-size", type=int, help=_with_default(given.batch_size, "sequences a step"))
+    training.add_argument("--batch-size", type=int, help=_with_default(given.batch_size, "sequences a training step"))
     training.add_argument(
         "--lr",
         type=float,
@@ -125,13 +125,13 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
         "--schedule", help=_with_default(given.schedule, f"{', '.join(SCHEDULES)}: what wins can depend on it")
     )
     training.add_argument(
-        "--warmup", type=float, help=_with_default(given.warmup, "share of the steps with a rising rate")
+        "--warmup", type=float, help=_with_default(given.warmup, "share of the training steps with a rising rate")
     )
     training.add_argument(
         "--weight-decay", type=float, help=_with_default(given.weight_decay, "on matrices, never on scales")
     )
     training.add_argument(
-        "--evaluate-every", type=int, help="steps between validation losses (default: a sixteenth of the run)"
+        "--evaluate-every", type=int, help="training steps between validation losses (default: a sixteenth of the run)"
     )
     training.add_argument(
         "--validation-sequences",
@@ -139,7 +139,7 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
         help=_with_default(StudyConfig.validation_sequences, "a validation loss is taken over"),
     )
     training.add_argument(
-        "--seed", type=int, help=_with_default(given.seed, "of the data order, the noise and the probes")
+        "--seed", type=int, help=_with_default(given.seed, "of the data order, the weight noise and the probe vectors")
     )
 
     quantization, winq = parser.add_argument_group("quantization and WinQ"), PRESETS["paper"]
@@ -149,7 +149,8 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
     quantization.add_argument("--skip", nargs="+", metavar="GLOB", help="modules to leave in full precision")
     quantization.add_argument("--preset", help="WinQ as in the paper's text (paper, the default) or code (released)")
     quantization.add_argument(
-        "--every", help=_with_default(winq.every, "WinQ resets every so many steps, or parts of the run")
+        "--every",
+        help=_with_default(winq.every, "WinQ resets every so many training steps, or at this part of the run"),
     )
     quantization.add_argument(
         "--alpha", type=float, help=_with_default(winq.alpha, "how far a reset moves toward the grid, 0 to 1")
@@ -175,6 +176,13 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=_with_default(
             StudyConfig.deflate, "outlying eigenvalues measured first and projected out, which narrows most intervals"
+        ),
+    )
+    spectra.add_argument(
+        "--count-products",
+        type=int,
+        help=_with_default(
+            StudyConfig.count_products, "products at most for the count of negative eigenvalues; 0 leaves it out"
         ),
     )
     spectra.add_argument(
@@ -308,7 +316,7 @@ def _say_on_stderr(line: str) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)  # a study takes minutes: through a pipe, too, each line is to be seen at once
+    print(line, flush=True)  # a study takes minutes, and each line should appear at once, through a pipe too
 
 
 if __name__ == "__main__":

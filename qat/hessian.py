@@ -1,7 +1,7 @@
-"""Which Hessian: four definitions of the second derivative of a loss in quantized weights.
+"""Four definitions of the Hessian of a loss in quantized weights.
 
-Q is piecewise constant, so the true Hessian of W -> L(Q(W)) is zero almost everywhere. Inside the context of a mode,
-every quantized layer computes with another weight, or with another derivative of its weight.
+Q is piecewise constant, so the true Hessian of W -> L(Q(W)) is zero almost everywhere. Each definition is a mode. In
+its context, every quantized layer computes with another weight, or with another derivative of its weight.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def hessian_mode(
     sigma: float | None = None,
     point: float | None = None,
 ) -> AbstractContextManager[None]:
-    """A context in which a model computes, in train and evaluation mode alike, as one definition of the Hessian asks.
+    """A context in which a model computes as one definition of the Hessian requires, in train and evaluation mode.
 
     Let M be the mask of the weights that are not clipped, and H(V) the Hessian of the full-precision network at the
     weights V. The modes are:
@@ -44,8 +44,8 @@ def hessian_mode(
     * "ste": M H(Q(W)) M, the Jacobian of the straight-through gradient in the latent weights W.
     * "quantized": H(Q(W)). The layers compute with Q(W), and its derivative in W is the identity.
     * "latent": H(W), or H(W + point (Q(W) - W)).
-    * "noisy": "ste" at W + U, the entries of U drawn from N(0, sigma^2) and fixed by (seed, draw, name of the layer).
-      Scales get no noise. The Hessian of this mode is the mean over draws.
+    * "noisy": "ste" at W + U. The entries of the weight noise U are drawn from N(0, sigma^2) by a generator seeded with
+      (seed, draw, name of the layer). Scales get no noise. The Hessian of this mode is the mean over draws.
 
     Only forward passes need the context: a graph that was built inside keeps its derivatives. No global random state
     is used. On exit, every layer computes as before.
@@ -122,7 +122,7 @@ def hessian_operator(
     """
     if draws < 1:
         raise InputError(f"draws must be 1 or more; got {draws}")
-    hessian_mode(unwrap(model), mode, seed=seed, sigma=sigma, point=point)  # so that a wrong mode fails here
+    hessian_mode(unwrap(model), mode, seed=seed, sigma=sigma, point=point)  # raises here for a wrong mode
     batches = as_batches(batches)  # an iterator is read once, and every draw needs its batches
     latent = frozenset(weight_names(unwrap(model)))
     chosen = (lambda name, parameter: name in latent) if params is None else params
@@ -133,11 +133,19 @@ def hessian_operator(
             return hessian_mode(built.model, mode, draw=draw, seed=seed, sigma=sigma, point=point)
 
         built = HessianOperator(model, batches, params=chosen, context=context, **options)
+        built.mode = _in_words(mode, sigma, point)
         return built
 
     if mode == "noisy":
         return MeanOperator([operator(draw) for draw in range(draws)])
     return operator(0)
+
+
+def _in_words(mode: str, sigma: float | None, point: float | None) -> str:
+    """The mode with what it depends on, so that two that differ are told apart."""
+    if mode == "noisy" and sigma is not None:
+        return f"noisy, sigma={sigma:g}"
+    return f"latent, point={point:g}" if point else mode
 
 
 @contextmanager

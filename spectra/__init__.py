@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from spectra.algorithms.batch_noise import NoiseSplit, batch_noise
+from spectra.algorithms.congruence import Congruence, find_congruence
+from spectra.algorithms.inertia import count_below
 from spectra.algorithms.lanczos import Tridiagonal, lanczos
 from spectra.algorithms.plan import MemoryPlan, plan
 from spectra.algorithms.resolve import resolve
@@ -16,11 +18,13 @@ from spectra.backend import ranks as distributed
 from spectra.backend.errors import InputError, NonFiniteError
 from spectra.backend.extras import need
 from spectra.backend.version import __version__
+from spectra.estimates.band import CumulativeBand
 from spectra.estimates.changes import Change, compare
+from spectra.estimates.counts import CountBelow
 from spectra.estimates.density import SpectralDensity
 from spectra.estimates.estimate import Estimate
 from spectra.operators.base import LinearOperator
-from spectra.operators.derived import DeflatedOperator, MeanOperator
+from spectra.operators.derived import CongruentOperator, DeflatedOperator, MeanOperator
 from spectra.operators.explicit import DenseOperator, DiagonalOperator
 from spectra.operators.hessian.objective import Objective
 from spectra.operators.hessian.operator import HessianOperator
@@ -36,6 +40,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Change",
+    "Congruence",
+    "CongruentOperator",
+    "CountBelow",
+    "CumulativeBand",
     "DeflatedOperator",
     "DenseOperator",
     "DiagonalOperator",
@@ -59,7 +67,9 @@ __all__ = [
     "__version__",
     "batch_noise",
     "compare",
+    "count_below",
     "distributed",
+    "find_congruence",
     "lanczos",
     "plan",
     "plots",

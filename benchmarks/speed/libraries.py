@@ -57,7 +57,7 @@ class PyHessian(Tool):
 
     def traces(self) -> dict[str, Callable[[int], Trace]]:
         def run(probes: int) -> Trace:
-            # it would stop when its running mean stalls, and at once where that mean is negative
+            # by default it stops when its running mean stalls, and at once if that mean is negative
             samples = [float(sample) for sample in self.inner.trace(maxIter=probes, tol=-math.inf)]
             return Trace(float(np.mean(samples)), samples)
 
@@ -67,7 +67,7 @@ class PyHessian(Tool):
         def run() -> Eigenvalues:
             before, most = self.products, 100
             values, _ = self.inner.eigenvalues(maxIter=most, tol=ACCURACY, top_n=EIGENVALUES // 2)
-            # it does not say whether it converged: it did not if it used every iteration
+            # it does not say whether it converged; it has not if it used every iteration
             return Eigenvalues(list(values), self.products - before < most * len(values), ends="magnitude")
 
         return {"eigenvalues": [run]}

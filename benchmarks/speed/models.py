@@ -1,4 +1,4 @@
-"""The models and batches that every tool measures: Llamas of several sizes, trained for a moment on Python source."""
+"""The models and batches that every tool measures: Llamas of several sizes, trained briefly on Python source."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All trainable ones, in the order of `model.parameters()`, tied ones once."""
+        """All trainable parameters, in the order of `model.parameters()`, tied ones once."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @property

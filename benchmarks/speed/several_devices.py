@@ -57,7 +57,7 @@ def over_probes(case: Case, *, probes: int, steps: int, repeats: int) -> Row:
             return lambda: torch.as_tensor(spectra.slq(op, probes=probes, steps=steps, spread=spread).nodes)
 
         row = in_turns(density("none"), density("probes"), repeats=repeats, device=case.device)
-    return {"what": f"density, {probes} probes x {steps} steps", "shared": "probes", **row}
+    return {"what": f"density, {probes} probe vectors x {steps} steps", "shared": "probe vectors", **row}
 
 
 def over_batches(case: Case, *, batches: int, repeats: int) -> Row:

@@ -12,7 +12,7 @@ from tools import Spectra, Tool
 
 import spectra
 
-PROBES = 2  # probe vectors while the Lanczos steps grow
+PROBES = 2  # probe vectors, where the number of Lanczos steps grows
 
 
 def slopes(bench: Bench) -> list[Row]:
@@ -23,7 +23,9 @@ def slopes(bench: Bench) -> list[Row]:
     fewest = bench.effort.slope_steps
     steps = [fewest * d for d in doublings]
     rows = [
-        _grown(bench, "seconds against probes", "seconds", doublings, lambda size: {"probes": size, "steps": fewest}),
+        _grown(
+            bench, "seconds against probe vectors", "seconds", doublings, lambda size: {"probes": size, "steps": fewest}
+        ),
         _grown(bench, "seconds against steps", "seconds", steps, lambda size: {"steps": size}),
         attempt("seconds against batches", lambda: _batches(bench, doublings)),
     ]

@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from spectra.estimates.digits import rounded
+
 Row = dict[str, Any]
 Group = list[Row]  # one row a repeat
 MIB = 1 << 20
@@ -69,8 +71,8 @@ def ratio(group: Group, ours: Group | None) -> float | None:
 
 
 def _interval(group: Group, ours: Group | None) -> str:
-    value, low, high = (middle(group, key) for key in ("value", "low", "high"))
-    return "" if value is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    ends = [middle(group, key) for key in ("value", "low", "high")]
+    return "" if None in ends else "{} [{}, {}]".format(*rounded(*ends))
 
 
 RATIO: Column = ("times ours", lambda group, ours: number(ratio(group, ours)))

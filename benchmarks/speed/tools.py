@@ -15,7 +15,7 @@ import spectra
 EIGENVALUES = 10  # five at each end
 ACCURACY = 1e-3  # relative, of each
 TOLERANCES = (ACCURACY, ACCURACY / 10)  # of residuals, which bound the errors
-# An eigenvalue's error is of the order of its squared residual: often accurate enough, which the answer does not show.
+# The error of an eigenvalue is of the order of its squared residual. So this is often enough, but the tool cannot tell.
 LOOSE = 0.03
 
 
@@ -158,13 +158,13 @@ class Paper(Tool):
         below: list[float] = []
         previous = torch.zeros_like(vector)
         for _ in range(steps):
-            image = self.product(vector)
+            product = self.product(vector)
             if below:
-                image -= below[-1] * previous
-            diagonal.append(torch.dot(image, vector).item())
-            image -= diagonal[-1] * vector
-            below.append(image.norm().item())
-            previous, vector = vector, image / below[-1]
+                product -= below[-1] * previous
+            diagonal.append(torch.dot(product, vector).item())
+            product -= diagonal[-1] * vector
+            below.append(product.norm().item())
+            previous, vector = vector, product / below[-1]
         side = torch.diag(torch.tensor(below[:-1]), 1)
         nodes, rotation = torch.linalg.eigh(torch.diag(torch.tensor(diagonal)) + side + side.T)
         return nodes, rotation[0] ** 2

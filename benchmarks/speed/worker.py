@@ -70,7 +70,7 @@ def measured_tasks(spec: dict[str, Any], case: Case, kept: dict[str, Any]) -> It
     kind, options = parse_tool(spec["tool"])
     bench = tasks.Bench(case, KINDS[kind], options, tasks.Effort(**spec["effort"]), kept["eigenvalues"])
     try:
-        error = disagreement(bench, kept["image"])
+        error = disagreement(bench, kept["product"])
     except Exception as failure:
         yield {"task": "agreement", "error": tasks.reason(failure)}
         return
@@ -99,11 +99,11 @@ def reference_name(spec: dict[str, Any]) -> str:
     return f"{spec['model']}-{spec['bits']}bit-reference.pt"
 
 
-def disagreement(bench: tasks.Bench, image: torch.Tensor) -> float:
+def disagreement(bench: tasks.Bench, product: torch.Tensor) -> float:
     """Relative difference of the tool's H v from the reference."""
     with bench.tool() as (tool, _):
         got = tool.product(bench.case.vector()).double().cpu()
-    return float(torch.linalg.norm(got - image) / torch.linalg.norm(image))
+    return float(torch.linalg.norm(got - product) / torch.linalg.norm(product))
 
 
 def _prepared(spec: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -113,11 +113,11 @@ def _prepared(spec: dict[str, Any], device: torch.device) -> dict[str, Any]:
     case = load(spec["model"], spec["bits"], folder, device, spec["dtype"])
     if case.dimension <= DOUBLE_LIMIT:
         case = Case(case.model.double(), case.ids)
-    image = case.product(case.vector()).double().cpu()
+    product = case.product(case.vector()).double().cpu()
     found: dict[str, Any] = {"eigenvalues": None}
     if "topk" in spec["tasks"]:
         found = _reference_eigenvalues(case)
-    torch.save({"image": image, "eigenvalues": found["eigenvalues"]}, folder / reference_name(spec))
+    torch.save({"product": product, "eigenvalues": found["eigenvalues"]}, folder / reference_name(spec))
     return {"dimension": case.dimension, "training loss": loss, "precision": str(case.dtype), **found}
 
 

@@ -4,8 +4,8 @@
     python benchmarks/trust/band.py --read FILE [FILE ...]
 
 A band covers a spectrum if the share of eigenvalues below t lies inside at every t. Each spectrum is measured once with
-4 probe vectors of 100 Lanczos steps; shorter measurements are its beginning. --out gets a line for each spectrum and
-seed as results come; a run that was interrupted can be read with --read.
+4 probe vectors of 100 Lanczos steps. Smaller measurements are the first part of this one. --out gets a line for each
+spectrum and seed as results come; a run that was interrupted can be read with --read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from spectra.estimates.band import CumulativeBand, simultaneous_error
 
 SIZES = ((2, 20), (4, 60), (4, 100))  # probe vectors, Lanczos steps
 MODELS = ("1bit-ste-before-reset", "4bit-latent-before-reset")
-HEADER = ["spectrum", "probes x steps", "covered", "half-width, mean over the eigenvalues", "half-width at 0"]
+HEADER = ["spectrum", "probe vectors x steps", "covered", "half-width, mean over the eigenvalues", "half-width at 0"]
 
 Row = dict[str, Any]
 
@@ -41,7 +41,7 @@ def cases(families: list[str], dimension: int) -> list[Case]:
 
 
 def beginning(density: spectra.SpectralDensity, probes: int, steps: int) -> spectra.SpectralDensity:
-    """What the first probe vectors and Lanczos steps alone would have given."""
+    """The density from the first probe vectors and the first Lanczos steps alone."""
     return spectra.SpectralDensity(
         density.dimension,
         density.alphas[:probes, :steps],
@@ -58,8 +58,8 @@ def beginning(density: spectra.SpectralDensity, probes: int, steps: int) -> spec
 def covers(band: CumulativeBand, values: np.ndarray) -> bool:
     """Whether the share of the sorted values below t lies in the band at every t.
 
-    Between two thresholds the band has the lower bound of the left one and the upper bound of the right one, and the
-    share never falls, so the thresholds decide.
+    It is enough to test the thresholds: between two of them the band has the lower bound of the left one and the upper
+    bound of the right one, and the share never falls.
     """
     truth = np.searchsorted(values, band.thresholds, side="left") / len(values)
     return bool(np.all((band.low <= truth) & (truth <= band.high)))
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--dimension", type=int, default=2000, help="of the constructed spectra")
     parser.add_argument("--families", default=",".join([*BULKS, *MODELS]))
-    parser.add_argument("--draws", type=int, default=20_000, help="of the masses alone; 0 leaves them out")
+    parser.add_argument("--draws", type=int, default=20_000, help="draws of the sampling error alone; 0 for none")
     parser.add_argument("--out", type=Path, help="file for every row, as lines of JSON")
     parser.add_argument("--read", type=Path, nargs="+", help="read earlier --out files instead of measuring")
     options = parser.parse_args()
@@ -138,7 +138,8 @@ def main() -> None:
     for probes in (2, 4) if options.draws else ():
         covered = sampling_coverage(options.dimension, probes, level=0.95, draws=options.draws)
         print(
-            f"\nmasses alone, n = {options.dimension:,}, {probes} probe vectors, {options.draws:,} draws: {covered:.4f}"
+            f"\nsampling error alone, n = {options.dimension:,}, {probes} probe vectors, {options.draws:,} draws: "
+            f"{covered:.4f} covered"
         )
 
 

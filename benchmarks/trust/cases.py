@@ -1,8 +1,8 @@
 """The cases: spectra known by construction, and exact spectra of language models, with the true value of each quantity.
 
 Probe vectors are uniform on the sphere, so the distribution of an estimate depends on the eigenvalues alone, and every
-case is diag(eigenvalues). Only zero eigenvalues differ: those along coordinates show in the first Hessian-vector
-product, as clipped weights do. The zeros of the language models were along coordinates too.
+case is diag(eigenvalues). Zero eigenvalues are the exception: if they lie along coordinates, they show in the first
+Hessian-vector product, as clipped weights do. Those of the language models lay along coordinates too.
 """
 
 from __future__ import annotations

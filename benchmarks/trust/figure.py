@@ -23,7 +23,7 @@ OTHERS = {
 }
 TRUE, RESOLVED, UNRESOLVED = "truth", "spectra.resolve", "spectra.resolve (unresolved)"
 LEGEND = (TRUE, RESOLVED, UNRESOLVED, *(label for label, _, _ in OTHERS.values()))
-STEP = 0.16  # between the points of one row, so that they do not overlap
+OFFSET = 0.16  # between the points of one row, so that they do not overlap
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -105,7 +105,7 @@ def panel(ax: Axes, title: str, families: dict[str, list[Row]]) -> None:
                 continue
             ax.errorbar(
                 np.mean(values),
-                place + STEP * (turn - (len(OTHERS) - 1) / 2),
+                place + OFFSET * (turn - (len(OTHERS) - 1) / 2),
                 xerr=np.std(values),
                 fmt=marker,
                 color=colour,

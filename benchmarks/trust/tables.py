@@ -109,10 +109,10 @@ def cell(group: Sequence[Row]) -> str:
 
 
 def against_bars(group: Sequence[Row]) -> list[tuple[str, int, int, str]]:
-    """Compare the coverage of one quantity with what is wanted of it.
+    """Compare the coverage of one quantity with the ranges that are wanted.
 
-    For each range that is wanted: its name, how many intervals it concerns, how many of them cover, and a mark: ? below
-    the range, ! where the binomial band lies wholly outside it.
+    For each range: its name, the number of intervals, the number of them that cover, and a mark: ? for a coverage below
+    the range, ! for one whose binomial band lies wholly outside it.
     """
     resolved = [row for row in group if row["resolved"]]
     bars = [
@@ -142,7 +142,7 @@ def band(hits: int, tries: int) -> tuple[float, float]:
 
 
 def outside(rows: Sequence[Row]) -> str:
-    """Every family with a coverage outside what is wanted, and every case where chance does not explain it."""
+    """Every family whose coverage is outside the wanted range, and every case that chance does not explain."""
     with_interval = [row for row in rows if "low" in row]
     lines = []
     for (way, quantity), group in grouped(with_interval, lambda row: (row["way"], row["quantity"])).items():

@@ -61,9 +61,9 @@ def measure(values: np.ndarray, seed: int, ways: frozenset[str]) -> list[Row]:
 
 
 def estimates(values: np.ndarray, seed: int, ways: frozenset[str]) -> dict[str, dict[str, spectra.Estimate]]:
-    """Estimates by way of measuring: the default call, a deflated one, the adaptive shares, and the three traces.
+    """Estimates by way of measuring: `slq` with and without deflation, `resolve`, and the three methods of `trace`.
 
-    Where some eigenvalues are zero, also the default call and the adaptive shares on a reflected operator.
+    If some eigenvalues are zero, also `slq` and `resolve` on a reflected operator.
     """
     found: dict[str, dict[str, spectra.Estimate]] = {}
     if "slq" in ways:

@@ -53,10 +53,10 @@ class ConversionReport:
 def quantize_model(model: nn.Module, config: QuantConfig | None = None) -> ConversionReport:
     """Replace the linear layers of a model by `QuantLinear`, in place.
 
-    Replaced are nn.Linear and transformers' Conv1D, exactly these classes: a subclass may compute something else. The
-    output head and the embeddings stay unless the config asks for them. Bias, training mode and the Parameter objects
-    of the weights are kept, so that ties, and optimizers built before, stay valid. Only bfloat16 and float16 weights
-    get new Parameters: float32 copies.
+    Modules of the classes nn.Linear and transformers' Conv1D are replaced. Their subclasses are not, since they may
+    compute something else. The output head and the embeddings are replaced only if the config asks for it. Bias,
+    training mode and the Parameter objects of the weights are kept, so that ties, and optimizers built before, stay
+    valid. Only bfloat16 and float16 weights get new Parameters: float32 copies.
 
     Args:
         model: The full-precision model.
@@ -299,7 +299,7 @@ def _declare_tied_scales(model: nn.Module) -> None:
 
 
 def _call_every_layer(model: nn.Module) -> None:
-    """Keep torch's encoder layers from their fused inference path, which reads weights past the quantized layers."""
+    """Switch off the fused inference path of torch's encoder layers, which reads weights without calling the layers."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and quant_layers(module):
             module.activation_relu_or_gelu = 0  # the code of an activation that the fused path does not know
@@ -308,7 +308,7 @@ def _call_every_layer(model: nn.Module) -> None:
 
 
 def _notes(model: nn.Module, upcast: dict[int, nn.Parameter]) -> tuple[str, ...]:
-    """What a user should know beside the names of the modules: new dtypes, ties with modules that are not quantized."""
+    """Notes for the user: new dtypes, and ties with modules that are not quantized."""
     notes = []
     if upcast:
         notes.append(f"{len(upcast)} weights were 16-bit and have float32 latents now; the layers compute as before")

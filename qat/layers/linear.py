@@ -13,7 +13,7 @@ from qat.layers.quantizers.linearization import Linearization
 
 
 class QuantLayer(nn.Module):
-    """The base of quantized layers: a latent weight W, one scale s a row, and a quantizer Q.
+    """The base class of quantized layers: a latent weight W, one scale s for each row, and a quantizer Q.
 
     In train mode, weight noise with the standard deviation `noise_sigma` (0 at first) is added to the weight before it
     is quantized, drawn anew at every forward pass. With `noise_scales` a learned scale gets the same noise.
@@ -98,7 +98,7 @@ class QuantLayer(nn.Module):
         return self.training_weight() if self.weight_override is None else self.weight_override(self)
 
     def _flip(self, matrix: Tensor) -> Tensor:
-        """The matrix transposed if the weight has its output features in columns: from one layout to the other."""
+        """Change between the layout of the weight and (rows, columns): transpose where `transposed`."""
         return matrix.t() if self.transposed else matrix
 
     def extra_repr(self) -> str:

@@ -46,8 +46,8 @@ def compare(config: StudyConfig, *, say: Callable[[str], None] = print) -> list[
         The rows of the table.
 
     Raises:
-        InputError: Something cannot be used as given; this is found before anything slow.
-        NonFiniteError: A training or a measurement broke. What was recorded until then is kept and reported on.
+        InputError: A setting, the text or the model cannot be used. This is raised before anything slow.
+        NonFiniteError: A loss or a Hessian-vector product held NaN or infinity. What was recorded is kept and reported.
     """
     out = Path(config.out)
     plan = [(bits, method, out / f"{bits:g}bit-{method}") for bits in config.bits for method in config.methods]
@@ -144,8 +144,8 @@ def _train_one(
 
 
 def _save_model(model: Any, tokenizer: Any, out: Path) -> None:
-    """Write the folder `model`, so that it is there whole or not at all."""
-    for left in (out / MODEL, *out.glob(f".{MODEL}-*")):  # the latter of a command that was killed here
+    """Write the folder `model`, so that it is complete or absent."""
+    for left in (out / MODEL, *out.glob(f".{MODEL}-*")):  # the latter were left by a command that was killed here
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{MODEL}-", dir=out) as work, quiet_transformers():
         model.save_pretrained(work)
@@ -160,7 +160,7 @@ def _finished(start: Start, config: StudyConfig, plan: Sequence[Planned]) -> dic
 
 
 def _train_without_model(*given: Any) -> Outcome:
-    """`train_method` without the model, which need not travel from a worker's process."""
+    """`train_method` without the trained model, so that a worker's process need not send it."""
     return replace(train_method(*given), model=None)
 
 

@@ -11,7 +11,9 @@ from qat.hessian import MODES
 from qat.layers.config import QuantConfig
 from qat.training.config import TrainConfig, check_seed
 from qat.training.winq import WinQConfig, reset_steps
+from spectra.algorithms.inertia import COUNT_PRODUCTS
 from spectra.backend.errors import InputError
+from spectra.runs.settings import MeasurementSettings
 
 METHODS = ("baseline", "winq")
 MINIMUM = {
@@ -20,6 +22,7 @@ MINIMUM = {
     "probes": 1,
     "lanczos_steps": 1,
     "deflate": 0,
+    "count_products": 0,
     "measure_sequences": 1,
     "workers": 1,
 }
@@ -99,6 +102,8 @@ class StudyConfig:
         lanczos_steps: Lanczos steps a probe vector.
         deflate: Outlying eigenvalues that are measured first and projected out. With 10 the interval of the
             root-mean-square eigenvalue is a tenth as wide as for as many Hessian-vector products without.
+        count_products: Hessian-vector products at most for the count of negative eigenvalues in each spectrum
+            (`spectra.count_below`), from which the negative share is read; 0 leaves it out.
         measure_sequences: How many training sequences the loss of a spectrum is the mean of.
         workers: How many runs are trained at once, each in a process of its own on one thread. A script that asks
             for more than 1 needs the usual `if __name__ == "__main__":`.
@@ -127,6 +132,7 @@ class StudyConfig:
     probes: int = 2
     lanczos_steps: int = 20
     deflate: int = 10
+    count_products: int = COUNT_PRODUCTS
     measure_sequences: int = 4
     workers: int = 1
     small_llama: SmallLlamaConfig = field(default_factory=SmallLlamaConfig)
@@ -145,6 +151,7 @@ class StudyConfig:
         for name, minimum in MINIMUM.items():
             if getattr(self, name) < minimum:
                 raise InputError(f"{name} is {minimum} or more, got {getattr(self, name)}")
+        MeasurementSettings(count_products=self.count_products)
         choose_device(self.device)
         if "noisy" in self.modes and self.winq.sigma == 0:
             raise InputError("the noisy Hessian needs noise: give --sigma above 0, or leave noisy out of --modes")

@@ -60,6 +60,7 @@ def study_probe(
         probes=config.probes,
         steps=config.lanczos_steps,
         deflate=config.deflate,
+        count_products=config.count_products,
         engine="reverse",  # a choice by measurement may differ from run to run, and with it the last digits
         seed=config.train.seed,
         config=settings,

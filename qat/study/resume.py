@@ -1,7 +1,7 @@
-"""Going on with a study that was interrupted: which runs are finished, and how the others start again.
+"""Resuming a study that was interrupted: which runs are finished, and how the others start again.
 
 A run is finished if every spectrum and every validation loss that its settings ask for is on the disk. It is kept. Any
-other run starts again in an empty folder, and ends with the same records as one that was never interrupted.
+other run starts again in an empty folder, and ends with the same records as a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Curve = tuple[tuple[int, float], ...]
 
 
 def planned_marks(config: StudyConfig, method: str) -> tuple[tuple[int, str], ...]:
-    """When a run is measured.
+    """The training steps at which a run is measured, with the labels of the records.
 
     Args:
         config: The study's settings.
@@ -87,7 +87,7 @@ def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
 def start_again(folder: Path) -> None:
     """Remove the records of a run that was interrupted; other files in its folder stay.
 
-    Its config.json stays too: were this interrupted in turn, the folder would still be that of a run.
+    Its config.json stays too, so that the folder is still that of a run if this is interrupted.
 
     Args:
         folder: The run's folder; it may not be there.

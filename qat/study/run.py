@@ -41,10 +41,10 @@ NOISE_DRAWS = 4
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one run.
+    """The result of one run.
 
     Attributes:
-        row: Its row of the table, but for `steps_to_baseline_loss`.
+        row: Its row of the table, without `steps_to_baseline_loss`.
         curve: Pairs (training step, validation loss), from step 0 to the last.
         spectra: How many spectra were measured.
         seconds: How long the training took; NaN for a run that an earlier call has finished.
@@ -115,7 +115,7 @@ def train_method(start: Start, config: StudyConfig, bits: float, method: str, fo
 
 
 def outcome_of(run: Run, config: StudyConfig, bits: float, method: str) -> Outcome:
-    """What came of a finished run, read from its folder.
+    """The result of a finished run, read from its folder.
 
     Args:
         run: The run.
@@ -142,7 +142,7 @@ def outcome_of(run: Run, config: StudyConfig, bits: float, method: str) -> Outco
 
 
 def finished_outcome(start: Start, config: StudyConfig, bits: float, method: str, folder: Path) -> Outcome | None:
-    """What came of a run that an earlier call has finished; None where the run is not there or not finished.
+    """The result of a run that an earlier call has finished; None if the run does not exist or is not finished.
 
     Args:
         start: What the study's runs start from.
@@ -190,12 +190,13 @@ def run_settings(config: StudyConfig, bits: float, method: str) -> dict[str, Any
         "probes": config.probes,
         "lanczos_steps": config.lanczos_steps,
         "deflated": config.deflate,
+        "count_products": config.count_products,
         PLANNED_RECORDS: planned_records(config, method),
     }
 
 
 def dequantized(trained: nn.Module, full_precision: nn.Module) -> nn.Module:
-    """The trained model as a plain one: the quantized values Q(W) stand in ordinary layers.
+    """The trained model as a plain model, with the quantized values Q(W) as weights of ordinary layers.
 
     Args:
         trained: A quantized model.

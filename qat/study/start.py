@@ -42,7 +42,7 @@ class Start:
 
 
 def prepare(config: StudyConfig, *, say: Callable[[str], None] = print) -> Start:
-    """Load text, tokenizer and model. What can be refused is refused before a model is trained.
+    """Load text, tokenizer and model, and check that they fit each other before a model is trained.
 
     Args:
         config: The study's settings.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from spectra.runs.record import SpectrumRecord
 
 RUN_KEYS = ("bits", "method")  # the columns that identify a run of a study
 OUTCOMES = ("validation_loss", "perplexity", "steps", "steps_to_baseline_loss")
-MOMENTS = ("start", "end")
+STAGES = ("start", "end")  # of the training
 NOT_REACHED = "not reached"
 QUANTITIES_PER_BLOCK = 2  # side by side on a terminal
 
@@ -62,8 +61,8 @@ def spectrum_columns(records: Sequence[SpectrumRecord]) -> Row:
         of_mode = [record for record in records if record.mode == mode]
         prefix = f"{mode}_" if index else ""
         for name in of_mode[0].estimates:
-            for moment, record in zip(MOMENTS, (of_mode[0], of_mode[-1]), strict=True):
-                columns[f"{prefix}{name}_{moment}"] = record.estimates[name]
+            for stage, record in zip(STAGES, (of_mode[0], of_mode[-1]), strict=True):
+                columns[f"{prefix}{name}_{stage}"] = record.estimates[name]
     return columns
 
 
@@ -119,7 +118,7 @@ def terminal(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(key.rpartition("_")[0] for key in spectral))
     blocks = [_aligned(rows, [key for key in OUTCOMES if key in keys])]
     for first in range(0, len(names), QUANTITIES_PER_BLOCK):
-        chosen = [f"{name}_{moment}" for name in names[first : first + QUANTITIES_PER_BLOCK] for moment in MOMENTS]
+        chosen = [f"{name}_{stage}" for name in names[first : first + QUANTITIES_PER_BLOCK] for stage in STAGES]
         blocks.append(_aligned(rows, [key for key in chosen if key in spectral]))
     return "\n\n".join(blocks)
 
@@ -143,8 +142,8 @@ def _in_order(row: Row) -> Row:
 def _keys(rows: Sequence[Row]) -> list[str]:
     """All columns but the label, which repeats bits and method; the estimates in the order of `ESTIMATES`."""
     keys = list(dict.fromkeys(key for row in rows for key in _in_order(row) if key != "label"))
-    rank = {f"{name}_{moment}": index for index, name in enumerate(ESTIMATES) for moment in MOMENTS}
-    return sorted(keys, key=lambda key: rank.get(key, len(rank)) if key in rank or key.endswith(MOMENTS) else -1)
+    rank = {f"{name}_{stage}": index for index, name in enumerate(ESTIMATES) for stage in STAGES}
+    return sorted(keys, key=lambda key: rank.get(key, len(rank)) if key in rank or key.endswith(STAGES) else -1)
 
 
 def _cell(row: Row, key: str) -> str:
@@ -153,15 +152,10 @@ def _cell(row: Row, key: str) -> str:
     if value is None:
         return NOT_REACHED if key == "steps_to_baseline_loss" else "-"
     if isinstance(value, Estimate):
-        mark = "" if value.resolved else "?"
-        return f"{_number(value.value)}{mark} [{_number(value.low)}, {_number(value.high)}]"
+        number, low, high = value.rounded()
+        return f"{number}{'' if value.resolved else '?'} [{low}, {high}]"
     if key == "steps_to_baseline_loss":
         return f"{value:.0f}"
     if key == "perplexity":
         return f"{value:.2f}"
     return f"{value:.4f}" if isinstance(value, float) and key != "bits" else str(value)
-
-
-def _number(value: float) -> str:
-    """A number in three digits."""
-    return f"{value:.3g}" if math.isfinite(value) else str(value)

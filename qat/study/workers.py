@@ -38,8 +38,8 @@ def run_jobs(
 ) -> Generator[tuple[int, Any], None, None]:
     """Run jobs one after the other, or in parallel processes.
 
-    After an error no further job is started. Those that run are completed, and then the error is raised. An interrupt
-    ends the processes at once, and so does the end of this process, however it ends.
+    After an error no further job is started. Running jobs are completed, and then the error is raised. An interrupt
+    ends the processes at once, and so does the end of this process, even by SIGKILL.
 
     Args:
         job: Called as job(shared, *arguments[i]); a function that can be pickled.
@@ -133,7 +133,7 @@ def _quota(cgroups: Path) -> tuple[int | None, int]:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold interrupts back inside, where the system can; one that came meanwhile is raised on exit."""
+    """A context that delays interrupts until its exit, on systems that can."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -158,7 +158,7 @@ def _set_up(shared: bytes, lock: Any, counter: Any, parent_lives: Connection) ->
 
 
 def _end_with(parent_lives: Connection) -> None:
-    """Wait until the parent closes its end of the pipe, or the system does because the parent has ended; then end."""
+    """End this process as soon as the parent's end of the pipe is closed, by the parent or because it has ended."""
     with contextlib.suppress(EOFError, OSError):
         parent_lives.recv_bytes()
     os._exit(130)

@@ -50,8 +50,8 @@ def cache_key(texts: Iterable[str], settings: dict[str, Any]) -> str:
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     """A folder in the cache, made if it is not there.
 
-    A new folder is filled under another name and then renamed. So it is complete or absent, whatever interrupts, and
-    however many processes make it at once. What a process that was killed has left of it is removed.
+    A new folder is filled under another name and then renamed. So it is complete or absent after any interrupt, also if
+    several processes make it at once. What a killed process left is removed.
 
     Args:
         name: The folder's name in the cache.
@@ -81,7 +81,7 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
         try:
             work.rename(target)
         except OSError:
-            if not target.is_dir():  # otherwise another process was first, and its folder is as good
+            if not target.is_dir():  # if it is there, another process has made the same folder
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)

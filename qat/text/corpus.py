@@ -19,7 +19,7 @@ from spectra.integrations.hub import offline_unless_reachable
 from spectra.integrations.loading import read_texts, tokenize
 
 VALIDATION_SHARE = 0.1
-FILES_TO_SPLIT_BY = 10  # of fewer files than this, each gives its last tenth to validation
+FILES_TO_SPLIT_BY = 10  # with fewer files than this, the last tenth of each is for validation
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the bytes and the end of text
 DATASET_CHARACTERS = 20_000_000  # how much of a dataset on the hub is read
@@ -97,7 +97,7 @@ def standard_library() -> Text:
 
 
 def read_files(files: Sequence[str | Path]) -> Text:
-    """Text files. Ten files or more are split by file; of fewer, each gives its last tenth to validation.
+    """Text files. Ten files or more are split by file; with fewer, the last tenth of each is for validation.
 
     Args:
         files: Paths of UTF-8 text files.
@@ -148,8 +148,8 @@ def read_dataset(name: str) -> Text:
 def split_by_file(documents: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Split by whole files. Files go to validation in the order of a hash of their path, up to a tenth of the text.
 
-    The order of the files does not matter. Where the files are so uneven that none fits, every file gives its last
-    tenth instead.
+    The order of the files does not matter. If the files are so uneven that none fits, the last tenth of each is for
+    validation instead.
 
     Args:
         documents: The text of each file by its path.

@@ -1,4 +1,4 @@
-"""WinQ as a callback of the Hugging Face Trainer. winq.py itself does without transformers."""
+"""WinQ as a callback of the Hugging Face Trainer. The method itself, in winq.py, does not need transformers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from spectra.backend.errors import InputError
 class WinQCallback(TrainerCallback):
     """Weight noise while the Trainer trains, and resets toward the quantization grid (WinQ, arXiv 2605.17471).
 
-    Training steps are optimizer steps, also when a training is resumed. The noise is taken off when training ends. If
-    training raises, the Trainer tells its callbacks nothing: call `stop()`, or leave it, since the noise acts in train
-    mode only and the next training sets it anew.
+    Training steps are optimizer steps, also when a training is resumed. The weight noise is removed when training ends.
+    If training raises, the Trainer does not tell its callbacks: call `stop()` to remove the noise. It acts in train
+    mode only, and the next training sets it anew.
 
     Args:
         every: When to reset, as in `qat.WinQConfig`.
@@ -70,11 +70,11 @@ class WinQCallback(TrainerCallback):
         return self.winq.resets
 
     def stop(self) -> None:
-        """Take the noise off, for when training raised."""
+        """Remove the weight noise after training raised."""
         self.winq.stop()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the noise on and plan the resets."""
+        """Add the weight noise and plan the resets."""
         self.winq.start(kwargs["model"], state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -82,5 +82,5 @@ class WinQCallback(TrainerCallback):
         self.winq.step(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the noise off."""
+        """Remove the weight noise."""
         self.winq.stop()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spectra.backend.errors import InputError
 
-SMALL_LLAMA_RATE, PRETRAINED_RATE = 3e-3, 2e-5  # a model trained on billions of tokens diverges at the first
+SMALL_LLAMA_RATE, PRETRAINED_RATE = 3e-3, 2e-5  # a model trained on billions of tokens diverges at the first rate
 SCHEDULES = ("constant", "cosine", "wsd")
 
 

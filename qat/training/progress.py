@@ -1,4 +1,4 @@
-"""Progress bars with the time left. They are drawn on a terminal only; each worker of a study has its own lines."""
+"""Progress bars with the time left, drawn on a terminal only. Each worker of a study has its own lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Telemetry of quantized weights in training: flips, distance to the grid, clipping, relative gradient."""
+"""Telemetry of quantized weights in training: flip rate, distance to the grid, clipped share, gradient norm."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Telemetry:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Measure the weights as they are. Afterwards only the codes to compare with are new.
+        """Measure the current weights. The codes are kept, for the flip rate of the next call.
 
         Returns:
             `flip_rate`: the share of weights whose code changed since the last call, or since construction.

@@ -25,7 +25,7 @@ from spectra.runs.folder import Run
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a training went.
+    """The result of a training.
 
     Attributes:
         steps: Training steps.
@@ -66,8 +66,8 @@ def train(
         config: How to train.
         name: What the progress bar and error messages call the training.
         run: A run folder. It gets a line of telemetry every `config.telemetry_every` steps and at every evaluation.
-        callbacks: Further callbacks of the Trainer; at every step they come before that of this module.
-        telemetry: Has `measure() -> dict`. It is called while gradients are there, and its numbers join the line.
+        callbacks: Further callbacks of the Trainer; at every training step they are called before that of this module.
+        telemetry: Has `measure() -> dict`. It is called before the gradients are freed, and its numbers join the line.
         device: "cpu", "cuda", or None for a GPU if there is one.
 
     Returns:

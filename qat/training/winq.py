@@ -98,9 +98,9 @@ def interpolate_(model: nn.Module, *, alpha: float) -> None:
 
 
 def _between(start: Tensor, end: Tensor, share: float) -> Tensor:
-    """The point start + share (end - start), inside [start, end] in spite of rounding error; `end` at share 1.
+    """The point start + share (end - start), which rounding error never moves outside [start, end]; `end` at share 1.
 
-    One unit in the last place outside could cross a threshold and change a code.
+    A point outside, even by one unit in the last place, could cross a threshold and change a code.
     """
     if share < 0.5:
         return start + share * (end - start)
@@ -163,7 +163,7 @@ class WinQ:
         self._before: list[tuple[QuantLayer, float, bool]] = []
 
     def start(self, model: nn.Module, total_steps: int) -> None:
-        """Put the noise on and plan the resets.
+        """Add the weight noise and plan the resets.
 
         Args:
             model: A quantized model.
@@ -181,7 +181,7 @@ class WinQ:
             layer.noise_sigma, layer.noise_scales = self.config.sigma, self.config.noise_scales
 
     def step(self, step: int) -> bool:
-        """Reset the weights if it is time. Call it after every optimizer step.
+        """Reset the weights if a reset is due. Call it after every optimizer step.
 
         Args:
             step: The number of the training step; 1 is the first.
@@ -203,7 +203,7 @@ class WinQ:
         return True
 
     def stop(self) -> None:
-        """Take the noise off. A second call does nothing."""
+        """Remove the weight noise. A second call does nothing."""
         for layer, sigma, noise_scales in self._before:
             layer.noise_sigma, layer.noise_scales = sigma, noise_scales
         self._before, self._model = [], None

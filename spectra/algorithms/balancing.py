@@ -1,8 +1,9 @@
-"""One step of a Sinkhorn iteration: Kronecker factors that make the rows and columns of sampled matrices more alike.
+"""One step of a Sinkhorn iteration on Kronecker factors, which brings covariances nearer to multiples of the identity.
 
-For Y a matrix of independent columns, Y Y^T is the covariance of its rows up to a factor. A step multiplies the factor
-of the rows by a negative power of it, part of the way to where it is a multiple of the identity. The covariance is
-known from as many samples as Y has columns, so its parts are shrunk by what sampling explains.
+If a matrix Y has independent columns, Y Y^T is the covariance of its rows up to a factor. A step multiplies the factor
+of the rows by a negative power of this covariance, so that it comes nearer to a multiple of the identity. The columns
+of Y are the samples from which the covariance is estimated. Its diagonal and its correlations are shrunk to remove what
+is due to sampling.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ import torch
 
 from spectra.algorithms.kronecker import Block, KroneckerTransform
 
-POWER = 0.4  # of the covariance that a step takes out: 1 where off-diagonal blocks dominate T^2, 1/4 for a diagonal T
-SMALLEST = 1e-12  # eigenvalue of a correlation matrix, where rounding has made it less
+POWER = 0.4  # exponent of the covariance in a step: 1 would suit a T^2 of off-diagonal blocks, 1/4 a diagonal T
+SMALLEST = 1e-12  # smallest eigenvalue of a correlation matrix; rounding may make it smaller
 
 
 def balanced(transform: KroneckerTransform, image: torch.Tensor, mask: torch.Tensor | None) -> KroneckerTransform:
     """The transform after one step.
 
-    Rows, columns, and whole blocks are brought nearer to equal mean squares, each by the same power, and rows and
-    columns to no correlation.
+    The step brings the mean squares of rows, of columns and of whole blocks nearer to each other, all by the same
+    power. It also makes the correlations of rows and of columns smaller.
 
     Args:
         transform: P.
         image: (n,), T^2 z for a random z.
-        mask: (n,), False for coordinates in which T is zero; None where there are none. With a mask the new factors are
-            symmetric positive definite, so that the rows and columns of the other coordinates are nonsingular.
+        mask: (n,), False for coordinates in which T is zero; None if there are none. With a mask the new factors are
+            symmetric positive definite, so that the principal submatrix of P on the other coordinates is nonsingular.
 
     Returns:
         The new P.
@@ -44,7 +45,7 @@ def balanced(transform: KroneckerTransform, image: torch.Tensor, mask: torch.Ten
 
 
 def positive_definite(transform: KroneckerTransform) -> KroneckerTransform:
-    """The transform with (F F^T)^(1/2) in place of each factor F; T is then the same but for a rotation."""
+    """The transform with (F F^T)^(1/2) in place of each factor F, which changes T by a rotation only."""
     left, right = (tuple(map(_polar, factors)) for factors in (transform.left, transform.right))
     return replace(transform, left=left, right=right)
 
@@ -63,7 +64,7 @@ def _step_of_block(
 
 
 def _step(factor: torch.Tensor, matrices: torch.Tensor, share: torch.Tensor, *, symmetric: bool) -> torch.Tensor:
-    """The new factor of the rows of `matrices` (count, rows, columns); share: of entries kept in each row."""
+    """The new factor of the rows of `matrices` (count, rows, columns); `share` is the share of each row not masked."""
     samples = matrices.shape[-1]
     if matrices.shape[-2] == 1:
         return factor
@@ -80,9 +81,9 @@ def _step(factor: torch.Tensor, matrices: torch.Tensor, share: torch.Tensor, *, 
 
 
 def _shrunk_squares(squares: torch.Tensor, samples: int) -> torch.Tensor:
-    """Mean squares (count, rows) over their mean, shrunk to 1 by the part of their variance that sampling explains.
+    """Mean squares (count, rows) over their mean, shrunk to 1 by the part of their variance that is due to sampling.
 
-    A mean of `samples` squares of a normal variable has the relative variance 2 / samples. Rows of zeros are left at 1.
+    A mean of `samples` squares of a normal variable has the relative variance 2 / samples. Rows of zeros get 1.
     """
     known = squares > 0
     mean = squares.sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
@@ -114,7 +115,7 @@ def _power(matrices: torch.Tensor, exponent: float) -> torch.Tensor:
 
 
 def _polar(factor: torch.Tensor) -> torch.Tensor:
-    """(F F^T)^(1/2), by the singular vectors of F; a diagonal factor is positive already."""
+    """(F F^T)^(1/2), from the singular value decomposition of F; a diagonal factor is positive already."""
     if factor.ndim == 2:
         return factor
     vectors, values, _ = torch.linalg.svd(factor)
@@ -122,7 +123,7 @@ def _polar(factor: torch.Tensor) -> torch.Tensor:
 
 
 def _scales(squares: list[torch.Tensor]) -> list[torch.Tensor]:
-    """By how much to multiply the matrices of each block (count,), whose mean squares are given."""
+    """The numbers (count,) that the matrices of each block are multiplied by, from their mean squares."""
     known = torch.cat([square[square > 0] for square in squares])
     middle = known.log().mean().exp()
     return [torch.where(square > 0, square / middle, 1.0).pow(-POWER / 2) for square in squares]

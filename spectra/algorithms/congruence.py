@@ -1,8 +1,8 @@
 """A change of variables after which a few Lanczos steps can count the eigenvalues on either side of a threshold.
 
-By Sylvester's law of inertia P^T (A - t I) P has as many negative eigenvalues as A - t I, whatever the nonsingular P.
-The P found here gives T = P^T (A - t I) P a spectrum of small kurtosis. Few of its eigenvalues then lie near zero
-relative to its range, and a recurrence places all others.
+By Sylvester's law of inertia P^T (A - t I) P has as many negative eigenvalues as A - t I for every nonsingular P. Here
+P is chosen so that the spectrum of T = P^T (A - t I) P has a small kurtosis. Few of its eigenvalues then lie near zero
+relative to its range, and a recurrence of few steps resolves the sign of all others.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from spectra.backend.vectors import dot
 from spectra.operators.base import LinearOperator
 from spectra.operators.derived import CongruentOperator, MeanOperator
 
-ROUNDS = 8  # of balancing; more than ten gain little
-WARM_ROUNDS = 2  # from the factors of an earlier checkpoint
-ROUNDING_ROOM = 1.01  # times what the linearity gap shows: an error of products above that has another cause
+ROUNDS = 8  # balancing steps; more than ten gain little
+WARM_ROUNDS = 2  # balancing steps from the factors of an earlier checkpoint
+ROUNDING_ROOM = 1.01  # times the error that the linearity gap shows; a larger error of products has another cause
 
 
 @dataclass(frozen=True, eq=False)
 class Congruence:
-    """A change of variables for the Hessian of one model, and what it does.
+    """A change of variables for the Hessian of one model, with the kurtosis of the spectrum before and after it.
 
     Attributes:
         transform: P.
-        mask: (n,), False for the coordinates that the operator maps to zero; None where there are none.
-        shift: The threshold t that it was found for.
-        kurtosis: |T^2 z|^2 |z|^2 / |T z|^4 of a random z, which estimates n tr(T^4) / tr(T^2)^2. The number of Lanczos
+        mask: (n,), False for the coordinates that the operator maps to zero; None if there are none.
+        shift: The threshold t for which P was found.
+        kurtosis: |T^2 z|^2 |z|^2 / |T z|^4 for a random z, an estimate of n tr(T^4) / tr(T^2)^2. The number of Lanczos
             steps that a count takes grows with it.
-        kurtosis_before: The same of A - t I.
+        kurtosis_before: The kurtosis of A - t I.
         products: Products spent on the search.
     """
 
@@ -48,16 +48,21 @@ class Congruence:
     products: int
 
     def operator(self, op: LinearOperator, shift: float | None = None) -> CongruentOperator:
-        """T = P^T (A - t I) P, for the threshold that P was found for or for another.
+        """T = P^T (A - t I) P.
 
         Args:
             op: A.
-            shift: Another threshold t.
+            shift: The threshold t; None for the one for which P was found.
 
         Returns:
-            T, zero on the coordinates that are masked.
+            T, which is zero on the masked coordinates.
         """
         return CongruentOperator(op, self.transform, shift=self.shift if shift is None else shift, mask=self.mask)
+
+    def to(self, device: torch.device) -> Congruence:
+        """The same change of variables with its factors on another device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, transform=self.transform.to(device), mask=mask)
 
 
 @in_float32
@@ -70,24 +75,24 @@ def find_congruence(
     seed: int = 0,
     on_product: Callable[[], None] | None = None,
 ) -> Congruence | None:
-    """The Kronecker factors of a change of variables, by a stochastic Sinkhorn iteration on T^2.
+    """Find the Kronecker factors of a change of variables, by a stochastic Sinkhorn iteration on T^2.
 
-    Over all factors L, R of P: X -> L X R^T the norm ||T^2||_F is smallest, at a fixed determinant, where E[Y Y^T] and
-    E[Y^T Y] are multiples of the identity for Y a block of T^2 z, z normal. Each round draws another z, takes Y from
-    two products, and brings the two matrices part of the way there (`spectra.algorithms.balancing`). The factors of
-    smallest kurtosis are kept.
+    P maps each weight matrix X to L X R^T. Among all factors L and R with a fixed determinant, ||T^2||_F is smallest if
+    E[Y Y^T] and E[Y^T Y] are multiples of the identity, where Y is a block of T^2 z and z is normal. Each round draws a
+    new z, computes Y with two products, and brings both matrices nearer to a multiple of the identity
+    (`spectra.algorithms.balancing`). The factors with the smallest kurtosis are kept.
 
     Args:
         op: A, a symmetric operator (n, n) that knows the shapes of its parameters, such as a Hessian.
         shift: The threshold t.
-        rounds: How many, of two products each; by default 8, or 2 from a given start.
+        rounds: Number of rounds, of two products each; by default 8, or 2 from a given start.
         start: A congruence found at an earlier checkpoint, on another batch, or for another threshold.
         seed: Seed of the random vectors.
         on_product: Called after each product.
 
     Returns:
-        The congruence, or None where the operator has no matrices, where its products have errors beside rounding, and
-        where no factors were found that have a smaller kurtosis than A itself.
+        The congruence. None if no parameter is a matrix, if the products have errors other than rounding error, and if
+        no factors were found with a smaller kurtosis than that of A - t I.
 
     Raises:
         NonFiniteError: If a product is not finite.
@@ -111,7 +116,7 @@ def find_congruence(
         return None
     if mask is not None:
         vector = vector * mask
-    if shift:  # the images of A - t I from those of A
+    if shift:  # the products of A - t I from those of A
         second = second - 2 * shift * image + shift**2 * vector
         image = image - shift * vector
     before = _kurtosis(vector, image, second)
@@ -136,10 +141,10 @@ def find_congruence(
 
 
 def shapes_of(op: LinearOperator) -> tuple[tuple[int, ...], ...] | None:
-    """The shapes of the parameters that an operator is about; None where it does not know them.
+    """The shapes of the parameters of an operator; None if it does not know them.
 
     Args:
-        op: The operator. Those that a mean is made of are looked at too.
+        op: The operator, or a mean of operators that know the shapes.
 
     Returns:
         The shapes, in the order of the vector.
@@ -153,7 +158,7 @@ def shapes_of(op: LinearOperator) -> tuple[tuple[int, ...], ...] | None:
 
 
 def _rounds_only(op: LinearOperator) -> bool:
-    """Whether products are off by rounding alone, which T shows too. Errors of another kind P could enlarge unseen."""
+    """Whether rounding is the only error of products. T shows its own rounding error, but P could enlarge others."""
     if isinstance(op, MeanOperator):
         return all(_rounds_only(member) for member in op.operators)
     if op.precision_error() > 0:
@@ -162,13 +167,13 @@ def _rounds_only(op: LinearOperator) -> bool:
 
 
 def _touched(image: torch.Tensor, second: torch.Tensor) -> torch.Tensor | None:
-    """The coordinates that are not exactly zero in both of two images; None where none is zero."""
+    """The mask of coordinates that are not exactly zero in both of two products; None if there are no others."""
     touched = (image != 0) | (second != 0)
     return None if bool(touched.all()) else touched
 
 
 def _nonsingular(transform: KroneckerTransform, mask: torch.Tensor | None) -> KroneckerTransform:
-    """The transform, or where coordinates are masked one whose rows and columns of the others are nonsingular."""
+    """The transform. With a mask, a positive definite one, whose principal submatrices are nonsingular."""
     return transform if mask is None else positive_definite(transform)
 
 

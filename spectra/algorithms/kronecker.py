@@ -1,15 +1,15 @@
-"""A linear map that multiplies every weight matrix from the left and from the right: one Kronecker product a matrix."""
+"""A linear map that multiplies each weight matrix from the left and from the right: a Kronecker product per matrix."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 LARGEST_SIDE = 2048  # longest side of a matrix with a dense factor; longer ones get a diagonal one
-FEWEST_COLUMNS = 8  # of a stack of matrices; a 3-D parameter with less on either side is a kernel over one dimension
+FEWEST_COLUMNS = 8  # rows and columns that make a 3-D parameter a stack of matrices; with fewer it is a 1-D convolution
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Block:
     """A part of a vector, seen as `count` matrices of one size.
 
     Attributes:
-        start: Its first entry.
-        count: How many matrices it holds.
-        rows: Of each.
-        columns: Of each.
+        start: The index of its first entry.
+        count: Number of matrices.
+        rows: Rows of each matrix.
+        columns: Columns of each matrix.
     """
 
     start: int
@@ -30,7 +30,7 @@ class Block:
 
     @property
     def stop(self) -> int:
-        """The first entry behind it."""
+        """The index after its last entry."""
         return self.start + self.count * self.rows * self.columns
 
     def matrices(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -39,13 +39,13 @@ class Block:
 
 
 def blocks_of(shapes: Sequence[Sequence[int]]) -> tuple[Block, ...]:
-    """See parameters, laid end to end in a vector, as matrices.
+    """Divide a vector of parameters, laid end to end, into matrices.
 
-    A matrix is one itself. A convolution is a matrix with a row for each output channel, a stack of matrices (the
-    experts of a mixture) a matrix each, and a vector a matrix of one column.
+    A convolution is taken as a matrix with a row for each output channel, a stack of matrices (such as the experts of a
+    mixture) as several matrices, and a vector as a matrix of one column.
 
     Args:
-        shapes: Of the parameters, in the order of the vector.
+        shapes: The shapes of the parameters, in the order of the vector.
 
     Returns:
         A block for each parameter that has entries.
@@ -60,7 +60,7 @@ def blocks_of(shapes: Sequence[Sequence[int]]) -> tuple[Block, ...]:
 
 
 def _matrix_sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """How many matrices, with how many rows and columns, a parameter of this shape holds."""
+    """Number, rows and columns of the matrices that a parameter of this shape holds."""
     if len(shape) == 3 and min(shape[1:]) >= FEWEST_COLUMNS:
         return shape
     return 1, math.prod(shape[:1]), math.prod(shape[1:])
@@ -68,7 +68,7 @@ def _matrix_sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, eq=False)
 class KroneckerTransform:
-    """P: X -> L X R^T for every matrix X of every block, with factors L and R of its own.
+    """P: X -> L X R^T for every matrix X of every block. Each matrix has its own factors L and R.
 
     Attributes:
         blocks: The matrices.
@@ -79,13 +79,21 @@ class KroneckerTransform:
     blocks: tuple[Block, ...]
     left: tuple[torch.Tensor, ...]
     right: tuple[torch.Tensor, ...]
+    _cast: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @classmethod
     def identity(cls, blocks: tuple[Block, ...], device: torch.device) -> KroneckerTransform:
-        """Return the map that changes nothing."""
+        """Return the identity map."""
         left = tuple(_identity(block.count, block.rows, block.columns, device) for block in blocks)
         right = tuple(_identity(block.count, block.columns, block.rows, device) for block in blocks)
         return cls(blocks, left, right)
+
+    def to(self, device: torch.device) -> KroneckerTransform:
+        """The same map with its factors on another device."""
+        left, right = (tuple(factor.to(device) for factor in factors) for factors in (self.left, self.right))
+        return KroneckerTransform(self.blocks, left, right)
 
     def apply(self, vectors: torch.Tensor) -> torch.Tensor:
         """P applied to each row of (k, n)."""
@@ -103,12 +111,14 @@ class KroneckerTransform:
         return images
 
     def _factors(self, dtype: torch.dtype) -> Iterator[tuple[Block, torch.Tensor, torch.Tensor]]:
-        for block, left, right in zip(self.blocks, self.left, self.right, strict=True):
-            yield block, left.to(dtype), right.to(dtype)
+        """The blocks with their factors in another precision, which are kept for the next product."""
+        if dtype not in self._cast:
+            self._cast[dtype] = [f.to(dtype) for f in self.left], [f.to(dtype) for f in self.right]
+        yield from zip(self.blocks, *self._cast[dtype], strict=True)
 
 
 def _identity(count: int, side: int, other: int, device: torch.device) -> torch.Tensor:
-    """The factor of a side, dense unless it is long or has nothing to be correlated over."""
+    """The identity as a factor of a side: dense, or its diagonal if the side is long or the other one has length 1."""
     if side > LARGEST_SIDE or other == 1:
         return torch.ones(count, side, dtype=torch.float64, device=device)
     return torch.eye(side, dtype=torch.float64, device=device).repeat(count, 1, 1)

@@ -1,4 +1,4 @@
-"""Which parameters and batches an operator is about, and whether its numbers can be relied on."""
+"""Which parameters, batches and Hessian an operator is about, and whether its numbers can be relied on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from spectra.estimates.origin import Origin
 from spectra.operators.base import LinearOperator
 from spectra.operators.derived import DeflatedOperator, MeanOperator
-from spectra.operators.hessian.batches import tensors_of
+from spectra.operators.hessian.batches import contents_of
 
 SAMPLED = 1 << 16  # entries of each tensor of a batch that are looked at
 
@@ -28,9 +28,12 @@ def origin_of(op: LinearOperator) -> Origin:
     """
     member = _members(op)[0]
     space, objective = getattr(member, "space", None), getattr(member, "objective", None)
+    training = getattr(member, "training", None)
     return Origin(
         parameters=_digits(zip(space.names, map(tuple, space.shapes), strict=True)) if space is not None else "",
-        batches=_digits(map(_sampled, tensors_of(objective.batches))) if objective is not None else "",
+        batches=_digits(map(_sampled, contents_of(objective.batches))) if objective is not None else "",
+        mode=getattr(member, "mode", ""),
+        training="" if training is None else "training" if training else "evaluation",
         unverified=unverified(op),
     )
 
@@ -58,10 +61,12 @@ def _digits(parts: Iterable[Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _sampled(tensor: torch.Tensor) -> tuple[Any, ...]:
+def _sampled(content: torch.Tensor | bytes) -> Any:
     """Shape and some of the entries of a tensor, the same in every precision of at least float32."""
-    dense = tensor.detach()
+    if isinstance(content, bytes):
+        return content
+    dense = content.detach()
     dense = dense if dense.layout == torch.strided else dense.to_dense()
     flat = dense.reshape(-1)[:: max(dense.numel() // SAMPLED, 1)].cpu()
     values = flat.float() if flat.is_floating_point() else flat
-    return tuple(tensor.shape), np.ascontiguousarray(values.numpy()).tobytes()
+    return tuple(content.shape), np.ascontiguousarray(values.numpy()).tobytes()

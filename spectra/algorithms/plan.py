@@ -70,7 +70,7 @@ class MemoryPlan:
         search += f" in {format_bytes(self.host)} of host memory" if self.host else ""
         return (
             f"{format_bytes(self.peak)} at most beside the model ({listed}); {graphs}, {self.rows} rows at a time, "
-            f"{self.together} probes together{search}"
+            f"{self.together} probe vectors together{search}"
         )
 
 

@@ -17,25 +17,25 @@ from spectra.algorithms.lanczos import LanczosRecurrence
 from spectra.algorithms.origin import unverified
 from spectra.algorithms.probe_space import DEFLATION_TOLERANCE, ProbeSpace
 from spectra.algorithms.progress import Callback, Progress
-from spectra.algorithms.share_recurrences import Part, ShareRecurrences
+from spectra.algorithms.share_recurrences import Part, ShareRecurrences, probes_needed
 from spectra.algorithms.slq import slq
 from spectra.algorithms.topk import Eigenpairs
 from spectra.backend.errors import InputError
 from spectra.backend.float32 import in_float32
 from spectra.backend.random_vectors import gaussian
 from spectra.estimates.density import SpectralDensity
-from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, normal_quantile, unresolved
+from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, unresolved
 from spectra.operators.base import LinearOperator
 
 SHARES = ("negative", "near_zero", "between")
-FEWEST_PRODUCTS = 20  # of a budget
-SEARCH_PART = 0.12  # of the budget, spent on the search for outliers to deflate
+FEWEST_PRODUCTS = 20  # smallest budget
+SEARCH_PART = 0.12  # part of the budget that the search for outliers may spend
 SEARCH_STEPS = (20, 160)  # fewest and most Lanczos steps of that search
-SEARCH_BASIS_BYTES = 1 << 30  # of its basis on a CPU: reorthogonalizing against more costs more than deflation saves
-GROWTH = 0.5  # of the number of Lanczos steps from one look at the interval to the next
-PROMISING = 0.17  # half-width at which one of two ways to the share goes on alone
-FIRST_STEPS = 50  # Lanczos steps before the interval is first looked at
-FIRST_PART = 1 / 8  # of the budget, also spent before that: an interval can be narrow early while its middle is far off
+SEARCH_BASIS_BYTES = 1 << 30  # largest basis of the search on a CPU: beyond it reorthogonalization costs too much
+GROWTH = 0.5  # relative growth of the number of Lanczos steps from one estimate to the next
+PROMISING = 0.17  # half-width at which one of the two methods goes on alone
+FIRST_STEPS = 50  # Lanczos steps before the share is first estimated
+FIRST_PART = 1 / 8  # part of the budget spent before that: an early interval may be narrow around a value that is off
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ def resolve(
     congruence: Congruence | None = None,
     progress: Callback | None = None,
 ) -> Estimate:
-    """A share of the eigenvalues to a wanted half-width, for a limited number of products.
+    """Estimate a share of the eigenvalues to a wanted half-width, with a limited number of products.
 
-    Where the operator knows the shapes of its parameters, as a Hessian does, the eigenvalues below each bound are
-    counted after a change of variables (`spectra.algorithms.congruence`), which takes far fewer products for most
-    models. Where that is slow, and for every other operator:
+    If the operator knows the shapes of its parameters, as a Hessian does, the eigenvalues below each bound are counted
+    after a change of variables (`spectra.algorithms.congruence`). For most models this takes far fewer products. The
+    following method is used for other operators, and beside the first one where that is slow:
 
     1. A short Lanczos run finds the outliers, which are deflated; each would cost the following recurrences many steps.
-    2. As many probe vectors as the sampling variance asks for advance together, without a stored basis, until the
-       interval is narrow enough or the budget is spent.
+    2. Recurrences without a stored basis are advanced until the interval is narrow enough or the budget is spent. The
+       number of probe vectors follows from the sampling variance.
 
     A matrix with n <= budget is formed and diagonalized instead, and its share is exact.
 
@@ -83,8 +83,9 @@ def resolve(
         half_width: The half-width of the 95 % interval to reach, between 0 and 0.5.
         budget: The largest number of products, at least 20.
         seed: Seed of the random vectors.
-        congruence: A change of variables found earlier (`find_congruence`), such as at the last checkpoint. The search
-            starts from it and takes fewer products. It need not fit: only the width of the interval depends on it.
+        congruence: A change of variables found earlier (`spectra.algorithms.congruence.find_congruence`), such as at
+            the last checkpoint. The search starts from it and takes fewer products. The interval is valid for any
+            congruence; only its width depends on it.
         progress: Called as progress(products done, products in total). The total is the budget until less turns out to
             be enough.
 
@@ -118,7 +119,7 @@ def resolve(
 def _measure(
     op: LinearOperator, target: _Target, budget: int, seed: int, congruence: Congruence | None, progress: Progress
 ) -> Estimate:
-    """The share as densities give it, exact where the budget allows that."""
+    """The share, exact if the budget is at least n."""
     n, before = op.shape[0], op.products
     if n <= budget:
         return target.read(slq(op, probes=1, steps=n, seed=seed, progress=lambda done, _: progress.reach(done)))
@@ -135,7 +136,7 @@ def _measure(
     changed = recurrences_after_congruence(
         op,
         target.bounds,
-        probes=lambda dimension, counts: _probes_needed(dimension, target.half_width / counts),
+        probes=lambda dimension, counts: probes_needed(dimension, target.half_width / counts),
         seed=seed,
         start=congruence,
         remaining=remaining,
@@ -149,9 +150,9 @@ def _measure(
 def _narrower(
     changed: ShareRecurrences, direct: Callable[[], ShareRecurrences], remaining: Callable[[], int], half_width: float
 ) -> Estimate:
-    """The share from the recurrences after a change of variables, or from those without it where these do better.
+    """The share from the recurrences after a change of variables, or from those without it if these are faster.
 
-    Where the first leave the interval wide after their first steps, both advance side by side until one is promising.
+    If the interval of the first is wide after their first steps, both are advanced in turn until one is promising.
     """
     promising = max(PROMISING, half_width)
     if changed.advance().half_width <= promising or remaining() < FEWEST_PRODUCTS:
@@ -221,7 +222,7 @@ def _recurrences_of(
     budget = remaining()
     pairs = find_outliers(op, products=_search_products(op, budget), seed=seed, on_step=on_product)
     space, left = ProbeSpace(op, pairs, seed=seed), remaining()
-    probes = _probes_needed(space.dimension, target.half_width)
+    probes = probes_needed(space.dimension, target.half_width)
     probes = max(min(probes, left // FIRST_STEPS), 1)
     first_look = int(FIRST_PART * budget) - (budget - left)
     return ShareRecurrences(
@@ -232,12 +233,6 @@ def _recurrences_of(
         first_steps=max(FIRST_STEPS, math.ceil(first_look / probes)),
         growth=GROWTH,
     )
-
-
-def _probes_needed(dimension: int, half_width: float) -> int:
-    """How many probe vectors bring the sampling error below a third of the half-width, at a share of one half."""
-    per_probe = normal_quantile() * math.sqrt(0.5 / (max(dimension, 1) + 2))
-    return max(math.ceil((3 * per_probe / half_width) ** 2), 1)
 
 
 def _bounds(share: str, tol: float | None, between: tuple[float, float] | None) -> tuple[float, float]:

@@ -1,25 +1,26 @@
-"""Lanczos recurrences that are advanced until the share read from them is narrow enough."""
+"""Lanczos recurrences that are advanced until the interval of a share of eigenvalues is narrow enough."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from spectra.algorithms.lanczos import LanczosRecurrence
 from spectra.algorithms.probe_space import ProbeSpace
 from spectra.estimates.density import SpectralDensity
-from spectra.estimates.estimate import Estimate
+from spectra.estimates.estimate import Estimate, normal_quantile
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Probe vectors of one operator, and what is read from them.
+    """The recurrences of one operator, and how a share is read from them.
 
     Attributes:
-        space: What the probe vectors are drawn from.
-        recurrence: Their recurrences; None where the space has dimension zero.
-        probes: How many they are.
-        read: The estimate that a density gives.
+        space: The space that the probe vectors are drawn from.
+        recurrence: The recurrences of the probe vectors; None if the space has dimension zero.
+        probes: Number of probe vectors.
+        read: Reads the share from a density.
     """
 
     space: ProbeSpace
@@ -32,25 +33,29 @@ class Part:
         """Whether no further step is possible."""
         return self.recurrence is None or self.recurrence.broken_down
 
-    def estimate(self) -> Estimate:
-        """The estimate after the steps taken so far."""
+    def density(self) -> SpectralDensity:
+        """The density after the steps taken so far."""
         if self.recurrence is None:
-            return self.read(self.space.density([], probes=1, steps=1))
+            return self.space.density([], probes=1, steps=1)
         results = self.recurrence.tridiagonals()
         steps = max(result.steps for result in results)
-        return self.read(self.space.density(results, probes=self.probes, steps=steps))
+        return self.space.density(results, probes=self.probes, steps=steps)
+
+    def estimate(self) -> Estimate:
+        """The estimate after the steps taken so far."""
+        return self.read(self.density())
 
 
 class ShareRecurrences:
-    """Recurrences of one operator or of several, from which one share is read.
+    """Recurrences of one or several operators, from which one share is estimated.
 
     Args:
         parts: The recurrences.
-        combine: The share from the estimate of each part.
-        remaining: How many products may still be spent.
-        on_step: Called after each step of a part.
-        first_steps: Lanczos steps before the share is first looked at.
-        growth: By which part the number of steps grows from one look to the next.
+        combine: Computes the share from the estimates of all parts.
+        remaining: Returns how many products may still be spent.
+        on_step: Called after each Lanczos step of a part.
+        first_steps: Lanczos steps before the share is first estimated.
+        growth: Relative growth of the number of Lanczos steps from one estimate to the next.
 
     Attributes:
         steps: Lanczos steps taken.
@@ -76,7 +81,7 @@ class ShareRecurrences:
         return all(part.finished for part in self.parts) or self._affordable() < 1
 
     def advance(self) -> Estimate:
-        """Take the steps up to the next look at the share.
+        """Take the Lanczos steps up to the next estimate of the share.
 
         Returns:
             The share.
@@ -90,7 +95,7 @@ class ShareRecurrences:
         return self.estimate()
 
     def advance_until(self, half_width: float) -> Estimate:
-        """Take steps until the interval is no wider than this, or nothing is left to spend.
+        """Take Lanczos steps until the interval is narrow enough, or the budget is spent.
 
         Args:
             half_width: The half-width to reach.
@@ -109,3 +114,17 @@ class ShareRecurrences:
 
     def _affordable(self) -> int:
         return self._remaining() // sum(part.probes for part in self.parts)
+
+
+def probes_needed(dimension: int, half_width: float) -> int:
+    """How many probe vectors bring the sampling error below a third of the half-width, at a share of one half.
+
+    Args:
+        dimension: Of the space that they are drawn from.
+        half_width: Of the 95 % interval of the share.
+
+    Returns:
+        The number, at least 1.
+    """
+    per_probe = normal_quantile() * math.sqrt(0.5 / (max(dimension, 1) + 2))
+    return max(math.ceil((3 * per_probe / half_width) ** 2), 1)

@@ -7,11 +7,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-import scipy
 import torch
 
 from spectra.algorithms.block_size import probe_block_size
+from spectra.algorithms.congruence import Congruence
+from spectra.algorithms.exact import exact_density
+from spectra.algorithms.inertia import COUNT_PRODUCTS, count_below
 from spectra.algorithms.lanczos import Tridiagonal, choose_reorthogonalization
 from spectra.algorithms.origin import origin_of
 from spectra.algorithms.probe_space import DEFLATION_TOLERANCE, ProbeSpace
@@ -34,6 +35,8 @@ def slq(
     deflate: int | Eigenpairs = 0,
     reorthogonalize: str = "auto",
     rounding_error: float | None = None,
+    congruence: bool | Congruence = False,
+    count_products: int = COUNT_PRODUCTS,
     spread: str = "none",
     progress: Callable[[int, int], Any] | None = None,
 ) -> SpectralDensity:
@@ -59,6 +62,10 @@ def slq(
         reorthogonalize: "full", "none" (see `spectra.lanczos`), or "auto": full while the basis is small.
         rounding_error: How far rounding error may have moved an eigenvalue, in the units of the eigenvalues. By default
             the operator's relative `rounding` times the norm of T; measuring that costs three products for a Hessian.
+        congruence: Whether to count the eigenvalues below zero after a change of variables too, or a change of
+            variables found earlier to start from (`spectra.count_below`). The density's `negative_share` is then read
+            from the count, and everything else from the operator itself.
+        count_products: The largest number of products for that count.
         spread: "probes" distributes the probe vectors over the ranks of torch.distributed (`spectra.distributed`).
             Every rank gets the whole density, which does not depend on the number of ranks.
         progress: Called as progress(products done, products in total), including those of deflation. How many deflation
@@ -85,6 +92,10 @@ def slq(
         raise InputError(f"deflate must be a number of eigenvalues or the result of topk, got {deflate}")
     count = Progress(progress, 0)
     density = _measure(op, probes, steps, seed, deflate, reorthogonalize, rounding_error, spread, count)
+    if congruence is not False and not density.exact:
+        start = congruence if isinstance(congruence, Congruence) else None
+        counted = count_below(op, products=count_products, seed=seed, start=start, progress=count.part(0))
+        density = density.with_count(counted[0] if counted else None)
     count.finish()
     return density.with_origin(origin_of(op))
 
@@ -104,10 +115,10 @@ def _measure(
     reorthogonalize = choose_reorthogonalization(op, steps, reorthogonalize)
     n = op.shape[0]
     if steps >= n:
-        return _exact(op, probes, steps, progress)
+        return exact_density(op, probes=probes, steps=steps, progress=progress)
     pairs = _pairs_to_deflate(op, deflate, seed, progress.part(probes * steps))
     if pairs is not None and len(pairs.values) + steps >= n:
-        return _exact(op, probes, steps, progress)
+        return exact_density(op, probes=probes, steps=steps, progress=progress)
     space = _probe_space(op, pairs, seed)
     del pairs  # frees their vectors: the space has its own copy
     indices = list(range(probes))
@@ -191,16 +202,3 @@ def largest_eigenpairs(
     """
     k = min(k, op.shape[0])
     return topk(op, k, which="LM", tol=DEFLATION_TOLERANCE, seed=seed, verify=False, start=start, progress=progress)
-
-
-def _exact(op: LinearOperator, probes: int, steps: int, progress: Progress) -> SpectralDensity:
-    """The density of all eigenvalues of the matrix, formed with n products."""
-    before = progress.done
-    progress.total = before + op.shape[0]
-    matrix = op.to_dense(on_products=lambda done: progress.reach(before + done)).cpu().double().numpy()
-    nonzero = matrix.any(axis=1)  # the other rows and columns are zero eigenvalues, free of rounding error
-    eigenvalues = np.zeros(len(matrix))
-    if nonzero.any():
-        eigenvalues[nonzero] = scipy.linalg.eigvalsh(matrix[np.ix_(nonzero, nonzero)])
-    rounding_error = op.rounding() * float(np.abs(eigenvalues).max())
-    return SpectralDensity.from_eigenvalues(eigenvalues, probes=probes, steps=steps, rounding_error=rounding_error)

@@ -10,8 +10,8 @@ from typing import Any
 from spectra.backend.errors import InputError
 from spectra.cli.command_line import interrupts_say, print_json
 from spectra.cli.tables import aligned, known_digits, quantity_name
-from spectra.estimates.changes import OTHER_BATCHES, Change, compare
-from spectra.estimates.origin import other_batches
+from spectra.estimates.changes import Change, compare
+from spectra.estimates.origin import OTHER_BATCHES, notes_on_differences
 from spectra.runs.folder import Run
 from spectra.runs.planned import unfinished
 from spectra.runs.record import SpectrumRecord
@@ -45,11 +45,12 @@ def _compare(options: argparse.Namespace) -> None:
     _check_alike(first, second)
     densities = first.density(before), second.density(after)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the batches, which a note tells of
+        warnings.simplefilter("ignore")  # about what the notes tell of
         changes = compare(*densities, near_zero_tol=after.near_zero_tol)
     paired = all(change.paired for change in changes.values())
-    others = _other_batches(first.config, second.config) or other_batches(*(each.origin for each in densities))
-    notes = [OTHER_BATCHES] if others else []
+    notes = notes_on_differences(*(each.origin for each in densities))
+    if _other_batches(first.config, second.config) and OTHER_BATCHES not in notes:
+        notes.append(OTHER_BATCHES)
     for single in dict.fromkeys((first, second)):
         if lacking := unfinished(single):
             notes.append(f"{single.folder} is unfinished: {lacking}")
@@ -57,7 +58,7 @@ def _compare(options: argparse.Namespace) -> None:
         places = {"before": _place(first, before), "after": _place(second, after)}
         print_json({**places, "paired": paired, "notes": notes, "changes": _plain(changes)})
         return
-    print(f"{_place(first, before)} -> {_place(second, after)}, {'the same' if paired else 'different'} probes")
+    print(f"{_place(first, before)} -> {_place(second, after)}, {'the same' if paired else 'different'} probe vectors")
     for note in notes:
         print(f"note: {note}")
     rows = [("quantity", "before", "after", "change")]

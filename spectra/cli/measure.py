@@ -51,6 +51,12 @@ def add_parser(commands: Any) -> None:
         help="Lanczos steps for each probe vector, %(default)s by default; more resolve finer",
     )
     add("--deflate", type=int, help=f"outliers taken out first (default: {DEFLATED} where memory allows)")
+    add(
+        "--count-products",
+        type=int,
+        default=DEFAULTS.count_products,
+        help="products for the count of negative eigenvalues, %(default)s by default at most; 0 leaves it out",
+    )
     add("--sequences", type=int, default=8, help="sequences cut from the text, %(default)s by default")
     add("--length", type=int, help="tokens a sequence (default: 256, or the model's longest)")
     add("--batch-size", type=int, default=8, help="sequences a forward pass, %(default)s by default")
@@ -95,6 +101,7 @@ def _measure(options: argparse.Namespace) -> SpectrumRecord:
         steps=options.steps,
         seed=options.seed,
         deflate=options.deflate,
+        count_products=options.count_products,
         precision=options.dtype if options.dtype in LOWER else None,
     )
     config = {key: value for key, value in vars(options).items() if key not in NOT_SETTINGS}
@@ -134,10 +141,10 @@ def _check_same(out: str, config: Mapping[str, Any]) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Raise an InputError for options that cannot be used, whatever the model."""
-    for name, least in (("sequences", 1), ("batch_size", 1), ("length", 2)):
+    for name, smallest in (("sequences", 1), ("batch_size", 1), ("length", 2)):
         value = getattr(options, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if value is not None and value < smallest:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
 
 
 def _load(options: argparse.Namespace) -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
@@ -176,14 +183,16 @@ def _measure_once(probe: SpectrumProbe) -> SpectrumRecord:
 def _record_lines(record: SpectrumRecord) -> list[str]:
     """The lines that show a record: a heading, a table of its estimates, its notes."""
     heading = (
-        f"{record.dimension:,} parameters, loss {record.loss:.4g}, {record.probes} probes of {record.lanczos_steps} "
-        f"steps, {record.products} products in {record.seconds:.1f} s on {record.device}"
+        f"{record.dimension:,} parameters, loss {record.loss:.4g}, {record.probes} probe vectors of "
+        f"{record.lanczos_steps} Lanczos steps, {record.products} products in {record.seconds:.1f} s on {record.device}"
     )
     rows = [("quantity", "value", "95 % interval", "")]
     for key, estimate in record.estimates.items():
-        value, interval = f"{estimate.value:.4g}", f"[{estimate.low:.4g}, {estimate.high:.4g}]"
+        value, low, high = estimate.rounded()
         note = "" if estimate.resolved else f"unresolved: {estimate.reason}"
-        rows.append((quantity_name(key, record), value, interval, note))
+        rows.append((quantity_name(key, record), value, f"[{low}, {high}]", note))
+    if record.count:
+        heading += f"; {record.count['products']} of them count the eigenvalues below zero after a change of variables"
     return [heading, *aligned(rows, "<><<"), *(f"note: {note}" for note in record.notes)]
 
 

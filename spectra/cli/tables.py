@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spectra.estimates.digits import rounded
 from spectra.estimates.estimate import Estimate
 from spectra.estimates.quantities import describe
 from spectra.runs.record import SpectrumRecord
@@ -31,7 +30,7 @@ def aligned(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:
 
 def known_digits(estimate: Estimate) -> str:
     """The value in the digits that its interval knows, with a question mark where it is unresolved."""
-    return rounded(estimate)[0] + ("" if estimate.resolved else "?")
+    return estimate.rounded()[0] + ("" if estimate.resolved else "?")
 
 
 def quantity_name(key: str, record: SpectrumRecord) -> str:

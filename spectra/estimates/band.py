@@ -13,8 +13,8 @@ from spectra.estimates.brackets import mass_bounds
 from spectra.estimates.estimate import CONFIDENCE, Estimate
 from spectra.estimates.measure import SpectralMeasure
 
-MOST_NODES = 400  # that become thresholds
-DECADES, PER_DECADE = 8, 24  # of the thresholds that are evenly spaced in their logarithm
+MOST_NODES = 400  # most quadrature nodes that become thresholds
+DECADES, PER_DECADE = 8, 24  # decades, and thresholds in each, of the logarithmically spaced thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class CumulativeBand:
         low: (g,) lower bounds of the share below each threshold, which never fall.
         high: (g,) upper bounds, which never fall.
         level: The probability, at least, that the whole curve lies inside.
-        reason: Why the band cannot be relied on; empty where nothing speaks against it.
+        reason: Why the band cannot be relied on; empty if it can.
 
     Example:
         >>> from spectra.estimates.density import SpectralDensity
@@ -43,7 +43,7 @@ class CumulativeBand:
     reason: str = ""
 
     def at(self, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the bounds at any thresholds. Between those of the band they follow from monotonicity.
+        """Return the bounds at any thresholds. Between the thresholds of the band they follow from monotonicity.
 
         Args:
             thresholds: (p,) in the units of the eigenvalues.
@@ -61,28 +61,27 @@ def cumulative_band(
 ) -> CumulativeBand:
     """Bound the share of eigenvalues below t for all t at once.
 
-    Three things are added up at every threshold:
+    The band adds up three errors at every threshold:
 
-    * The bracket of each probe vector's mass, averaged over probe vectors. It holds at all thresholds at once, without
-      any probability.
-    * The rounding error: each threshold is moved by it both ways.
-    * The sampling error of all masses at once, `simultaneous_error`.
+    * The bracket of each probe vector's mass, averaged over probe vectors. It holds at all thresholds with certainty.
+    * The rounding error: the bracket is taken at the threshold moved by it both ways.
+    * The sampling error at all thresholds at once, see `simultaneous_error`.
 
-    Eigenvalues that are known one by one are counted. Where the error of one reaches across a threshold, both counts
-    are possible.
+    Eigenvalues that are known one by one are counted. If the error of one reaches across a threshold, it counts as
+    possibly below.
 
     Args:
-        measure: What the probe vectors saw.
-        level: The probability with which the whole curve shall lie inside, between 0 and 1.
-        known: Intervals of the share below some thresholds that are known from elsewhere, by threshold. Monotonicity
-            carries them to the others. Each takes 1 - .95, by which it may fail, from the level of the band; one of
-            width 0 is certain and takes nothing.
+        measure: The Jacobi matrices and the known eigenvalues.
+        level: The probability that the whole curve lies inside the band, between 0 and 1.
+        known: Intervals of the share below some thresholds from other measurements, by threshold. They narrow the band
+            at other thresholds too, because the share is monotonic. Each may fail with probability .05, which is
+            subtracted from the level of the band; an interval of width 0 is certain.
 
     Returns:
         The band.
 
     Raises:
-        InputError: For a level outside (0, 1), a threshold that is not finite, or an interval that misses the band.
+        InputError: If the level is outside (0, 1), a threshold is not finite, or an interval misses the band.
     """
     if not 0 < level < 1:
         raise InputError(f"a level between 0 and 1 is expected, got {level}")
@@ -90,14 +89,14 @@ def cumulative_band(
     if not all(math.isfinite(threshold) for threshold in known):
         raise InputError(f"finite thresholds are expected in known=, got {', '.join(map(str, known))}")
     n, total = measure.sampled_dimension, measure.dimension
-    asked = np.array([0.0, *known])
-    thresholds = _thresholds(measure, asked)
-    least, most = sampled_below(measure, thresholds, exactly_at=asked)
+    exactly_at = np.array([0.0, *known])
+    thresholds = _thresholds(measure, exactly_at)
+    lower, upper = sampled_below(measure, thresholds, exactly_at=exactly_at)
     error = simultaneous_error(n, len(measure.jacobi.used), level) if measure.jacobi.used else 0.0
     certainly, possibly = known_below(measure, thresholds)
     low, high = (
-        (certainly + n * np.maximum(least - error, 0)) / total,
-        (possibly + n * np.minimum(most + error, 1)) / total,
+        (certainly + n * np.maximum(lower - error, 0)) / total,
+        (possibly + n * np.minimum(upper + error, 1)) / total,
     )
     low, high = _never_falling(low, high)
     for threshold, share in sorted(known.items()):
@@ -107,32 +106,31 @@ def cumulative_band(
 
 
 def simultaneous_error(dimension: int, probes: int, level: float) -> float:
-    """Bound how far the mean mass of the probe vectors strays from the share of eigenvalues, at all thresholds at once.
+    """Bound the difference between the mean mass of probe vectors and the share of eigenvalues, for all thresholds.
 
     Let W_i be the mass of a uniform unit vector on the first i of n eigenvectors. Its increments have the Dirichlet
-    law with all parameters 1/2, whatever the eigenvalues are, and so for i <= l
+    distribution with all parameters 1/2, whatever the eigenvalues are. So for i <= l
 
         E W_i = i / n,    Cov(W_i, W_l) = (2 / (n + 2)) (i / n) (1 - l / n).
 
     This is the covariance of a Brownian bridge at the times i / n, divided by N = (n + 2) / 2, as for the empirical
-    distribution of N points. Exchangeable increments make the process tend to that bridge (Billingsley, Convergence of
-    Probability Measures, 1968, theorem 24.2), and the mean over k probe vectors has k N in place of N. So the error
-    follows the law of Kolmogorov and Smirnov with k N points, whose tail is bounded as Massart bounded it (Ann. Probab.
-    18, 1990):
+    distribution of N points. As the increments are exchangeable, the process tends to that bridge (Billingsley,
+    Convergence of Probability Measures, 1968, theorem 24.2). The mean over k probe vectors has k N in place of N. So
+    the error has the Kolmogorov-Smirnov distribution of k N points, whose tail Massart bounded (Ann. Probab. 18, 1990):
 
         P(max_i |mean W_i - i / n| > h) <= 2 exp(-2 k N h^2) = 2 exp(-k (n + 2) h^2).
 
-    At a single i the bound holds for every n and k, since a beta variable with parameters a and b is sub-Gaussian with
+    At a single i the bound holds for every n and k: a beta variable with parameters a and b is sub-Gaussian with
     variance proxy 1 / (4 (a + b + 1)) (Marchal and Arbel, Electron. Commun. Probab. 22, 2017), which here is
-    1 / (2 (n + 2)). Eigenvalues in equal pairs make W an order statistic of uniform points, for which it is Massart's
-    inequality. For all i together it is the limit of large k n. It was simulated for n from 2 to 1,000, k from 1 to 20
-    and levels from .5 to .999: no coverage lies below the level by more than the error of the simulation, and it falls
-    to the level as n grows, so that the bound wastes nothing. A sum over n + 1 thresholds in its place would multiply
-    the tail by n.
+    1 / (2 (n + 2)). If all eigenvalues come in equal pairs, W is an order statistic of uniform points, and the bound is
+    Massart's inequality. In general it holds for all i at once in the limit of large k n. Simulations for n from 2 to
+    1,000, k from 1 to 20 and levels from .5 to .999 found no coverage below the level beyond the error of the
+    simulation. The coverage tends to the level as n grows, so the bound is tight. A union bound over n + 1 thresholds
+    would multiply the tail by n.
 
     Args:
-        dimension: n, of the space that the probe vectors were drawn from.
-        probes: k, how many there are.
+        dimension: The dimension n of the space that the probe vectors were drawn from.
+        probes: The number k of probe vectors.
         level: The probability that no threshold has a larger error.
 
     Returns:
@@ -147,12 +145,12 @@ def sampled_below(
     """Bound the mean mass of the probe vectors below each threshold.
 
     Args:
-        measure: What the probe vectors saw.
+        measure: The Jacobi matrices and the known eigenvalues.
         thresholds: (g,) in the units of the eigenvalues.
-        exactly_at: (e,) those of the thresholds at which the bounds shall be as narrow as can be.
+        exactly_at: (e,) those of the thresholds at which the bounds are as narrow as possible.
 
     Returns:
-        Lower and upper bounds, (g,) each, which hold for whatever eigenvalues rounding has moved.
+        Lower and upper bounds, (g,) each. They allow for eigenvalues that rounding error has moved.
     """
     if not measure.jacobi.used:
         return np.zeros(len(thresholds)), np.full(len(thresholds), 1.0 if measure.sampled_dimension else 0.0)
@@ -168,7 +166,7 @@ def known_below(measure: SpectralMeasure, thresholds: np.ndarray) -> tuple[np.nd
     """Count the known eigenvalues below each threshold.
 
     Args:
-        measure: What the probe vectors saw.
+        measure: The Jacobi matrices and the known eigenvalues.
         thresholds: (g,) in the units of the eigenvalues.
 
     Returns:
@@ -182,33 +180,33 @@ def known_below(measure: SpectralMeasure, thresholds: np.ndarray) -> tuple[np.nd
     return counts[0], counts[1]
 
 
-def _thresholds(measure: SpectralMeasure, asked: np.ndarray) -> np.ndarray:
-    """Where the band is given: at nodes, by decades, on both sides of each known eigenvalue, and where it is asked."""
+def _thresholds(measure: SpectralMeasure, required: np.ndarray) -> np.ndarray:
+    """The thresholds of the band: nodes, logarithmically spaced ones, sides of known eigenvalues, required ones."""
     nodes = np.sort(np.concatenate([np.zeros(0), *(rule.nodes for rule in measure.rules)]))
     thinned = nodes[np.linspace(0, len(nodes) - 1, min(len(nodes), MOST_NODES)).round().astype(int)]
     sizes = measure.radius * np.logspace(-DECADES, 0, DECADES * PER_DECADE + 1) if len(nodes) else nodes
     known = measure.known
     edges = [known.values - known.errors, np.nextafter(known.values + known.errors, np.inf)]
-    return np.unique(np.concatenate([thinned, -sizes, sizes, *edges, asked]))
+    return np.unique(np.concatenate([thinned, -sizes, sizes, *edges, required]))
 
 
 def _shifts(measure: SpectralMeasure, thresholds: np.ndarray) -> np.ndarray:
-    """How far an eigenvalue near each threshold may have been moved, by rounding and by inexact deflation."""
-    own = 64 * np.finfo(float).eps * measure.radius  # of the nodes themselves, in float64
-    at_zero = measure.known.deflation_shift(0.0)  # which `share_inside` takes at every bound
+    """How far rounding error and inexact deflation may have moved an eigenvalue near each threshold."""
+    own = 64 * np.finfo(float).eps * measure.radius  # rounding error of the nodes themselves, in float64
+    at_zero = measure.known.deflation_shift(0.0)  # `share_inside` uses this shift at every bound
     deflation = np.array([max(measure.known.deflation_shift(float(threshold)), at_zero) for threshold in thresholds])
     return np.maximum(measure.rounding_error + deflation, own)
 
 
 def _never_falling(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The bounds as narrow as those at other thresholds allow."""
+    """The bounds narrowed by those at other thresholds: the share never falls."""
     return np.maximum.accumulate(low), np.minimum.accumulate(high[::-1])[::-1]
 
 
 def _cut(
     thresholds: np.ndarray, low: np.ndarray, high: np.ndarray, threshold: float, share: Estimate
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The bounds, with the share below one of the thresholds known to lie in an interval."""
+    """The bounds narrowed by an interval that is known for the share below one of the thresholds."""
     at = int(np.searchsorted(thresholds, threshold))
     if not (share.low <= high[at] and share.high >= low[at]):
         raise InputError(

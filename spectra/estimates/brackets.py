@@ -15,7 +15,7 @@ import numpy as np
 from spectra.estimates.quadrature import GaussRule, gauss_rule
 
 BREAKDOWN_TOLERANCE = 1e-12  # relative distance within which eigenvalues count as at a node after a breakdown
-RULES = 8  # Gauss-Radau rules that share the gaps between Ritz values
+RULES = 8  # quadrature rules whose nodes are interleaved between the Ritz values
 
 
 @dataclass(frozen=True)
@@ -67,22 +67,24 @@ def mass_bounds(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bound the mass of a spectral measure below many thresholds, with few quadrature rules.
 
-    The bounds are hardly wider than those of `bracket`, which needs a rule for each threshold:
+    `bracket` needs a rule for each threshold. Here a few rules serve all thresholds, by two facts, and the bounds are
+    hardly wider:
 
-    * A Gauss-Radau rule is extremal at each of its nodes, so it has m + 1 brackets. Monotonicity carries them on.
-    * The bracket at t holds the mass that any of the rules has below t, and its width is the Christoffel function
-      1 / sum_{j<=m} p_j(t)^2, which costs O(m). So it reaches no farther than this width below the largest of these
-      masses, and above the smallest (Akhiezer, 1965, section 2.5).
+    * A Gauss-Radau rule is extremal at each of its nodes, so it gives m + 1 brackets. Between nodes the bounds follow
+      from monotonicity.
+    * The bracket at t contains the mass below t of each of the rules. Its width is the Christoffel function
+      1 / sum_{j<=m} p_j(t)^2, which costs O(m). So it extends at most by this width below the largest of these masses,
+      and above the smallest (Akhiezer, 1965, section 2.5).
 
-    The rules are the Gauss rule and those of T bordered by betas[-1] and the diagonal entries
-    alphas[-1] + betas[-1] tan(phi), phi evenly spaced, whose nodes share the gaps between the Ritz values.
+    The rules are the Gauss rule and the rules of T bordered by betas[-1] and the diagonal entries
+    alphas[-1] + betas[-1] tan(phi) for evenly spaced phi. Their nodes are interleaved between the Ritz values.
 
     Args:
         alphas: (m,) diagonal of the Jacobi matrix T.
         betas: (m,) its off-diagonal, and last the norm of the residual.
         thresholds: (g,) where the mass is cut.
-        exactly_at: Those of the thresholds at which the bounds shall be those of `bracket`, at a rule each.
-        rules: How many rules share the gaps.
+        exactly_at: Those of the thresholds at which the bounds are those of `bracket`; each costs one more rule.
+        rules: How many interleaved rules are used.
 
     Returns:
         (g,) lower bounds of the mass strictly below each threshold, and (g,) upper bounds of the mass below and at it.
@@ -101,9 +103,8 @@ def mass_bounds(
     for nodes, weights in _rules(alphas, betas, rules, exactly_at):
         mass = np.append(0.0, np.cumsum(weights))
         before, up_to = (np.searchsorted(nodes, thresholds, side=side) for side in ("left", "right"))
-        low = np.maximum(
-            low, mass[np.maximum(up_to - 1, 0)]
-        )  # the bracket of the next node at or left of the threshold
+        # the brackets at the nodes next to the threshold, the one at or left of it and the one at or right of it
+        low = np.maximum(low, mass[np.maximum(up_to - 1, 0)])
         high = np.minimum(high, mass[np.minimum(before + 1, len(nodes))])
         low, high = np.maximum(low, mass[up_to] - widths), np.minimum(high, mass[before] + widths)
     return low, high
@@ -112,7 +113,7 @@ def mass_bounds(
 def _rules(
     alphas: np.ndarray, betas: np.ndarray, count: int, thresholds: Sequence[float]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Nodes and weights of rules with the moments of T: `count` that share the gaps, and one for each threshold."""
+    """Nodes and weights of rules with the moments of T: `count` interleaved ones, and one for each threshold."""
     rule = gauss_rule(alphas, betas)
     yield rule.nodes, rule.weights
     for phase in np.pi * (np.arange(1, count) / count - 0.5):
@@ -126,7 +127,7 @@ def _rules(
 def _bracket_widths(alphas: np.ndarray, betas: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """The widths of the brackets at the thresholds, 1 / sum_{j<=m} p_j(t)^2 by the three-term recurrence.
 
-    Rounding acts on them as a move of the threshold by some eps |T| does.
+    Their rounding error is equivalent to a move of the threshold by a few eps ||T||.
     """
     previous, current = np.zeros(len(thresholds)), np.ones(len(thresholds))
     total = current.copy()
@@ -139,12 +140,12 @@ def _bracket_widths(alphas: np.ndarray, betas: np.ndarray, thresholds: np.ndarra
 
 
 def _largest_entry(alphas: np.ndarray, betas: np.ndarray) -> float:
-    """A bound on the norm of T that costs nothing; 1 for T = 0."""
+    """A cheap bound on the norm of T; 1 for T = 0."""
     return float(np.abs(alphas).max() + 2 * np.abs(betas).max()) or 1.0
 
 
 def _radau_rule(alphas: np.ndarray, betas: np.ndarray, threshold: float) -> tuple[GaussRule, int]:
-    """The Gauss-Radau rule with a node at the threshold, and which of its nodes that is."""
+    """The Gauss-Radau rule with a node at the threshold, and the index of that node."""
     smallest_pivot = np.finfo(float).eps * _largest_entry(alphas, betas)
     bordered = np.append(alphas, _radau_entry(alphas, betas, threshold, smallest_pivot=smallest_pivot))
     rule = gauss_rule(bordered, betas)

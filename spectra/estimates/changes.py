@@ -1,14 +1,14 @@
-"""What changed between two spectra, with intervals that profit from shared probe vectors.
+"""What changed between two spectra, with intervals that are narrower for shared probe vectors.
 
 A mean over k probe vectors, x_i before and y_i after, changes by the mean of y_i - x_i. Eigenvectors that stay the same
 make the variance of y_i - x_i small. A few pairs know that variance badly, and Student's interval is too short where a
 handful of outliers makes y_i - x_i skewed. So the interval is the widest of three:
 
 * Student's interval over the pairs, mean(y_i - x_i) +- t_{k-1} s / sqrt(k).
-* The smallest that two spectra allow, whatever their eigenvectors. By Hoffman and Wielandt (Duke Math. J. 20, 1953)
-  ||F - G||_F^2 >= sum_j (f_j - g_j)^2 with both spectra in ascending order, so the difference varies at least as much
-  as it would with common eigenvectors. Each pair of quadrature rules is coupled by quantiles for it. Variance and
-  skewness follow as in `spectra.estimates.moments`.
+* The smallest interval that two spectra allow, whatever their eigenvectors. By Hoffman and Wielandt (Duke Math. J. 20,
+  1953) ||F - G||_F^2 >= sum_j (f_j - g_j)^2 with both spectra in ascending order. So the difference has at least the
+  variance that it would have with common eigenvectors. The two quadrature rules of a probe vector are coupled by
+  quantiles to compute it. Variance and skewness follow as in `spectra.estimates.moments`.
 * A normal interval from the known variance of each side and the correlation seen in the pairs.
 
 It is never wider than the difference of the two intervals. In simulations with 4 and 10 probe vectors, few and many
@@ -26,9 +26,8 @@ from functools import partial
 from spectra.backend.errors import InputError
 from spectra.estimates import moments
 from spectra.estimates.density import SEED_BITS, SpectralDensity
-from spectra.estimates.digits import rounded
 from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, negated, unresolved
-from spectra.estimates.origin import check_comparable, other_batches
+from spectra.estimates.origin import check_comparable, notes_on_differences
 from spectra.estimates.paired import (
     Limits,
     PairedMeans,
@@ -37,8 +36,6 @@ from spectra.estimates.paired import (
     mean_over_probes,
 )
 from spectra.estimates.quantities import NEAR_ZERO, Kind, describe, summarize
-
-OTHER_BATCHES = "the two spectra were measured on different batches, so part of a change is a difference of the batches"
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """What happened to the quantity, such as "rose by 31 % [27, 35]"."""
+        """What happened to the quantity, such as "rose by 31.2 % [27.3, 35.1]"."""
         return self._what_happened() + ("" if self.difference.resolved else " (unresolved)")
 
     def _what_happened(self) -> str:
@@ -100,18 +97,19 @@ class Change:
 
 
 def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NEAR_ZERO) -> dict[str, Change]:
-    """Tell what changed from one spectrum to another, for each quantity that a record keeps.
+    """Estimate what changed from one spectrum to another, for each quantity that a record keeps.
 
-    Both spectra must be of the same parameters. Where they were measured on different batches, a warning says so.
+    Both spectra must be of the same parameters, of a model in the same mode (training or evaluation). Where they were
+    measured on different batches, or are those of different Hessians, a warning says so.
 
     With the same seed and number of probe vectors, the trace, the norms and the energy and magnitude shares
     get paired intervals (see `spectra.estimates.changes`). A ratio r is in its interval if 0 is in that of
     after - r * before (Fieller, J. R. Stat. Soc. B 16, 1954).
 
     The ends of the spectrum and the counted shares get the difference of the two intervals,
-    [low_b - high_a, high_b - low_a], because most of their width is no sampling error. With two different seeds the
-    intervals' sides add in quadrature, as for any independent estimates. Where only some probe vectors may be shared
-    (an unknown seed, another number of them) the sides add up. Exact spectra give exact changes.
+    [low_b - high_a, high_b - low_a], because most of their width is not sampling error. With two different seeds the
+    distances from value to limit add in quadrature, as for any independent estimates. If some probe vectors may be
+    shared (an unknown seed, another number of them), the distances add up. Exact spectra give exact changes.
 
     Args:
         a: The spectrum before.
@@ -122,8 +120,8 @@ def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NE
         A `Change` for each quantity, by key.
 
     Raises:
-        InputError: Unless both are densities of the same parameters, as far as that is known, and the tolerance is
-            positive.
+        InputError: Unless both are densities of the same parameters in the same mode, as far as that is known, and the
+            tolerance is positive.
 
     Example:
         >>> import numpy as np
@@ -138,8 +136,8 @@ def compare(a: SpectralDensity, b: SpectralDensity, *, near_zero_tol: float = NE
                 f"two densities are expected, got {type(density).__name__}: use slq, or Run.density(record)"
             )
     check_comparable(a.origin, b.origin, (a.dimension, b.dimension))
-    if other_batches(a.origin, b.origin):
-        warnings.warn(OTHER_BATCHES, stacklevel=2)
+    for note in notes_on_differences(a.origin, b.origin):
+        warnings.warn(note, stacklevel=2)
     paired = _same_probes(a, b)
     before, after = summarize(a, near_zero_tol), summarize(b, near_zero_tol)
     changes = {}
@@ -204,9 +202,9 @@ def _ratio(before: Estimate, after: Estimate, limits: Limits) -> Estimate:
 
 
 def _made_consistent(difference: Estimate, ratio: Estimate, before: Estimate) -> tuple[Estimate, Estimate]:
-    """Let difference and ratio agree on whether the quantity changed.
+    """Make difference and ratio agree on whether the quantity changed.
 
-    Where one interval excludes "no change" and the other does not, the other is narrowed by the first, through
+    If one interval excludes "no change" and the other does not, the first narrows the other, by the equation
     difference = (ratio - 1) * before.
     """
     if not ratio.resolved or ratio.low <= 0:
@@ -239,5 +237,5 @@ def _independent(a: SpectralDensity, b: SpectralDensity) -> bool:
 
 def _with_interval(estimate: Estimate, unit: str = "", sign: str = "") -> str:
     """Value and interval in as many digits as the interval warrants."""
-    value, low, high = rounded(estimate, sign=sign)
+    value, low, high = estimate.rounded(sign=sign)
     return f"{value}{unit} [{low}, {high}]"

@@ -12,6 +12,7 @@ import numpy as np
 from spectra.backend.errors import InputError
 from spectra.estimates import curves, ends, moments
 from spectra.estimates.band import CumulativeBand, cumulative_band
+from spectra.estimates.counts import CountBelow
 from spectra.estimates.estimate import (
     CONFIDENCE,
     RESOLVED_HALF_WIDTH,
@@ -54,12 +55,14 @@ class SpectralDensity:
             (`spectra.compare`).
         origin: The parameters and batches that were measured, as far as they are known. Where its `unverified` gives a
             reason, every estimate is marked as unresolved with it.
+        count: How many eigenvalues lie below zero, where that was counted after a change of variables.
 
     Attributes:
         measure: The Jacobi matrices and the known eigenvalues as one value.
         exact: Whether nothing was sampled.
         seed: Seed of the probe vectors, or None.
         origin: The parameters and batches that were measured.
+        count: The count of eigenvalues below zero, or None.
 
     Example:
         >>> density = SpectralDensity.from_eigenvalues(np.array([-1.0, 1.0, 3.0, 5.0]))
@@ -71,6 +74,7 @@ class SpectralDensity:
     exact: bool
     seed: int | None
     origin: Origin
+    count: CountBelow | None
 
     def __init__(
         self,
@@ -85,12 +89,13 @@ class SpectralDensity:
         exact: bool = False,
         seed: int | None = None,
         origin: Origin | None = None,
+        count: CountBelow | None = None,
     ) -> None:
         atoms, counts, errors = (no_numbers() if a is None else a for a in (atoms, counts, atom_residuals))
         known = KnownEigenvalues(atoms, counts, errors)
         jacobi = JacobiMatrices(alphas, betas, lengths)
         measure = SpectralMeasure(jacobi, dimension - known.total, known, rounding_error)
-        fields = {"measure": measure, "exact": exact, "seed": seed, "origin": origin or Origin()}
+        fields = {"measure": measure, "exact": exact, "seed": seed, "origin": origin or Origin(), "count": count}
         for name, value in fields.items():
             object.__setattr__(self, name, value)  # the class is frozen
 
@@ -116,10 +121,29 @@ class SpectralDensity:
 
     def with_origin(self, origin: Origin) -> SpectralDensity:
         """Return the same density with another origin."""
-        return self._changed(self.measure.known, origin)
+        return self._changed(self.measure.known, origin, self.count)
 
-    def _changed(self, known: KnownEigenvalues, origin: Origin) -> SpectralDensity:
-        """The same Jacobi matrices with other known eigenvalues and another origin."""
+    def with_count(self, count: CountBelow | None) -> SpectralDensity:
+        """Return the same density with a count of the eigenvalues below zero, or without one.
+
+        Args:
+            count: The count, from `spectra.count_below`.
+
+        Returns:
+            The density, whose `negative_share` is read from the count where that is narrower.
+
+        Raises:
+            InputError: For a count of another number of eigenvalues, or below another threshold than zero.
+        """
+        if count is not None and (count.threshold, count.measure.dimension) != (0.0, self.dimension):
+            raise InputError(
+                f"a count below 0 of {self.dimension} eigenvalues is expected, got one below {count.threshold:g} of "
+                f"{count.measure.dimension}: count for the same operator"
+            )
+        return self._changed(self.measure.known, self.origin, count)
+
+    def _changed(self, known: KnownEigenvalues, origin: Origin, count: CountBelow | None) -> SpectralDensity:
+        """The same Jacobi matrices with other known eigenvalues, another origin and another count."""
         return SpectralDensity(
             self.measure.sampled_dimension + known.total,
             self.alphas,
@@ -132,6 +156,7 @@ class SpectralDensity:
             exact=self.exact,
             seed=self.seed,
             origin=origin,
+            count=count,
         )
 
     # -- what was measured
@@ -262,9 +287,13 @@ class SpectralDensity:
     def negative_share(self) -> Estimate:
         """Estimate the share of eigenvalues below zero, #{lambda < 0} / n.
 
+        Of the measure of A and the `count` after a change of variables, the one with the narrower interval is read.
         Where it is unresolved, the reason also says how far from zero the signs are known; see `decided_signs`.
         """
-        return self._verified(with_decided_signs(share_inside(self.measure, -math.inf, 0.0), self.measure))
+        share = share_inside(self.measure, -math.inf, 0.0)
+        if self.count is not None:
+            share = min(self.count.share(), share, key=lambda found: found.half_width)
+        return self._verified(with_decided_signs(share, self.measure))
 
     def near_zero_share(self, tol: float, *, relative: bool = False) -> Estimate:
         """Estimate the share of eigenvalues with |lambda| < tol.
@@ -302,18 +331,19 @@ class SpectralDensity:
         return self._share(low, high)
 
     def decided_signs(self, half_width: float = RESOLVED_HALF_WIDTH) -> DecidedSigns:
-        """Find the least t for which the shares of eigenvalues below -t and above t are each known to a half-width.
+        """Find how far from zero the signs are known: the smallest t with known shares below -t and above t.
 
-        Lanczos steps place the mass near zero last, so this is what can be said where the negative share is unresolved.
+        Lanczos steps resolve the mass near zero last. So the sign of eigenvalues far from zero is often known where the
+        negative share is unresolved.
 
         Args:
-            half_width: Of the 95 % interval of each of the two shares.
+            half_width: Largest half-width of the 95 % interval of each of the two shares.
 
         Returns:
-            t with two digits, and both shares.
+            The threshold t, rounded to two digits, and both shares.
 
         Raises:
-            InputError: For a half-width that is not positive.
+            InputError: If the half-width is not positive.
         """
         if not half_width > 0:
             raise InputError(f"the half-width must be positive, got {half_width}")
@@ -323,22 +353,24 @@ class SpectralDensity:
     def band(self, level: float = CONFIDENCE, *, known: Mapping[float, Estimate] | None = None) -> CumulativeBand:
         """Bound the share of eigenvalues below t, #{lambda < t} / n, for all t at once.
 
-        The brackets of the quadrature rules hold at all thresholds at once. What chance adds is bounded at all
-        thresholds at once too, by the law of Kolmogorov and Smirnov with (n + 2) / 2 points a probe vector: the squared
-        coordinates of a uniform unit vector have a Dirichlet law, whose partial sums are a Brownian bridge as the
-        errors of an empirical distribution are (see `spectra.estimates.band.simultaneous_error`).
+        The brackets of the quadrature rules hold at all thresholds at once. The sampling error is bounded at all
+        thresholds at once by the Kolmogorov-Smirnov distribution of (n + 2) / 2 points for each probe vector. The
+        partial sums of the squared coordinates of a uniform unit vector, which have a Dirichlet distribution, tend to
+        the same Brownian bridge as the error of an empirical distribution (see
+        `spectra.estimates.band.simultaneous_error`).
 
         Args:
-            level: The probability with which the whole curve shall lie inside.
-            known: Intervals of the share below some thresholds that are known from elsewhere, by threshold, such as
-                {0.0: spectra.resolve(op)}. Monotonicity carries them to other thresholds. Each takes .05, by which it
-                may fail, from the level of the band; one of width 0 is certain and takes nothing.
+            level: The probability that the whole curve lies inside the band.
+            known: Intervals of the share below some thresholds from other measurements, by threshold, such as
+                {0.0: spectra.resolve(op)}. They narrow the band at other thresholds too, because the share is
+                monotonic. Each may fail with probability .05, which is subtracted from the level of the band; an
+                interval of width 0 is certain.
 
         Returns:
-            The band: `thresholds`, `low`, `high` and `level`, and `at` for any other thresholds.
+            The band, with `thresholds`, `low`, `high` and `level`, and with `at` for any other thresholds.
 
         Raises:
-            InputError: For a level outside (0, 1), a threshold that is not finite, or an interval that misses the band.
+            InputError: If the level is outside (0, 1), a threshold is not finite, or an interval misses the band.
         """
         return replace(cumulative_band(self.measure, level=level, known=known), reason=self.origin.unverified)
 
@@ -362,7 +394,7 @@ class SpectralDensity:
         known = self.measure.known.without_zeros()
         if self.measure.sampled_dimension + known.total == 0:
             raise InputError("every eigenvalue is known to be zero: there are no others")
-        return self._changed(known, replace(self.origin, parameters=""))
+        return self._changed(known, replace(self.origin, parameters=""), None)
 
     # -- sums over the eigenvalues, and the ends of the spectrum
 
@@ -428,6 +460,8 @@ class SpectralDensity:
             arrays["seed"] = np.array([self.seed & SEED_BITS], dtype=np.uint64).view(np.int64)
         if self.origin != Origin():
             arrays["origin"] = self.origin.to_array()
+        if self.count is not None:
+            arrays |= self.count.to_arrays()
         return arrays
 
     @classmethod
@@ -435,7 +469,7 @@ class SpectralDensity:
         """Build a density from what `to_arrays` returned.
 
         Args:
-            arrays: The arrays by name; "seed" and "origin" may be missing, as in older files.
+            arrays: The arrays by name; those of the seed, the origin and the count may be missing, as in older files.
 
         Returns:
             The density.
@@ -448,5 +482,6 @@ class SpectralDensity:
             exact=bool(arrays["exact"][0]),
             seed=int(arrays["seed"][0]) if "seed" in arrays else None,
             origin=Origin.from_array(arrays["origin"]) if "origin" in arrays else None,
+            count=CountBelow.from_arrays(arrays),
             **real,
         )

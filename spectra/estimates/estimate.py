@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from spectra.estimates.digits import rounded
+
 CONFIDENCE = 0.95
 RESOLVED_HALF_WIDTH = 0.05  # a share with a wider interval is called unresolved
 RESOLVED_SPAN = 0.5  # length of an interval, relative to the value, above which a sum or a norm is called unresolved
@@ -30,7 +32,7 @@ class Estimate:
 
     Example:
         >>> print(Estimate(2.0, 1.5, 2.5))
-        2 [1.5, 2.5]
+        2.00 [1.50, 2.50]
     """
 
     value: float
@@ -50,7 +52,23 @@ class Estimate:
 
     def __str__(self) -> str:
         mark = "" if self.resolved else " (unresolved)"
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]{mark}"
+        value, low, high = self.rounded()
+        return f"{value} [{low}, {high}]{mark}"
+
+    def rounded(self, *, sign: str = "") -> tuple[str, str, str]:
+        """Write value, low and high in the digits that the interval warrants, the ends rounded outward.
+
+        Args:
+            sign: "+" writes the sign of a positive value too.
+
+        Returns:
+            The three numbers as text.
+
+        Example:
+            >>> Estimate(33.8475, 31.26, 36.41).rounded()
+            ('33.8', '31.2', '36.5')
+        """
+        return rounded(self.value, self.low, self.high, sign=sign)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields in plain types for JSON; a number that is not finite becomes None."""

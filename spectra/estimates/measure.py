@@ -1,4 +1,4 @@
-"""What is measured of a spectrum: the Jacobi matrices of probe vectors, and eigenvalues that are known one by one."""
+"""What is measured of a spectrum: the Jacobi matrices of the probe vectors, and eigenvalues known one by one."""
 
 from __future__ import annotations
 

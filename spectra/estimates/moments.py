@@ -30,7 +30,7 @@ from spectra.estimates.measure import FLOAT64_ERROR, SpectralMeasure
 
 Function = Callable[[np.ndarray], np.ndarray]  # eigenvalues (m,) -> values (m,)
 BISECTIONS = 50
-FEWEST_DEGREES_OF_FREEDOM = 3.0  # with fewer, Satterthwaite's approximation does more harm than good
+FEWEST_DEGREES_OF_FREEDOM = 3.0  # below this, Satterthwaite's approximation is too rough to be used
 
 
 def sum_over_eigenvalues(

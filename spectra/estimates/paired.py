@@ -14,7 +14,7 @@ from spectra.estimates.estimate import Estimate, normal_quantile, sampling_inter
 from spectra.estimates.quantities import Kind, describe
 
 Limits = Callable[[float], tuple[float, float]]  # factor > 0 -> the interval of after - factor * before
-LARGEST_SKEWNESS = math.sqrt(8)  # of one eigenvalue's weight, which is chi-squared with one degree of freedom
+LARGEST_SKEWNESS = math.sqrt(8)  # skewness of a single eigenvalue's weight, chi-squared with one degree of freedom
 
 
 def difference_of_intervals(before: Estimate, after: Estimate, factor: float) -> tuple[float, float]:

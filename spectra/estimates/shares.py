@@ -1,4 +1,4 @@
-"""The share of eigenvalues in an interval, estimated from quadrature rules with bounds on what they leave open."""
+"""The share of eigenvalues in an interval, estimated from quadrature rules with rigorous bounds on their error."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def share_inside(measure: SpectralMeasure, low: float, high: float) -> Estimate:
 
     The interval adds up these errors:
 
-    * The bracket of Chebyshev, Markov and Stieltjes at each bound, averaged over probe vectors. It contains the mass of
-      every spectrum that agrees with the finite recurrence.
+    * The Chebyshev-Markov-Stieltjes bracket at each bound, averaged over probe vectors. It contains the mass of every
+      spectrum that agrees with the finite recurrence.
     * The rounding error: the brackets are also taken at bounds that are moved by it outward and inward.
     * The sampling error, whose variance is known: 2 p (1 - p) / ((n + 2) k) for a share p of n eigenvalues and k probe
       vectors that are uniform on the sphere.
     * Each known eigenvalue that lies within its error of a bound.
 
-    The value is the difference of the brackets' middles, without the estimated mass exactly at a bound.
+    The value is the difference of the middles of the brackets, without the estimated mass exactly at a bound.
 
     Args:
-        measure: What the probe vectors saw.
+        measure: The Jacobi matrices and the known eigenvalues.
         low: Lower bound, exclusive; may be -inf.
         high: Upper bound, exclusive; may be inf.
 

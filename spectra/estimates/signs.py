@@ -1,4 +1,4 @@
-"""How far from zero the signs of the eigenvalues are known, where the share below zero itself is not."""
+"""How far from zero the signs of the eigenvalues are known, for spectra whose negative share is unresolved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, normal_qua
 from spectra.estimates.measure import SpectralMeasure
 from spectra.estimates.shares import share_inside
 
-DECADES = 8  # below the largest |lambda|, down to which the threshold is looked for
+DECADES = 8  # decades below the largest |lambda| in which the threshold is searched
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class DecidedSigns:
     """The shares of eigenvalues whose sign is known because they lie far enough from zero.
 
     Attributes:
-        beyond: The threshold t, in the units of the eigenvalues; inf where no threshold was found.
+        beyond: The threshold t, in the units of the eigenvalues; inf if there is none.
         below: The share of eigenvalues with lambda < -t.
         above: The share with lambda > t.
 
@@ -41,14 +41,15 @@ class DecidedSigns:
 
 
 def decided_signs(measure: SpectralMeasure, half_width: float = RESOLVED_HALF_WIDTH) -> DecidedSigns:
-    """Find the least t for which the shares below -t and above t are each known.
+    """Find the smallest threshold t for which the shares below -t and above t both have a narrow interval.
 
-    The threshold is 0 or a number of two digits. Bounds that a few quadrature rules give at all of them find it; the
-    intervals of `share_inside` are no wider, and they are returned.
+    The threshold is 0 or a number of two digits. A few quadrature rules bound the shares at all these numbers, and show
+    which thresholds are possible. The shares at the threshold found then come from `share_inside`, whose intervals are
+    no wider.
 
     Args:
-        measure: What the probe vectors saw.
-        half_width: How well each share is known, as the half-width of its 95 % interval.
+        measure: The Jacobi matrices and the known eigenvalues.
+        half_width: Largest half-width of the 95 % interval of each share.
 
     Returns:
         The threshold and both shares.
@@ -62,14 +63,14 @@ def decided_signs(measure: SpectralMeasure, half_width: float = RESOLVED_HALF_WI
 
 
 def with_decided_signs(share: Estimate, measure: SpectralMeasure) -> Estimate:
-    """Say in the reason of an unresolved negative share which signs are known.
+    """Add to the reason of an unresolved negative share which signs are known.
 
     Args:
         share: The share of negative eigenvalues.
-        measure: What the probe vectors saw.
+        measure: The Jacobi matrices and the known eigenvalues.
 
     Returns:
-        The share, as it is where it is resolved or no sign is known.
+        The share with the longer reason; unchanged if it is resolved or no sign is known.
     """
     if share.resolved:
         return share
@@ -78,7 +79,7 @@ def with_decided_signs(share: Estimate, measure: SpectralMeasure) -> Estimate:
 
 
 def _candidates(measure: SpectralMeasure) -> np.ndarray:
-    """0 and the numbers of two digits up to the largest |lambda|, rounded up."""
+    """The possible thresholds: 0, and the numbers of two digits up to the largest |lambda|, rounded up."""
     if measure.radius == 0:
         return np.zeros(1)
     last = math.floor(math.log10(measure.radius))

@@ -18,7 +18,7 @@ class VectorEstimate:
         value: The estimates, (n,).
         low: Lower ends, (n,).
         high: Upper ends, (n,).
-        reason: Why the estimates cannot be relied on; empty where nothing speaks against them.
+        reason: Why the estimates cannot be relied on; empty if they can.
     """
 
     value: np.ndarray
@@ -28,7 +28,7 @@ class VectorEstimate:
 
     @property
     def resolved(self) -> bool:
-        """Whether nothing speaks against the values."""
+        """Whether the values can be relied on."""
         return not self.reason
 
     def __len__(self) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import os
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spectra.backend.errors import InputError
@@ -18,16 +19,20 @@ from spectra.integrations.trainer_loss import (
     NOT_FOUND,
     calling_trainer,
     loss_of,
+    notes_of_accumulation,
     notes_of_precision,
 )
-from spectra.operators.hessian.checks import StraightThrough
-from spectra.runs.failure import Failure
+from spectra.operators.hessian.checks import hessian_mode
+from spectra.operators.hessian.isolation import unwrap
+from spectra.runs.failure import Failure, record_unmade
+from spectra.runs.folder import FolderError
 from spectra.runs.kept import randomness_kept
-from spectra.runs.probe import END, START, OperatorBuilder, SpectrumProbe, default_modes
+from spectra.runs.probe import START, SpectrumProbe
+from spectra.runs.provenance import fingerprint_of_weights
 from spectra.runs.settings import MeasurementSettings
 
-STRAIGHT_THROUGH = "quantized layers are measured by their straight-through derivative, the mode 'ste'"
 BEST = "load_best_model_at_end: measured at the weights of {}, not at those of training step {}"
+GOES_ON = "this training goes on with the run in {}: its step 0 is training step {} there"
 
 
 class SpectrumCallback(TrainerCallback):
@@ -36,18 +41,19 @@ class SpectrumCallback(TrainerCallback):
         trainer.add_callback(SpectrumCallback(every=200))
 
     What is measured is the loss that the Trainer trains: its `compute_loss`, overridden or not, with label smoothing or
-    `compute_loss_func`, on batches of the training data collated by the Trainer's own collator. The training ends with
-    the same weights, bit for bit, as without the callback.
+    `compute_loss_func`, on batches that its own loader draws and its own collator makes. The training ends with the
+    same weights, bit for bit, as without the callback.
 
-    A training that goes on, from a checkpoint or by a second `train()`, adds to its run. What cannot be measured ends
-    no training: there is one warning, and a record that says why where there is a run already.
+    A training that goes on adds to its run. From a checkpoint its steps count on; so they do where a second `train()`
+    starts at step 0 with the weights that the run has reached, which a warning and the records say. What cannot be
+    measured ends no training: there is one warning, and a record that says why.
 
     Args:
         every: Optimizer steps between two measurements.
         batches: What the loss is taken over, see `SpectrumProbe`. None: the first batches of the training data.
-        batch_count: How many batches are taken from the training data, in the data set's own order, collated as the
-            Trainer does. Random collators draw with the Trainer's seed.
-        out: The run folder. None: "spectra" in the Trainer's output folder.
+        batch_count: How many batches are taken from the training data: those that the Trainer's loader yields first, in
+            the order of its sampler or batch sampler. What is random in them is drawn with the Trainer's seed.
+        out: The run folder. None: "spectra" in the Trainer's output folder, or in that of a trial of a search.
         trainer: The Trainer. None: the one that calls.
         **options: Other options of `SpectrumProbe`, such as probes, steps, params, modes and strict. With `loss` that
             loss is measured, not the Trainer's.
@@ -80,7 +86,11 @@ class SpectrumCallback(TrainerCallback):
         self.every, self.batches, self.batch_count, self.out, self.options = every, batches, batch_count, out, options
         self.trainer = trainer
         self.probe: SpectrumProbe | None = None
-        self._notes: list[str] = []  # for the records; the list that the probe's builders read
+        self._drawn: tuple[Any, ...] = ()  # what the batches of the last training were drawn from, they and their notes
+        self._model: weakref.ref[nn.Module] | None = None  # that was trained last
+        self._out = ""
+        self._first = 0  # the training step of the run at which this training starts
+        self._reached = 0  # the last training step of the run
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,17 +99,33 @@ class SpectrumCallback(TrainerCallback):
         self._release()
         if not state.is_world_process_zero:
             return
-        trainer = self.trainer or calling_trainer(self)
+        trainer, model = self.trainer or calling_trainer(self), unwrap(kwargs["model"])
+        out = str(self.out) if self.out is not None else os.path.join(_output_folder(args, trainer), "spectra")
+        same = self._model is not None and self._model() is model and self._out == out
+        self._first = self._reached if same and state.global_step == 0 else 0
+        self._model, self._out = weakref.ref(model), out
         with self._ending_no_training(), randomness_kept():
-            probe = self._probe(args, trainer, kwargs["model"], kwargs.get("train_dataloader"))
+            try:
+                probe = self._probe(args, trainer, model, kwargs.get("train_dataloader"))
+            except Exception as error:
+                if not self.options.get("strict") and not isinstance(error, FolderError):
+                    self._record_unmade(Failure.of(error), model, self._first + state.global_step)
+                raise
             self.probe = probe
-            probe.measure(state.global_step, START)
+            if state.global_step == 0:
+                self._first = _first_step(probe, model, self._first)
+            self._reached = self._first + state.global_step
+            if self._first:
+                probe.notes.append(GOES_ON.format(out, self._first))
+                self._warn(probe.notes[-1])
+            probe.measure(self._reached, START)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure if it is time; the last training step is left to `on_train_end`."""
+        self._reached = self._first + state.global_step
         if self.probe is not None and state.global_step < state.max_steps:
             with self._ending_no_training():
-                self.probe.step(state.global_step)
+                self.probe.step(self._reached)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -107,42 +133,49 @@ class SpectrumCallback(TrainerCallback):
         """Measure the trained model, unless its last training step was measured, and let others write to the run."""
         if self.probe is None:
             return
-        try:
-            if all(record.step != state.global_step for record in self.probe.records):
-                if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                    best = os.path.basename(state.best_model_checkpoint)
-                    self._notes.append(BEST.format(best, state.global_step))
-                with self._ending_no_training():
-                    self.probe.measure(state.global_step, END)
-        finally:
-            if self.probe.run is not None:
-                self.probe.run.close()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            best = os.path.basename(state.best_model_checkpoint)
+            self.probe.notes.append(BEST.format(best, state.global_step))
+        with self._ending_no_training():
+            self.probe.close(self._first + state.global_step)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The settings: a probe and a Trainer belong to their process."""
-        return {**self.__dict__, "probe": None, "trainer": None}
+        """The settings: a probe, a Trainer and its data belong to their process."""
+        return {**self.__dict__, "probe": None, "trainer": None, "_drawn": (), "_model": None}
 
-    def _probe(self, args: TrainingArguments, trainer: Trainer | None, model: Any, loader: Any) -> SpectrumProbe:
+    def _probe(self, args: TrainingArguments, trainer: Trainer | None, model: nn.Module, loader: Any) -> SpectrumProbe:
         """The probe on the Trainer's loss and batches."""
-        self._notes = notes_of_precision(args)
-        options = dict(self.options)
-        if options.get("loss") is None:
+        notes, options = notes_of_precision(args), dict(self.options)
+        own = options.get("loss") is None
+        if own:
             options["loss"], said = (None, [NOT_FOUND]) if trainer is None else loss_of(trainer)
-            self._notes += said
+            notes += said
         batches = self.batches
         if batches is None:
-            rows = args.per_device_train_batch_size
-            batches, said = first_batches(loader, self.batch_count, rows=rows, seed=args.seed)
-            self._notes += said
-        modes = options.pop("modes", None)
-        if modes is None:
-            modes = default_modes(model)
-            if any(isinstance(module, StraightThrough) for module in model.modules()):
-                self._notes.append(STRAIGHT_THROUGH)
-        if isinstance(modes, dict):  # what is none is refused by the probe
-            modes = {name: _noted(builder, self._notes) for name, builder in modes.items()}
-        out = self.out if self.out is not None else f"{args.output_dir}/spectra"
-        return SpectrumProbe(model, batches, every=self.every, out=out, modes=modes, **options)
+            batches, said = self._batches(args, trainer, loader)
+            notes += said
+            if own and trainer is not None:
+                notes += notes_of_accumulation(trainer, options["loss"], batches[0])
+        probe = SpectrumProbe(model, batches, every=self.every, out=self._out, **options)
+        probe.notes += notes
+        return probe
+
+    def _batches(self, args: TrainingArguments, trainer: Trainer | None, loader: Any) -> tuple[list[Any], list[str]]:
+        """The first batches of the training data; those of the last training where it had the same data."""
+        data = (loader, None) if trainer is None else (trainer.train_dataset, trainer.data_collator)
+        if not self._drawn or any(one is not other for one, other in zip(data, self._drawn, strict=False)):
+            self._drawn = (*data, *first_batches(loader, self.batch_count, seed=args.seed))
+        return self._drawn[2], self._drawn[3]
+
+    def _record_unmade(self, failure: Failure, model: nn.Module, step: int) -> None:
+        """Record why there is no probe."""
+        settings = self.options.get("settings") or MeasurementSettings()
+        known = inspect.signature(SpectrumProbe).parameters
+        with contextlib.suppress(Exception):  # what is wrong may be the settings
+            settings = settings.changed(**{name: value for name, value in self.options.items() if name not in known})
+            facts = {"model": type(model).__name__, **(self.options.get("config") or {})}
+            modes = self.options.get("modes") or [hessian_mode(model)]
+            record_unmade(self._out, failure, settings, facts=facts, modes=modes, step=step)
 
     def _release(self) -> None:
         """Let others write to the run of an earlier training, which may have ended with an error."""
@@ -158,21 +191,27 @@ class SpectrumCallback(TrainerCallback):
         except Exception as error:
             if self.options.get("strict"):
                 raise
-            with contextlib.suppress(Warning):  # where warnings are errors
-                warnings.warn(f"no spectrum of this training: {Failure.of(error).reason}", stacklevel=3)
+            self._warn(f"no spectrum of this training: {Failure.of(error)}")
+
+    def _warn(self, message: str) -> None:
+        with contextlib.suppress(Warning):  # where warnings are errors
+            warnings.warn(message, stacklevel=4)
 
 
-def _noted(builder: OperatorBuilder, notes: list[str]) -> OperatorBuilder:
-    """A builder whose operators have these notes too."""
-    if not callable(builder):
-        return builder
+def _output_folder(args: TrainingArguments, trainer: Trainer | None) -> str:
+    """The Trainer's output folder; in a search of hyperparameters that of the trial."""
+    folder = getattr(trainer, "_get_output_dir", lambda trial: args.output_dir)
+    return str(folder(getattr(trainer, "_trial", None)))
 
-    @functools.wraps(builder)
-    def build(*arguments: Any, **options: Any) -> Any:
-        operator = builder(*arguments, **options)
-        for member in getattr(operator, "operators", [operator]):  # a mean of operators collects its members' notes
-            if isinstance(getattr(member, "notes", None), list):
-                member.notes.extend(note for note in notes if note not in member.notes)
-        return operator
 
-    return build
+def _first_step(probe: SpectrumProbe, model: nn.Module, reached: int) -> int:
+    """The training step of its run at which a training starts that counts from 0.
+
+    That is `reached`, where this process trained the model so far, and the last one that the run holds, where the model
+    has the weights that it had then. It is 0 for a training that is repeated from the weights of the start.
+    """
+    measured, now = [record for record in probe.records if record.is_measured], fingerprint_of_weights(model)
+    if not now or any(record.weights == now for record in measured if record.step == 0):
+        return 0
+    last = max(measured, key=lambda record: record.step, default=None)
+    return reached or (last.step if last is not None and last.weights == now else 0)

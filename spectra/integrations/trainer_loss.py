@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from spectra.backend.errors import InputError
-from spectra.runs.object_state import kept
+from spectra.operators.hessian.batches import moved
+from spectra.operators.hessian.isolation import RandomStates, isolated, unwrap
+from spectra.runs.object_state import Holder, kept
 
 NOT_FOUND = (
     "the Trainer was not found, so the model's own loss is measured, whatever loss is trained: pass "
@@ -22,8 +23,11 @@ NOT_FOUND = (
 OWN_LOSS = "the loss is that of the Trainer's compute_loss"
 SMOOTHED = "the loss is the Trainer's, with label smoothing {}"
 LOSS_FUNCTION = "the loss is that of the Trainer's compute_loss_func"
-CONTAINERS = (dict, list, set, deque)
-DATA = ("train_dataset", "eval_dataset")
+ACCUMULATED = (
+    "gradient accumulation: the loss does not depend on num_items_in_batch, so that a training step descends the {} of the "
+    "losses of its {} batches; the loss of the measured batches together is measured"
+)
+BUDGET = 1 << 20  # entries of tensors and arrays that are put back after each call of compute_loss
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer | None:
@@ -81,25 +85,70 @@ def notes_of_precision(args: TrainingArguments) -> list[str]:
     return [f"trained with autocast to {trained}, measured in the precision of the weights"] if trained else []
 
 
-class _TrainersLoss:
+def notes_of_accumulation(trainer: Trainer, loss: Callable[..., torch.Tensor] | None, batch: Any) -> list[str]:
+    """What to say where the batches of a training step do not make up one batch, as they do in the measurement.
+
+    Args:
+        trainer: The Trainer.
+        loss: What `loss_of` returned.
+        batch: A batch of the training.
+
+    Returns:
+        Notes for the record. There are none without gradient accumulation, and where the loss divides by
+        `num_items_in_batch`, which is tried.
+    """
+    steps = trainer.args.gradient_accumulation_steps
+    if steps == 1:
+        return []
+    counted = trainer.compute_loss_func is not None or trainer.model_accepts_loss_kwargs
+    if (loss is None and counted) or (isinstance(loss, _TrainersLoss) and loss.depends_on_items(batch)):
+        return []
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # which older versions of transformers do not have
+    has_items = isinstance(batch, Mapping) and "labels" in batch
+    if scaled is None:
+        scaled = trainer.compute_loss_func is not None or (trainer.model_accepts_loss_kwargs and has_items)
+    return [ACCUMULATED.format("sum" if scaled else "mean", steps)]
+
+
+class _TrainersLoss(Holder):
     """`compute_loss` of a Trainer, on one batch as if it were the whole of an optimizer step.
 
     The Trainer divides sums over tokens by the tokens of all batches of a step. Here that number is the batch's own, so
-    that the loss is a mean over the batch. Whatever compute_loss changes in the Trainer is put back, and it logs
-    nothing. Other modules that the Trainer holds, such as a teacher, run in the mode of the model.
+    that the loss is a mean over the batch. Whatever compute_loss changes in the Trainer, and in what the Trainer holds,
+    is put back after each call, so that all calls see the same, and nothing is logged. Other modules that the Trainer
+    holds, such as a teacher, run in the mode of the model.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
-    def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
+    def holds(self) -> list[Any]:
+        """What compute_loss may change."""
+        trainer = self.trainer
+        return [*(vars(part) for part in (trainer, trainer.args, trainer.state, trainer.control)), type(trainer)]
+
+    def depends_on_items(self, batch: Any) -> bool:
+        """Whether the loss of a batch changes with the number of items that the Trainer says it has."""
+        model = unwrap(self.trainer.model)
+        device = next(model.parameters()).device
+        with isolated(model), torch.no_grad():
+            states = RandomStates(device)
+            values = []
+            for factor in (1, 2):
+                states.restore()
+                values.append(float(self(model, moved(batch, device, None), times_items=factor)))
+        return values[0] != values[1]
+
+    def __call__(self, model: nn.Module, batch: Any, *, times_items: int = 1) -> torch.Tensor:
         trainer = self.trainer
         inputs = dict(batch) if isinstance(batch, Mapping) else batch
-        with _trainer_kept(trainer), _in_mode(_other_modules(trainer, model), model.training):
+        with kept(self, budget=BUDGET), _in_mode(_other_modules(trainer, model), model.training):
+            _be_one_process(trainer)
             items = None
             if isinstance(inputs, dict):
                 device = next(model.parameters()).device
                 _, items = trainer.get_batch_samples(iter([inputs]), 1, device)
+                items = None if items is None else times_items * items
             value = trainer.compute_loss(model, inputs, num_items_in_batch=items)
         value = value[0] if isinstance(value, tuple) else value
         if not isinstance(value, torch.Tensor):
@@ -107,25 +156,16 @@ class _TrainersLoss:
         return value
 
 
-@contextlib.contextmanager
-def _trainer_kept(trainer: Trainer) -> Iterator[None]:
-    """The Trainer as one process on one device that logs nothing; all of its attributes are put back."""
+def _be_one_process(trainer: Trainer) -> None:
+    """Let the Trainer be one process on one device that logs nothing, until the caller puts it back."""
     args, attributes = trainer.args, vars(trainer)
-    own = [value for name, value in attributes.items() if name not in DATA and isinstance(value, CONTAINERS)]
-    before = dict(attributes)
-    with kept(*own, trainer.state, trainer.control, vars(args)):
-        try:
-            for name, value in before.items():  # what is updated in place must not belong to a graph that is kept
-                if isinstance(value, torch.Tensor) and value.grad_fn is None and not value.requires_grad:
-                    attributes[name] = value.clone()
-            attributes["log"] = _log_nothing
-            vars(args)["average_tokens_across_devices"] = False  # asking the other ranks would wait for them
-            if args.n_gpu > 1:
-                vars(args)["_n_gpu"] = 1
-            yield
-        finally:
-            attributes.clear()
-            attributes.update(before)
+    for name, value in dict(attributes).items():  # what is updated in place must not belong to a graph that is kept
+        if isinstance(value, torch.Tensor) and value.grad_fn is None and not value.requires_grad:
+            attributes[name] = value.clone()
+    attributes["log"] = _log_nothing
+    vars(args)["average_tokens_across_devices"] = False  # asking the other ranks would wait for them
+    if args.n_gpu > 1:
+        vars(args)["_n_gpu"] = 1
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:

@@ -18,9 +18,9 @@ from spectra.estimates.vector import VectorEstimate, vector_interval
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
-UNITS_OF_ROUNDING = 4  # rounding error of a product at least, in units of the dtype's floating-point spacing
-# Factor from a linearity gap, which holds the rounding errors of three products, to a bound on the error of
-# eigenvalues: an eigenvalue moves by at most the norm of the error of the matrix.
+UNITS_OF_ROUNDING = 4  # smallest rounding error that a product is taken to have, in units of the dtype's epsilon
+# The bound on the error of an eigenvalue is this factor times the linearity gap, which holds the rounding errors of
+# three products. An eigenvalue moves by at most the norm of the error of the matrix.
 GAP_TO_ROUNDING = 2
 DENSE_BLOCK_BYTES = 1 << 26  # largest size of the unit vectors that `to_dense` multiplies at once
 DENSE_BLOCK = 64  # most unit vectors at once: an operator's batched product holds memory for each
@@ -45,7 +45,7 @@ class Preflight:
 
 
 class LinearOperator:
-    """A symmetric n x n matrix A, known only as the map v -> A v.
+    """A symmetric n x n matrix A, known only through its products v -> A v (Hessian-vector products for a Hessian).
 
     A subclass sets `shape`, `dtype` and `device`, and defines `_matvec(v)` for a vector v (n,) on that device and in
     that dtype. Where multiplying several vectors at once is cheaper, it also defines `_multiply_rows(V)` for vectors in
@@ -58,8 +58,8 @@ class LinearOperator:
         products: How many products A v have been computed so far.
         spread: "batches" where a product is a sum over the ranks of torch.distributed. All ranks must then compute
             the same products.
-        unverified: Why the numbers of this operator cannot be relied on. Every estimate made from the operator is then
-            marked unresolved with this reason. Empty where nothing speaks against the numbers.
+        unverified: Why the products of this operator cannot be relied on; empty if they can. Where it is not empty,
+            every estimate from the operator is unresolved and has this reason.
     """
 
     shape: tuple[int, int]
@@ -222,7 +222,7 @@ class LinearOperator:
         Zero for an exactly symmetric operator, at rounding level for a sound Hessian.
 
         Args:
-            probes: How many pairs of vectors; each pair costs two products.
+            probes: Number of pairs of random vectors; each pair costs two products.
             seed: Seed of the vectors.
 
         Returns:
@@ -240,8 +240,8 @@ class LinearOperator:
     def linearity_gap(self, *, seed: int = 0) -> float:
         """The relative rounding error of a product, ||A(u + v) - A u - A v|| / ||A(u + v)|| for random u and v.
 
-        The gap is at rounding level of the precision that products are computed in, whatever the dtype of the vectors.
-        It is larger where products are not repeatable. It costs three products.
+        The gap shows the precision in which products are computed, which may be lower than the dtype of the vectors.
+        It is larger where products are not repeatable. Measuring it costs three products.
 
         Args:
             seed: Seed of the vectors.
@@ -270,7 +270,7 @@ class LinearOperator:
 
 @runtime_checkable
 class HasLoss(Protocol):
-    """An operator that belongs to a loss, such as its Hessian: what a `SpectrumProbe` measures."""
+    """An operator of a loss, such as its Hessian. A `SpectrumProbe` measures such operators."""
 
     shape: tuple[int, int]
     dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""Operators made of other operators: their mean, one without some of its eigenpairs, one in other variables."""
+"""Operators made of other operators: a mean, a deflated operator, and a congruence P^T (A - t I) P."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class MeanOperator(LinearOperator):
     `close` answer for all members.
 
     Args:
-        operators: the members, one or more.
+        operators: The members, one or more.
 
     Raises:
-        InputError: for no members, for members of different shapes, and where a loss is asked of members without one.
+        InputError: If there are no members, if their shapes differ, or if a loss is asked of members without one.
     """
 
     def __init__(self, operators: Sequence[LinearOperator]):
@@ -66,22 +66,22 @@ class MeanOperator(LinearOperator):
         return torch.stack([op.gradient() for op in self._with_loss()]).mean(dim=0)
 
     def preflight(self) -> Preflight:
-        """The worst figure of any member."""
+        """For each check, the largest figure of any member."""
         checks = [op.preflight() for op in self._with_loss()]
         return Preflight(*(max(gaps) for gaps in zip(*map(astuple, checks), strict=True)))
 
     @property
     def engine_used(self) -> str:
-        """The first member's."""
+        """The engine of the first member."""
         return self._with_loss()[0].engine_used
 
     @property
     def notes(self) -> list[str]:
-        """Every note of a member, once."""
+        """The notes of all members, without repetitions."""
         return list(dict.fromkeys(note for op in self._with_loss() for note in op.notes))
 
     def close(self) -> None:
-        """Give back the members' memory."""
+        """Free the memory of the members' graphs."""
         for op in self._with_loss():
             op.close()
 
@@ -97,19 +97,19 @@ class MeanOperator(LinearOperator):
 class DeflatedOperator(LinearOperator):
     """P A P with P = I - U U^T: the operator A without the eigenpairs whose vectors are the columns of U.
 
-    On the orthogonal complement of U the result acts as A does, and on U it is zero. Vectors that are eigenvectors only
-    up to a residual r leave an eigenvalue of order r^2 / |lambda| behind. A product costs one of A and 8 n k further
-    operations, or 4 n k with `inputs="orthogonal"`. The deflated operator `inner` counts the products too.
+    The operator equals A on the orthogonal complement of U, and zero on U. If a column is an eigenvector only up to a
+    residual of norm r, an eigenvalue of order r^2 / |lambda| is left. A product costs one product of A and 8 n k
+    further operations, or 4 n k with `inputs="orthogonal"`. `inner` counts its products too.
 
     Args:
         inner: A.
-        vectors: U, (n, k). Orthonormalised here unless `orthonormal`.
-        inputs: "any", or "orthogonal" if every vector that is multiplied is orthogonal to U already, as in a recurrence
-            that started so.
-        orthonormal: whether the columns are orthonormal already.
+        vectors: U, (n, k).
+        inputs: "any", or "orthogonal" if every vector that is multiplied is orthogonal to U already, as all vectors of
+            a Lanczos recurrence are that starts from such a vector.
+        orthonormal: Whether the columns are orthonormal already. If not, they are orthonormalised here.
 
     Raises:
-        InputError: for vectors of another shape or an unknown `inputs`.
+        InputError: If the vectors have another shape, or `inputs` is unknown.
     """
 
     def __init__(self, inner: LinearOperator, vectors: torch.Tensor, *, inputs: str = "any", orthonormal: bool = False):
@@ -128,13 +128,13 @@ class DeflatedOperator(LinearOperator):
         return self._rows.T
 
     def project(self, vector: torch.Tensor) -> torch.Tensor:
-        """The part orthogonal to U. Projected twice, so that rounding leaves nothing of U.
+        """P v, the part of v orthogonal to U. It is projected twice, because rounding leaves a part along U.
 
         Args:
             vector: (n,), or several in the rows of (k, n).
 
         Returns:
-            The projected vectors, in the shape that they came in.
+            The projected vectors, in the same shape.
         """
         projected = torch.atleast_2d(vector).clone()
         for _ in range(2):
@@ -147,15 +147,15 @@ class DeflatedOperator(LinearOperator):
         return project_out_(self.inner.multiply_rows(vectors), self._rows)
 
     def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
-        """Raise the error of the deflated operator."""
+        """Raise the error of A."""
         self.inner.raise_non_finite(vectors)
 
     def precision_error(self) -> float:
-        """That of the deflated operator."""
+        """That of A."""
         return self.inner.precision_error()
 
     def rounding(self) -> float:
-        """That of the deflated operator."""
+        """That of A."""
         return self.inner.rounding()
 
 
@@ -173,24 +173,24 @@ class Transform(Protocol):
 
 
 class CongruentOperator(LinearOperator):
-    """P^T (A - t I) P: the operator A - t I after a change of variables.
+    """P^T (A - t I) P: the operator A - t I after a change of variables with a nonsingular matrix P (a congruence).
 
-    By Sylvester's law of inertia it has as many negative, zero and positive eigenvalues as A - t I, for every
-    nonsingular P (Golub and Van Loan, Matrix Computations, 2013, theorem 8.1.17). So a count of eigenvalues below t can
-    be read from it. Sums, ends and density of the spectrum belong to A and cannot.
+    By Sylvester's law of inertia it has as many negative, zero and positive eigenvalues as A - t I (Golub and Van Loan,
+    Matrix Computations, 2013, theorem 8.1.17). So its negative eigenvalues are as many as the eigenvalues of A below t.
+    Trace, norm, ends and density of its spectrum are not those of A.
 
-    With a mask the operator is that of the coordinates kept, and zero on the others: M P^T M (A - t I) M P M for M the
-    projection on the coordinates kept. Its inertia there is that of the same rows and columns of A - t I wherever these
-    rows and columns of P are nonsingular too, as those of a triangular or positive definite P always are.
+    With a mask, the operator is M P^T M (A - t I) M P M, where M is the projection on the coordinates kept. Its inertia
+    on these coordinates is that of the principal submatrix of A - t I if the principal submatrix of P is nonsingular,
+    which holds for every triangular or positive definite P.
 
     Args:
-        inner: A, which counts the products too.
+        inner: A. It counts its products too.
         transform: P.
         shift: t.
-        mask: (n,), True for the coordinates kept; None keeps all of them.
+        mask: (n,), True for the coordinates kept; None keeps all.
 
     Raises:
-        InputError: for a mask of another shape.
+        InputError: If the mask has another shape.
     """
 
     def __init__(
@@ -206,26 +206,26 @@ class CongruentOperator(LinearOperator):
 
     def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
         vectors = self._kept(self.transform.apply(self._kept(vectors)))
-        images = self.inner.multiply_rows(vectors)
+        products = self.inner.multiply_rows(vectors)
         if self.shift:
-            images = torch.sub(images, vectors, alpha=self.shift)
-        return self._kept(self.transform.apply_transposed(self._kept(images)))
+            products = torch.sub(products, vectors, alpha=self.shift)
+        return self._kept(self.transform.apply_transposed(self._kept(products)))
 
     def _kept(self, vectors: torch.Tensor) -> torch.Tensor:
         return vectors if self._dropped is None else vectors.masked_fill(self._dropped, 0)
 
     def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
-        """Raise the error of the operator A where its product is not finite."""
+        """Raise the error of A if its product is not finite."""
         vectors = self._kept(self.transform.apply(self._kept(vectors)))
         if not torch.isfinite(self.inner.multiply_rows(vectors)).all():
             self.inner.raise_non_finite(vectors)
         super().raise_non_finite(vectors)
 
     def rounding(self) -> float:
-        """See `LinearOperator.rounding`; measured once, on these products and not on those of A.
+        """See `LinearOperator.rounding`; measured once, on the products of this operator.
 
-        P may enlarge directions in which A is small, and the rounding error with them. It shows in the products of the
-        congruent operator alone.
+        P may enlarge directions in which A is small, and with them the rounding error of the products of A. The
+        rounding error of A alone does not show that.
         """
         if self._rounding is None:
             self._rounding = super().rounding()

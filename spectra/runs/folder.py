@@ -19,13 +19,17 @@ from spectra.backend.errors import InputError, first_line
 from spectra.estimates.density import SpectralDensity
 from spectra.runs.files import PARTIAL, write_whole
 from spectra.runs.jsonlines import JsonLines, encoded, plain
-from spectra.runs.lock import WriterLock
+from spectra.runs.lock import WriterLock, is_written_here
 from spectra.runs.presentation import Presentation
 from spectra.runs.record import VERSION, VERSION_NUMBER, SpectrumRecord, read_number, read_version
 
 CONFIG, RECORDS, TELEMETRY, LANCZOS = "config.json", "records.jsonl", "telemetry.jsonl", "lanczos"
 NOT_COMPARED = ("presentation", "facts")  # entries of config.json that may differ when a run goes on
 LONGEST_VALUE = 60  # characters of a value in a message
+
+
+class FolderError(InputError):
+    """A run folder that cannot be made, gone on with or written."""
 
 
 class Run:
@@ -88,16 +92,20 @@ class Run:
         config: Mapping[str, Any] | None = None,
         *,
         not_compared: Collection[str] = (),
+        only_compared: Collection[str] | None = None,
     ) -> Run:
         """Go on with the run in a folder, or make one, and hold its lock.
 
         A run goes on where its config.json says what `config` says. The entries "presentation" and "facts" may differ,
-        and those in `not_compared`; config.json keeps what it had. `records` then holds what was recorded before.
+        and those in `not_compared`; config.json keeps what it had. `records` then holds what was recorded before. Where
+        that is no spectrum, but only why there is none, the run goes on with other settings too, which take the place
+        of those that it had.
 
         Args:
             folder: Where; made if it is not there. A run in which nothing was recorded is made anew.
             config: The settings of the run.
             not_compared: Names of further entries that may differ.
+            only_compared: Names of the entries that may not differ, None for all.
 
         Returns:
             The run.
@@ -109,7 +117,14 @@ class Run:
         if not is_recorded(folder):
             return cls.create(folder, config)
         run = cls(folder)
-        refuse_differences(run, plain(dict(config or {})), {*NOT_COMPARED, *not_compared})
+        config = plain(dict(config or {}))
+        if run.records and not run.measured and not run.telemetry and not is_written_here(run.folder):
+            lock = WriterLock(run.folder)
+            _write_config(run.folder, config)
+            return cls._writing(run.folder, lock)
+        names = {*config, *run.config}
+        ignored = set() if only_compared is None else names - set(only_compared)
+        refuse_differences(run, config, {*NOT_COMPARED, *not_compared, *ignored})
         return cls._writing(run.folder, WriterLock(run.folder))
 
     @classmethod

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from spectra.backend.errors import InputError
 from spectra.operators.hessian.isolation import random_states_kept
 
 
@@ -48,21 +51,22 @@ def model_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_autocast(model: nn.Module) -> Iterator[None]:
-    """Inside, a model that accelerate prepared for mixed precision has the forward pass that it had before.
+def without_optimizer_steps() -> Iterator[None]:
+    """Inside, an optimizer step of this thread raises InputError: its optimizer's state would not be put back."""
+    thread = threading.get_ident()
 
-    Args:
-        model: The model.
-    """
-    tables = [vars(module) for module in model.modules() if "_original_forward" in vars(module)]
-    wrapped = [(table, table["forward"]) for table in tables if "forward" in table]
+    def refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if threading.get_ident() == thread:
+            raise InputError(
+                f"the measured function makes a step of an optimizer ({type(optimizer).__name__}), which would change "
+                "the training: measure with a loss= that makes none"
+            )
+
+    handle = register_optimizer_step_pre_hook(refuse)
     try:
-        for table, _ in wrapped:
-            table["forward"] = table["_original_forward"]
         yield
     finally:
-        for table, forward in wrapped:
-            table["forward"] = forward
+        handle.remove()
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

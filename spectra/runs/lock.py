@@ -63,6 +63,13 @@ class WriterLock:
         return handle
 
 
+def is_written_here(folder: Path) -> bool:
+    """Whether an object of this process holds the lock of a folder, which is there."""
+    place = folder.stat()
+    holder = _held.get((place.st_dev, place.st_ino))
+    return holder is not None and holder.is_held
+
+
 def _locked(folder: Path) -> int:
     """The folder's lock file, opened and locked. It holds the number of its process, for the message below."""
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)

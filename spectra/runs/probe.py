@@ -12,6 +12,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader
 
 from spectra.algorithms.batch_noise import batch_noise
 from spectra.algorithms.block_size import max_vectors_in_memory
+from spectra.algorithms.congruence import Congruence
+from spectra.algorithms.inertia import count_below
 from spectra.algorithms.lanczos import choose_reorthogonalization
 from spectra.algorithms.progress import Callback, Progress
 from spectra.algorithms.slq import largest_eigenpairs, slq
@@ -28,27 +31,29 @@ from spectra.algorithms.topk import Eigenpairs, default_basis_size
 from spectra.backend import ranks
 from spectra.backend.errors import InputError, NonFiniteError
 from spectra.backend.vectors import norm
+from spectra.estimates.counts import CountBelow
 from spectra.estimates.density import SpectralDensity
 from spectra.estimates.estimate import Estimate
 from spectra.estimates.quantities import summarize
 from spectra.operators.base import HasLoss, LinearOperator
 from spectra.operators.hessian.batches import as_batches
-from spectra.operators.hessian.checks import StraightThrough
-from spectra.operators.hessian.isolation import unwrap
+from spectra.operators.hessian.checks import hessian_mode
+from spectra.operators.hessian.isolation import MODULE_TABLES, unwrap
 from spectra.operators.hessian.operator import HessianOperator
 from spectra.operators.hessian.parameters import ParameterSpace, Selection
 from spectra.runs.checked import Checked, check, take_over
 from spectra.runs.failure import Failure, give_memory_back
-from spectra.runs.folder import Run
-from spectra.runs.kept import model_kept, randomness_kept, without_autocast
+from spectra.runs.folder import FolderError, Run
+from spectra.runs.kept import model_kept, randomness_kept, without_optimizer_steps
 from spectra.runs.object_state import held, kept, modules_in
 from spectra.runs.provenance import device_name, fingerprint, fingerprint_of_weights, versions
-from spectra.runs.record import FAILED, SpectrumRecord
+from spectra.runs.record import SpectrumRecord
 from spectra.runs.settings import DEFLATED, MeasurementSettings
 from spectra.runs.unsaved import UnsavedRun
 
 SYMMETRIC = 1e-3  # a symmetry gap above this is noted in the record
 START, END = "start", "end"
+STRAIGHT_THROUGH = "quantized layers are measured by their straight-through derivative, the mode 'ste'"
 OCCASIONS = ("", START, END)  # labels that say when, not of which weights: a training step has one such spectrum
 
 OperatorBuilder = Callable[..., LinearOperator]
@@ -85,7 +90,8 @@ class SpectrumProbe:
         modes: Which Hessians to measure, {name: builder}. A builder is called as builder(model, batches, params=,
             loss=, microbatch=), with engine=, precision=, spread= and training= where they are set, and returns an
             operator that has a loss: a HessianOperator, or a MeanOperator of them. None: {"full": HessianOperator}, or
-            {"ste": HessianOperator} for a quantized model, whose straight-through derivative is measured.
+            {"ste": HessianOperator} for a quantized model, whose straight-through derivative is measured, which the
+            records then say.
         params: Which parameters, see `spectra.ParameterSpace`. None: all that are trained.
         loss: (outputs, targets) -> scalar, see `spectra.Objective`. None: the model's own loss.
         settings: How to measure. None: the defaults of `MeasurementSettings`.
@@ -100,6 +106,7 @@ class SpectrumProbe:
 
     Attributes:
         records: The records so far, with those that the folder held.
+        notes: What every later record is to say of how it was measured.
         run: The run folder; None without `out`, and on all ranks of torch.distributed but the first. With
             spread="probes" or "batches" all ranks have to make the same calls.
 
@@ -133,7 +140,9 @@ class SpectrumProbe:
         self.settings = (settings or MeasurementSettings()).changed(**options)
         ranks.check_spread(self.settings.spread)
         self.model, self.every, self.strict, self.training = model, _check_every(every), strict, training
-        self.modes = _check_modes(default_modes(model) if modes is None else modes, training=training)
+        own = hessian_mode(unwrap(model))
+        self.modes = _check_modes({own: HessianOperator} if modes is None else modes, training=training)
+        self.notes = [STRAIGHT_THROUGH] if modes is None and own == "ste" else []
         self.extras, self.progress = extras, progress
         params = _check_params(model, params)
         self._operator_options = {"params": params, "loss": loss, **self.settings.operator_options()}
@@ -144,6 +153,7 @@ class SpectrumProbe:
             self._try_modes()
         self._checked: dict[str, Checked] = {}  # by mode
         self._outliers: dict[str, torch.Tensor] = {}  # by mode, the last checkpoint's deflated vectors
+        self._congruences: dict[str, Congruence] = {}  # by mode, the last checkpoint's change of variables
         self._warned: set[str] = set()
         self._last_step: int | None = None  # that `step` was called with
         self._measured_steps: set[int] = set()
@@ -178,8 +188,14 @@ class SpectrumProbe:
             return []
         return self._measure(i, START if first else "")[1]
 
-    def close(self) -> None:
-        """Measure the end, if `step` was called and its last training step was not measured; let others write."""
+    def close(self, last_step: int | None = None) -> None:
+        """Measure the end, if there is one that was not measured, and let others write.
+
+        Args:
+            last_step: The last training step. None: the one that `step` was called with last, if it was called.
+        """
+        if last_step is not None:
+            self._last_step = last_step
         try:
             if self._last_step is not None and self._last_step not in self._measured_steps:
                 self._measure(self._last_step, END)
@@ -236,22 +252,20 @@ class SpectrumProbe:
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Put back random states, and the modules and generators of the loss function, such as a discriminator.
+        """Put back random states, and all that the loss function holds, such as a discriminator or a list of losses.
 
-        Its modules run in the mode that the model runs in.
+        Its modules run in the mode that the model runs in. An optimizer step is refused.
         """
         loss, own = self._operator_options["loss"], set(self.model.modules())
         others = [module for module in modules_in(loss) if not own & set(module.modules())]
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))  # tensors made in it have no graph
             stack.enter_context(randomness_kept())
-            stack.enter_context(without_autocast(self.model))
+            stack.enter_context(without_optimizer_steps())
+            stack.enter_context(kept(loss, *_code_and_state(self.model)))
             for module in others:
                 stack.enter_context(model_kept(module))
                 stack.enter_context(kept(*(vars(part) for part in module.modules())))
-            for generator in held(loss):
-                if isinstance(generator, torch.Generator):
-                    stack.enter_context(kept(generator))
             for part in (part for module in others for part in module.modules()):
                 part.training = part.training and self.training
             yield
@@ -317,28 +331,12 @@ class SpectrumProbe:
 
     def _failed(self, mode: str, step: int, label: str, started: float, failure: Failure) -> SpectrumRecord:
         """Append the record of a failed measurement to the run, if that can be written, and warn."""
-        record = SpectrumRecord(
-            step=step,
-            mode=mode,
-            loss=float("nan"),
-            gradient_norm=float("nan"),
-            dimension=0,
-            estimates={},
-            reorthogonalize="",
-            products=0,
-            seconds=time.perf_counter() - started,
-            label=label,
-            versions=versions(),
-            status=FAILED,
-            reason=failure.reason,
-            remedy=failure.remedy,
-            **self.settings.to_record(),
-        )
+        seconds = time.perf_counter() - started
+        record = failure.to_record(self.settings, mode=mode, step=step, label=label, seconds=seconds)
         with contextlib.suppress(Exception):  # the disk is full, or the folder has another writer now
             record = self.as_run().append(record)
         self.records.append(record)
-        advice = f"; {failure.remedy}" if failure.remedy else ""
-        self._warn(f"no spectrum at training step {step} ({mode}): {failure.reason}{advice}", failure.reason)
+        self._warn(f"no spectrum at training step {step} ({mode}): {failure}", failure.reason)
         return record
 
     def _warn(self, message: str, reason: str | None = None) -> None:
@@ -384,8 +382,9 @@ class SpectrumProbe:
             dtype=str(op.dtype).removeprefix("torch."),
             device=device_name(op.device),
             engine=op.engine_used,
-            notes=_notes(op, checked),
+            notes=[*self.notes, *_notes(op, checked)],
             weights=weights,
+            count={} if density.count is None else density.count.cost(),
             **self.settings.to_record(),
         )
         return record, density
@@ -402,10 +401,10 @@ class SpectrumProbe:
         return known
 
     def _density(self, op: LinearOperator, mode: str, policy: str) -> SpectralDensity:
-        """The spectral density, by stochastic Lanczos quadrature after deflation."""
-        count = Progress(self.progress, 0)
-        deflate = self._deflated(op, mode, count.part(self.settings.probes * self.settings.steps))
-        return slq(
+        """The spectral density, by stochastic Lanczos quadrature after deflation, with the count below zero."""
+        count, recurrences = Progress(self.progress, 0), self.settings.probes * self.settings.steps
+        deflate = self._deflated(op, mode, count.part(recurrences + self.settings.count_products))
+        density = slq(
             op,
             probes=self.settings.probes,
             steps=self.settings.steps,
@@ -413,8 +412,27 @@ class SpectrumProbe:
             deflate=deflate,
             reorthogonalize=policy,
             spread="probes" if self.settings.spread == "probes" else "none",
-            progress=count.part(0),
+            progress=count.part(self.settings.count_products),
         )
+        density = density.with_origin(replace(density.origin, mode=density.origin.mode or mode))
+        return density if density.exact else density.with_count(self._count_below_zero(op, mode, count.part(0)))
+
+    def _count_below_zero(self, op: LinearOperator, mode: str, progress: Callback) -> CountBelow | None:
+        """The count after a change of variables, which is searched from that of the last checkpoint."""
+        start = self._congruences.get(mode)
+        found = count_below(
+            op,
+            products=self.settings.count_products,
+            seed=self.settings.seed,
+            start=None if start is None else start.to(op.device),
+            progress=progress,
+        )
+        if found is None:
+            return None
+        count, congruence = found
+        if congruence is not None:
+            self._congruences[mode] = congruence.to(torch.device("cpu"))  # as the outliers
+        return count
 
     def _deflated(self, op: LinearOperator, mode: str, progress: Callback) -> Eigenpairs | int:
         """The eigenpairs to deflate, searched from those of the last checkpoint; 0 for none."""
@@ -475,7 +493,7 @@ class SpectrumProbe:
         if self.settings.spread != "none":
             error, self._earlier = ranks.all_gather((error, self._earlier))[0]
         if error:
-            raise InputError(error)
+            raise FolderError(error)
 
     def _facts(self, params: Selection) -> dict[str, Any]:
         """What config.json says of model and data."""
@@ -491,19 +509,6 @@ class SpectrumProbe:
         }
 
 
-def default_modes(model: nn.Module) -> dict[str, OperatorBuilder]:
-    """Which Hessian is measured where none was named.
-
-    Args:
-        model: The model.
-
-    Returns:
-        "full", or "ste" where quantized layers have a straight-through derivative.
-    """
-    quantized = any(isinstance(module, StraightThrough) for module in model.modules())
-    return {"ste" if quantized else "full": HessianOperator}
-
-
 def _read(batches: Any) -> list[Any]:
     """The batches. What a loader, its data set and its samplers hold is put back.
 
@@ -517,10 +522,13 @@ def _read(batches: Any) -> list[Any]:
             "measured: pass a list of batches"
         )
     with kept(batches):
-        for loader in held(batches):
-            if isinstance(loader, DataLoader):
-                vars(loader)["_iterator"] = None  # persistent workers belong to the training
         return as_batches(batches)
+
+
+def _code_and_state(model: nn.Module) -> list[Any]:
+    """What a walk through the model starts from: the classes of its modules, and their attributes but for tensors."""
+    tables = [vars(module) for module in model.modules()]
+    return [*map(type, model.modules()), *(v for table in tables for k, v in table.items() if k not in MODULE_TABLES)]
 
 
 def _notes(op: HasLoss, checked: Checked) -> list[str]:

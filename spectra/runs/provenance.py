@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spectra.backend.version import __version__
-from spectra.operators.hessian.batches import tensors_of
+from spectra.operators.hessian.batches import contents_of
 
 SAMPLED_WEIGHTS = 1024  # entries of a parameter that a fingerprint of the weights looks at
 
@@ -19,16 +19,20 @@ def fingerprint(batches: list[Any]) -> str:
     """A short hash of what batches hold, the same on every device.
 
     Args:
-        batches: Tensors, or tuples, lists and dictionaries of them.
+        batches: Tensors, or anything that holds them: tuples, lists, dictionaries and objects. NumPy arrays, numbers
+            and texts in them count too.
 
     Returns:
         16 hexadecimal digits. Two runs with the same digits measured the same data.
     """
     digest = hashlib.sha256()
     for batch in batches:
-        for tensor in tensors_of(batch):
-            digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
-            for part in _parts(tensor.detach()):
+        for content in contents_of(batch):
+            if isinstance(content, bytes):
+                digest.update(content)
+                continue
+            digest.update(str((tuple(content.shape), content.dtype)).encode())
+            for part in _parts(content.detach()):
                 digest.update(_bytes(part))
     return digest.hexdigest()[:16]
 

@@ -26,7 +26,7 @@ KINDS = {
     **dict.fromkeys(NUMBERS, (int, float)),
     **dict.fromkeys(("mode", "reorthogonalize", "label", "dtype", "device", "engine"), (str,)),
     **dict.fromkeys(("weights", "status", "reason", "remedy"), (str,)),
-    **dict.fromkeys(("estimates", "extras", "checks", "versions", "batch_noise"), (dict,)),
+    **dict.fromkeys(("estimates", "extras", "checks", "versions", "batch_noise", "count"), (dict,)),
     "notes": (list,),
     "lanczos": (str, type(None)),
 }
@@ -75,6 +75,8 @@ class SpectrumRecord:
         wall_time: When the record was made, in seconds since 1970.
         lanczos: The file of the Jacobi matrices, relative to the run folder; None if they were not kept.
         weights: A hash of some entries of the weights that were measured; "" where it is not known.
+        count: What the count below zero after a change of variables took: its Lanczos "steps", the "search_products"
+            for the change of variables, and its "products" in all. Empty without one.
         status: "ok", or "failed".
         reason: Why the measurement failed, in one line.
         remedy: What to do about it, where that is known.
@@ -105,6 +107,7 @@ class SpectrumRecord:
     wall_time: float = field(default_factory=time.time)
     lanczos: str | None = None
     weights: str = ""
+    count: dict[str, int] = field(default_factory=dict)
     status: str = OK
     reason: str = ""
     remedy: str = ""

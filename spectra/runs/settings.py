@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from spectra.algorithms.inertia import COUNT_PRODUCTS, FEWEST_PRODUCTS
 from spectra.algorithms.lanczos import REORTHOGONALIZATION
 from spectra.backend.errors import InputError
 from spectra.backend.ranks import SPREADS
@@ -39,6 +40,8 @@ class MeasurementSettings:
         precision: Precision of the products. None: that of the weights, see `spectra.HessianOperator`.
         spread: "probes" or "batches" over the ranks of torch.distributed, or "none".
         batch_groups: Groups of batches for `spectra.batch_noise`, at least 2. 0: batch noise is not measured.
+        count_products: The largest number of products for the count of eigenvalues below zero after a change of
+            variables (`spectra.count_below`), from which the negative share is read. It needs 100 or more. 0: none.
 
     Raises:
         InputError: If a value is out of its range. Engine and precision are checked by the operator.
@@ -48,7 +51,7 @@ class MeasurementSettings:
         100
     """
 
-    probes: int = 4
+    probes: int = 2
     steps: int = 100
     seed: int = 0
     deflate: int | None = None
@@ -59,6 +62,7 @@ class MeasurementSettings:
     precision: str | None = None
     spread: str = "none"
     batch_groups: int = 0
+    count_products: int = COUNT_PRODUCTS
 
     def __post_init__(self) -> None:
         if not (_is_count(self.probes, 1) and _is_count(self.steps, 1)):
@@ -73,6 +77,10 @@ class MeasurementSettings:
             raise InputError(f"microbatch must be a number of rows, at least 1, got {self.microbatch!r}")
         if not _is_count(self.batch_groups, 0) or self.batch_groups == 1:
             raise InputError(f"batch_groups must be 0, or at least 2 groups, got {self.batch_groups!r}")
+        if not _is_count(self.count_products, 0) or 0 < self.count_products < FEWEST_PRODUCTS:
+            raise InputError(
+                f"count_products must be 0, or at least {FEWEST_PRODUCTS} products, got {self.count_products!r}"
+            )
         for name, known in (("reorthogonalize", REORTHOGONALIZATION), ("spread", SPREADS)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

@@ -140,14 +140,21 @@ def estimates_of_run(run: Run) -> Table:
 
 def number(value: float) -> str:
     """A number as text: four digits, an exponent for very large and small numbers, and whole numbers in full."""
-    if not math.isfinite(value):
-        return "∞" if value == math.inf else "−∞" if value == -math.inf else "not finite"
-    if isinstance(value, int) or (value == int(value) and abs(value) < 1e6):
-        return f"{int(value):,}".replace("-", "−")
-    mantissa, _, exponent = f"{value:#.4g}".partition("e")
+    if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < 1e6):
+        return _typeset(str(int(value)))
+    return _typeset(f"{value:#.4g}")
+
+
+def _typeset(text: str) -> str:
+    """A number as Python writes it, with the signs of print: 1,234, −2.5·10⁻⁷, ∞."""
+    if text == "nan":
+        return "not finite"
+    mantissa, _, exponent = text.replace("inf", "∞").partition("e")
     mantissa = mantissa.removesuffix(".")
     if exponent:
         mantissa += "·10" + str(int(exponent)).translate(SUPERSCRIPTS)
+    elif mantissa.lstrip("-").isdigit():
+        mantissa = f"{int(mantissa):,}"
     return mantissa.replace("-", "−")
 
 
@@ -163,8 +170,10 @@ def _cell(value: Any) -> Cell:
         return Cell("–")
     if isinstance(value, Estimate) or _is_estimate(value):
         estimate = value if isinstance(value, Estimate) else Estimate.from_dict(value)
-        interval = "" if estimate.low == estimate.high else f"[{number(estimate.low)}, {number(estimate.high)}]"
-        return Cell(number(estimate.value), interval, not estimate.resolved, estimate.reason)
+        if not estimate.high > estimate.low:
+            return Cell(number(estimate.value), "", not estimate.resolved, estimate.reason)
+        value, low, high = map(_typeset, estimate.rounded())
+        return Cell(value, f"[{low}, {high}]", not estimate.resolved, estimate.reason)
     if isinstance(value, bool):
         return Cell("yes" if value else "no", words=True)
     if isinstance(value, int | float):

@@ -18,7 +18,7 @@ def test_two_ranks_agree_with_one_and_are_timed_in_turns(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     kept = json.loads((tmp_path / "rows.json").read_text())
     assert kept["environment"]["ranks"] == 2
-    assert [row["shared"] for row in kept["rows"]] == ["probes", "batches"]
+    assert [row["shared"] for row in kept["rows"]] == ["probe vectors", "batches"]
     for row in kept["rows"]:
         assert row["difference"] < 1e-5
         assert row["alone"] > 0

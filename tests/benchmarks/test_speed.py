@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "speed"))
 
+import check_costs
 import libraries
 import measuring
 import models
@@ -184,3 +185,9 @@ def test_the_peak_of_memory_is_seen():
     gauge = measuring.PeakMemory(torch.device("cpu"))
     held = torch.ones(1 << 23)
     assert gauge.bytes >= 0.9 * held.nbytes
+
+
+def test_the_cost_of_the_checks_is_positive_and_stands_in_the_table():
+    cells = check_costs.row("llama-64", 1, torch.device("cpu"))
+    assert cells[:3] == ["llama-64", "172,352", "1"]
+    assert 0 < float(cells[5]) <= float(cells[4]) <= float(cells[6])

@@ -175,7 +175,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_has(tmp_path):
     assert json.loads(out.read_text().splitlines()[1])["seconds"] >= 0
 
 
-def test_a_bracket_without_reorthogonalisation_holds_the_probes_own_mass():
+def test_a_bracket_without_reorthogonalisation_holds_the_mass_of_the_probe_vector():
     values = families.eigenvalues("laplace", n=1000, radius=27.0, zeros=0.0, seed=3)
     found = finite_precision.compare(values, steps=150, seed=3)
     assert found.copies > 1

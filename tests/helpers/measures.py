@@ -51,7 +51,7 @@ def known_eigenvalues(values, counts=None, errors=None):
 
 
 def measure_of(values, weights, *, steps=40, known=None, rounding_error=0.0):
-    """What probe vectors with these weights (probes, n) see of eigenvalues (n,)."""
+    """The measure of eigenvalues (n,) from probe vectors whose squared components are these weights (probes, n)."""
     jacobi = stacked([jacobi_matrix(values, row, steps) for row in weights], steps)
     return SpectralMeasure(jacobi, len(values), known or KnownEigenvalues(), rounding_error)
 

@@ -14,7 +14,7 @@ def mlp(seed=0, *, inputs=4, hidden=6, outputs=3, dtype=torch.float64):
 
 
 def regression(rows, *, seed=1, inputs=4, outputs=3):
-    """One (inputs, targets) batch for each entry of rows; the later ones are of another size of target."""
+    """One (inputs, targets) batch for each entry of rows; the targets of later batches are larger."""
     g = generator(seed)
     out = []
     for position, count in enumerate(rows):

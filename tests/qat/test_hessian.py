@@ -79,7 +79,7 @@ def measured(model, data, mode, **options):
 
 
 def noise_of(model, *, draw, seed, sigma):
-    """U as the mode draws it, read off through the identity: at 8 bits and more nothing else would show it."""
+    """The weight noise U of the mode, from the generator that the mode uses."""
     from qat.hessian import _standard_normal
 
     return [sigma * _standard_normal(layer.rows(), f"{seed}/{draw}/{name}") for name, layer in qat.quant_layers(model)]

@@ -14,12 +14,12 @@ from qat.layers.quantizers.rounding import floor_scale
 
 
 class Quantizer(ABC):
-    """A scheme: weights w become q = s * level, with one scale s a row and few levels.
+    """A scheme: weights w become q = s * level, with one scale s for each row and few levels.
 
-    Shapes: weight (rows, columns), one row an output feature; scale (rows, 1) of the same dtype; codes (rows, columns)
-    int8. `quantizer(w, s)` has the value of `dequantize(codes(w, s), s)`, bit for bit, and the derivatives of the
-    scheme's straight-through estimator. Every code is monotone in w, and codes(q) = codes(w): a weight that moves part
-    of the way toward q keeps its code as long as the scale stays.
+    Shapes: weight (rows, columns), with a row for each output feature; scale (rows, 1) of the same dtype; codes
+    (rows, columns), int8. `quantizer(w, s)` has the value of `dequantize(codes(w, s), s)`, bit for bit, and the
+    derivatives of the scheme's straight-through estimator. Every code is monotone in w, and codes(q) = codes(w). So a
+    weight that moves part of the way toward q keeps its code if the scale does not change.
 
     Args:
         bits: The bit-width.
@@ -86,10 +86,10 @@ def gradient_scale(weight: Tensor, top: float) -> float:
 
 
 def largest_magnitude_scale(weight: Tensor, top: float) -> Tensor:
-    """The scale max|w| / top of each row: the largest weight of a row lies on the clip bound, and inside it.
+    """The scale max|w| / top of each row: the largest weight of a row lies on the clip bound and is not clipped.
 
-    Where the division rounded down, the scale is the next float up. Otherwise rounding error would make the largest
-    weight a clipped one without a gradient, here or in a float64 copy of the layer.
+    If the division rounded down, the next larger float is used. Otherwise rounding error would clip the largest weight,
+    and it would have no gradient, here or in a float64 copy of the layer.
 
     Args:
         weight: (rows, columns).

@@ -37,8 +37,8 @@ class BinaryElastic(Quantizer):
         return weight.detach().abs() <= floor_scale(scale.detach())
 
     def __call__(self, weight: Tensor, scale: Tensor) -> Tensor:
-        # The straight-through part, clamp(w, -s, s) with s held fixed, is added to s * sign(w). Inside of it, dq/ds
-        # would be sign(w) - w / s, which is not that of the scheme.
+        # The straight-through part, clamp(w, -s, s) with s held fixed, is added to s * sign(w). If s were not held
+        # fixed, dq/ds would be sign(w) - w / s, which is not that of the scheme.
         magnitude = trained_scale(scale, gradient_scale(weight, 1)) * sign(held(weight))
         bound = floor_scale(held(scale))
         clipped = clamped(weight, -bound, bound)

@@ -1,9 +1,9 @@
-"""The smooth function that a straight-through derivative belongs to, near the current weights.
+"""The smooth function whose derivative the straight-through derivative is, near the current weights.
 
-A quantizer is constant almost everywhere, and its straight-through derivative is not the derivative of its values. With
-the rounded values, the clip masks and the computed scales held at what they are at the current weights, the quantizer
-is an ordinary function of weights and scales, and the straight-through derivative is its derivative there. Finite
-differences through that function can therefore check Hessian-vector products (see `spectra.operators.hessian.checks`).
+A quantizer is constant almost everywhere, and its straight-through derivative is not the derivative of its values. But
+if rounded values, clip masks and computed scales are held fixed, the quantizer becomes a smooth function of weights and
+scales, and its derivative is the straight-through derivative. So finite differences of that function can check
+Hessian-vector products (see `spectra.operators.hessian.checks`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 class Linearization:
-    """Records values without a true derivative in forward passes inside `record`, and gives them inside `replay`.
+    """Records values without a true derivative during forward passes in `record`, and returns them in `replay`.
 
-    After the last recorded forward pass, the next replay uses the first one again.
+    After the last recorded forward pass, the next replay starts again with the first.
     """
 
     def __init__(self) -> None:
@@ -60,9 +60,9 @@ def held(value: Tensor) -> Tensor:
 
 
 def clamped(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """clamp(x, low, high), whose derivative is 1 from bound to bound, both included.
+    """clamp(x, low, high), with derivative 1 between the bounds, both included.
 
-    Inside a linearization, x moves the result only where it lay within the bounds when the pass was recorded.
+    Inside a replay, the result depends on x only where x lay within the bounds when the pass was recorded.
     """
     if _current is None:
         return x.clamp(low, high)  # type: ignore[arg-type]

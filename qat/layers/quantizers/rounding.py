@@ -1,9 +1,9 @@
 """The straight-through step that every quantizer shares.
 
-Only the rounding itself is written straight-through; everything around it is ordinary torch arithmetic. With learned
-scales, a hand-written autograd.Function whose backward recomputes w / s gives a vector field that is no gradient: its
-Jacobian is not symmetric. The forms here keep it symmetric, to every order and in every mode of differentiation
-(double backward, forward over reverse, vmap).
+Only the rounding itself is straight-through; everything around it is ordinary torch arithmetic. So the Jacobian of the
+gradient is symmetric, in every mode of differentiation (double backward, forward over reverse, vmap). With learned
+scales this is not so for a hand-written autograd.Function whose backward recomputes w / s: its vector field is no
+gradient.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ SCALE_FLOOR = 1e-5
 def straight_through(value: Tensor, carrier: Tensor) -> Tensor:
     """The value of one tensor with the derivative of another: value.detach() + (carrier - carrier.detach()).
 
-    The bracket is exactly zero, so that the result has no rounding error. The form carrier + (value - carrier).detach()
-    may be one unit in the last place off.
+    The parenthesis is exactly zero, so the result has no rounding error. The form carrier + (value - carrier).detach()
+    may be off by one unit in the last place.
 
     Args:
         value: Gives the value.
@@ -43,13 +43,13 @@ def sign(x: Tensor) -> Tensor:
 
 
 def floor_scale(scale: Tensor) -> Tensor:
-    """The scale in use, max(scale, 1e-5): division stays safe where training pushed a scale to zero or below."""
+    """The scale in use, max(scale, 1e-5): training may push a scale to zero or below."""
     return scale.clamp(min=SCALE_FLOOR)
 
 
 def trained_scale(scale: Tensor, gradient_scale: float) -> Tensor:
-    """`floor_scale(scale)` in value, bit for bit, with the constant derivative `gradient_scale`.
+    """The value of `floor_scale(scale)`, bit for bit, with the constant derivative `gradient_scale`.
 
-    The derivative holds below the floor, too: without it a scale that fell there could never come back.
+    The derivative is the same below the floor. Otherwise a scale that fell below it could never rise again.
     """
     return straight_through(floor_scale(scale), scale * gradient_scale)

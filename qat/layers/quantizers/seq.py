@@ -9,7 +9,7 @@ from qat.layers.quantizers.base import Quantizer, gradient_scale, largest_magnit
 from qat.layers.quantizers.linearization import clamped
 from qat.layers.quantizers.rounding import floor_scale, round_ste, trained_scale
 
-# Below 1, since rounding at 1 would give a fifth level at 2 bits.
+# Less than 1, since rounding at 1 would give a fifth level at 2 bits.
 CLIP = 0.99
 
 

@@ -1,4 +1,4 @@
-"""The forms of batches that users have, brought to one: mappings, pairs, other tuples, tensors, objects."""
+"""Batches in the forms that users have (mappings, pairs, tuples, tensors, objects): read, moved, cut and joined."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from spectra.backend import memory
 from spectra.backend.errors import InputError
 from spectra.operators.hessian.isolation import random_states_kept
 
-MOST_BATCHES = 4096  # of an iterable: a measurement holds all of its batches, and an endless iterator never ends
-MEMORY_SHARE = 0.5  # of the free memory, for the batches of an iterator of unknown length
-SEARCH_DEPTH = 5  # objects between a loader and a random generator that one of them holds
+MOST_BATCHES = 4096  # batches read from an iterable: all are held in memory, and an iterator may be endless
+MEMORY_SHARE = 0.5  # share of the free memory for the batches of an iterator of unknown length
+SEARCH_DEPTH = 5  # most steps from a loader through the objects it holds to a random generator
+CONTENT_DEPTH = 8  # most steps from a batch through the objects it holds to what a comparison sees
 
 
 # -- from what is given to a list of batches
@@ -29,19 +30,19 @@ SEARCH_DEPTH = 5  # objects between a loader and a random generator that one of 
 def as_batches(batches: Any) -> list[Any]:
     """A list of batches from a list, a DataLoader, any other iterable of them, or one batch alone.
 
-    A DataLoader is read as it is: its order and its augmentations are drawn once, and the random states that it draws
-    from are put back, so that a training that uses the same loader goes on as if nothing had been read.
+    A DataLoader is read once, with its own order and augmentations. The random states that it draws from are restored,
+    so that a training with the same loader is not affected.
 
     Args:
-        batches: a list, a DataLoader, an iterable, or one batch. A mapping, a tensor, an array, a dataclass, a tuple
+        batches: A list, a DataLoader, an iterable, or one batch. A mapping, a tensor, an array, a dataclass, a tuple
             with a tensor in it and a list of tensors with the same number of rows, as a DataLoader yields, are one
-            batch. Three or more tensors that are alike in all but their rows are batches themselves.
+            batch. In a list of three or more tensors of the same dtype and row shape, each tensor is a batch.
 
     Returns:
         The batches.
 
     Raises:
-        InputError: for no batches, for more than 4096 of them, and for what is not a batch.
+        InputError: If there are no batches or more than 4096, or if `batches` is none of these.
     """
     if _is_one_batch(batches):
         return [batches]
@@ -115,7 +116,7 @@ def _device_of_random_states() -> torch.device:
 
 
 class _generators_kept:
-    """Put back the states of the random generators that a DataLoader, its samplers and its dataset own."""
+    """A context that restores the random generators that a DataLoader, its samplers and its dataset hold."""
 
     def __init__(self, loader: Any):
         self._generators = [] if isinstance(loader, list | tuple) else list(_generators_in(loader))
@@ -215,7 +216,7 @@ def like(sequence: Any, members: Iterable[Any]) -> Any:
 
 
 def with_items(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """A copy of a mapping with other items: of its own class, whose attributes a loss may read, where that can be."""
+    """A copy of a mapping with other items, of the same class if possible, because a loss may read its attributes."""
     if type(mapping) is dict or set(mapping) - set(items):
         return items
     try:
@@ -240,6 +241,92 @@ def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
     elif _is_dataclass(batch):
         for field in dataclasses.fields(batch):
             yield from tensors_of(getattr(batch, field.name))
+
+
+def contents_of(batch: Any) -> Iterator[torch.Tensor | bytes]:
+    """What two batches have to share to be the same: every tensor, and as bytes what they hold beside tensors.
+
+    Args:
+        batch: a batch of any form.
+
+    Yields:
+        Tensors, in the order of `tensors_of` and with those of other objects, nested ones row by row; for numbers,
+        texts, arrays and objects their place, type and value.
+    """
+    yield from _contents(batch, "", CONTENT_DEPTH, {})
+
+
+def _contents(value: Any, path: str, depth: int, seen: dict[int, Any]) -> Iterator[torch.Tensor | bytes]:
+    """The contents of what stands at a place of a batch."""
+    if isinstance(value, torch.Tensor):
+        yield from value.unbind() if value.is_nested else (value,)
+        return
+    members = _members_by_name(value) if depth and id(value) not in seen else None
+    if members is None:
+        yield f"{path}: {_type_and_value(value)!r}".encode()
+        return
+    if not isinstance(value, Mapping | tuple | list) and not _is_dataclass(value):
+        seen[id(value)] = value  # objects may hold one another
+        yield f"{path}: {type(value).__qualname__}".encode()
+    for name, member in members:
+        yield from _contents(member, f"{path}.{name}", depth - 1, seen)
+
+
+def _members_by_name(value: Any) -> list[tuple[Any, Any]] | None:
+    """What a container or an object consists of, by name or position; None for a plain value."""
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, tuple | list) or (isinstance(value, np.ndarray) and value.dtype == object and value.ndim):
+        return list(enumerate(value))
+    if _is_dataclass(value):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    if isinstance(value, str | bytes | int | float | complex | np.generic | type | types.ModuleType):
+        return None
+    if isinstance(value, types.FunctionType | types.MethodType | types.BuiltinFunctionType):
+        return None
+    array = _array_in(value)
+    if array is not None:
+        return None if array is value else [("array", array)]
+    attributes = attributes_of(value)
+    return list(attributes.items()) if attributes else None
+
+
+def _array_in(value: Any) -> np.ndarray | None:
+    """An array, also that of a table or an image."""
+    if isinstance(value, np.ndarray):
+        return value
+    if not hasattr(value, "__array__") and not hasattr(value, "__array_interface__"):
+        return None
+    try:
+        return np.asarray(value)
+    except Exception:  # whatever a class of others raises
+        return None
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """The attributes that an object has of its own, in its `__dict__` and in slots."""
+    table = getattr(value, "__dict__", None)
+    found = dict(table) if type(table) is dict else {}
+    for kind in type(value).__mro__:
+        names = vars(kind).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            private = name.startswith("__") and not name.endswith("__")
+            name = f"_{kind.__name__.lstrip('_')}{name}" if private else name
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                found[name] = getattr(value, name)
+    return found
+
+
+def _type_and_value(value: Any) -> tuple[Any, ...]:
+    """Type and value of what is no container."""
+    if isinstance(value, np.ndarray):
+        return (value.shape, str(value.dtype), np.ascontiguousarray(value).tobytes())
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, str | bytes | int | float | complex | np.generic | type(None)):
+        return (kind, repr(value))
+    if isinstance(value, set | frozenset):
+        return (kind, sorted(map(repr, value)))
+    return (kind, getattr(value, "__qualname__", ""))  # nothing that differs from one process to another
 
 
 def with_tensors(batch: Any, dtype: torch.dtype) -> Any:
@@ -291,10 +378,10 @@ def moved(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
 
 
 def rows_in(batch: Any) -> int:
-    """How many rows a batch has: 1 where it holds no tensor.
+    """The number of rows of a batch; 1 if it holds no tensor.
 
     Args:
-        batch: a mapping, inputs and targets, or anything else.
+        batch: A batch of any form.
 
     Returns:
         The number of rows.
@@ -317,7 +404,7 @@ def _leading(tensor: torch.Tensor) -> int:
 
 
 def _has_item_per_row(members: list[Any]) -> bool:
-    """Whether the members of a list can only be one for each row: mappings, scalars or tensors of several lengths."""
+    """Whether a list holds an item for each row, as only mappings, scalars and tensors of several lengths show."""
     if all(isinstance(member, torch.Tensor) for member in members):
         return not any(m.ndim for m in members) or len({_leading(m) for m in members}) > 1
     return all(isinstance(member, Mapping) for member in members)
@@ -330,12 +417,12 @@ def _is_list_of_rows(value: Any, rows: int) -> bool:
 
 
 def rows_between(batch: Any, start: int, stop: int, rows: int) -> Any:
-    """The rows from start to stop of a batch of `rows`. A member without as many rows stays whole."""
+    """The rows from start to stop of a batch with `rows` rows. A member with another length stays whole."""
     return _cut(batch, slice(start, stop), rows)
 
 
 def spread_rows(batch: Any, count: int) -> Any:
-    """At most `count` rows of a batch, evenly spread over it."""
+    """At most `count` rows of a batch, evenly spaced."""
     rows = rows_in(batch)
     return batch if rows <= count else _cut(batch, [i * rows // count for i in range(count)], rows)
 
@@ -372,7 +459,7 @@ def _cut(batch: Any, chosen: slice | list[int], rows: int) -> Any:
 
 
 def kind_of(batch: Any, rows: int) -> Hashable:
-    """What two batches share that can be one: members, and the shapes of these beyond their rows."""
+    """A key that is equal for batches that can be joined: their members, with the shapes beyond the rows."""
     if isinstance(batch, torch.Tensor):
         shape = tuple(batch.shape[1:]) if _leading(batch) == rows else tuple(batch.shape)
         return (shape, batch.dtype, batch.layout, batch.device)
@@ -390,7 +477,7 @@ def kind_of(batch: Any, rows: int) -> Hashable:
 
 
 def constants_in(batch: Any) -> tuple[float, ...]:
-    """The numbers of a batch that belong to no row, such as one that its loss is divided by."""
+    """The numbers in a batch that belong to no row, such as a number that its loss is divided by."""
     if not isinstance(batch, Mapping):
         return ()
     numbers = [v for v in batch.values() if isinstance(v, int | float) or (isinstance(v, torch.Tensor) and not v.ndim)]
@@ -398,12 +485,12 @@ def constants_in(batch: Any) -> tuple[float, ...]:
 
 
 def concatenated(batches: Sequence[Any], axis: int = 0) -> Any:
-    """All batches as one, or None where their members do not allow that.
+    """All batches joined to one, or None if their members cannot be joined.
 
     Args:
-        batches: the batches, at least one.
-        axis: 0 for rows after rows. 1 for batches whose second axis counts the examples, as in (time, batch) layouts;
-            members with one axis are then joined along that.
+        batches: The batches, at least one.
+        axis: The axis along which the examples lie: 0, or 1 for (time, batch) layouts. Members with one axis are joined
+            along that axis.
 
     Returns:
         One batch with the rows of all.
@@ -416,7 +503,7 @@ def concatenated(batches: Sequence[Any], axis: int = 0) -> Any:
 
 
 class _CannotJoin(Exception):
-    """These members do not make one."""
+    """These members cannot be joined."""
 
 
 def _joined(members: Sequence[Any], axis: int, rows: Sequence[int]) -> Any:

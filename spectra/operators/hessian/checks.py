@@ -1,8 +1,8 @@
-"""What a Hessian operator assumes of a model, checked on the model itself before the first number.
+"""The assumptions of a Hessian operator about a model, checked on the model itself before the first product.
 
-Here are two assumptions: the products are the derivative of the gradient, and the gradient is that of the loss as the
-model's own parameters give it. That the weighted sum over pieces is the loss over all batches is checked in
-`spectra.operators.hessian.pieces`. Together they cost about five products.
+Two are checked here: Hessian-vector products are the derivative of the gradient, and the gradient is that of the loss
+in the model's own parameters. A third is checked in `spectra.operators.hessian.pieces`: the loss over all batches is
+the weighted sum over its pieces. All checks together cost about five products.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
+from torch import nn
 
 from spectra.backend.errors import InputError, NonFiniteError
 from spectra.backend.vectors import dot, norm
@@ -24,15 +25,18 @@ from spectra.operators.hessian.precision import LOWER
 
 T = TypeVar("T")
 
-FLOAT64_LIMIT = 2_000_000  # parameters up to which differences are taken in float64 on any device
+FLOAT64_LIMIT = 2_000_000  # number of parameters up to which differences are computed in float64 on any device
 FULL_RATE_FLOAT64 = ((8, 0), (9, 0), (10, 0))  # compute capabilities of A100, H100 and H200, B200
-PRODUCT_TOLERANCE = {torch.float64: 2e-3, torch.float32: 0.05}  # relative error of a product against differences
-ROUNDING_LIMIT = 0.05  # relative rounding error of a product above which its precision does not do
-SLOPE_STEPS = {torch.float64: (1e-5, 1e-4, 1e-6), torch.float32: (1e-3, 1e-2, 3e-3)}  # as a part of the weights' norm
-SLOPE_TOLERANCE = 0.05
-SLOPE_ROUNDING = 1e3  # units of rounding of the loss that a difference of losses has to exceed
-UNUSED_STEP = 1e-4  # as a part of the weights' norm, along parameters that the gradient does not reach
-GRADIENT_TOLERANCE = 1e-3  # relative, between two ways to the same gradient in float32; hundreds of units of rounding
+PRODUCT_TOLERANCE = {torch.float64: 2e-3, torch.float32: 0.05}  # relative difference of a product from a difference
+QUICK_STEP = 2e-3  # of float32 differences, relative to the weights' norm; smooth models need no float64
+QUICK_TOLERANCE = 2e-3  # relative difference up to which a difference in float32 is conclusive
+LOSS_ROUNDING = 64  # rounding errors by which two computations of a loss may differ
+ROUNDING_LIMIT = 0.05  # relative rounding error of a product above which its precision is refused
+SLOPE_STEPS = {torch.float64: (1e-5, 1e-4, 1e-6), torch.float32: (1e-3, 1e-2, 3e-3)}  # relative to the weights' norm
+SLOPE_TOLERANCE = 0.05  # relative difference of a slope from a difference of losses
+SLOPE_ROUNDING = 1e3  # rounding errors of the loss that a difference of losses has to exceed
+UNUSED_STEP = 1e-4  # relative to a parameter's mean absolute value, for parameters that the gradient does not reach
+GRADIENT_TOLERANCE = 1e-3  # relative difference of two computations of a gradient in float32
 REPEATABLE = 1e-2  # relative difference of two evaluations above which a loss is not a function of the weights
 ROUNDING_ROOM = 20  # a difference up to this many times the measured rounding error is accepted
 
@@ -45,8 +49,8 @@ class FailedCheckError(InputError):
 class StraightThrough(Protocol):
     """A module whose derivative is by definition not that of its forward pass, such as rounding.
 
-    Near the current weights, the defined derivative is that of a smooth function: the forward pass with everything held
-    fixed that has no true derivative, such as rounded numbers and clip masks. Finite differences go through that one.
+    Its derivative is that of another, smooth function: the forward pass with rounded numbers and clip masks held fixed.
+    Finite differences are taken of that function.
     """
 
     def linearization(self) -> Linearization:
@@ -54,15 +58,20 @@ class StraightThrough(Protocol):
         ...
 
 
+def hessian_mode(model: nn.Module) -> str:
+    """Which Hessian products are of: "full", or "ste" where modules of the model have a straight-through derivative."""
+    return "ste" if any(isinstance(module, StraightThrough) for module in model.modules()) else "full"
+
+
 class Linearization(Protocol):
-    """Holds what has no true derivative fixed."""
+    """Holds values fixed that have no true derivative, such as rounded numbers."""
 
     def record(self) -> AbstractContextManager[None]:
-        """Note the values of the one forward pass inside."""
+        """A context that records these values in one forward pass."""
         ...
 
     def replay(self) -> AbstractContextManager[None]:
-        """Use the values of the next recorded forward pass in the one inside, starting again after the last."""
+        """A context in which one forward pass uses the values of the next recorded one; after the last, the first."""
         ...
 
 
@@ -70,28 +79,43 @@ class Linearization(Protocol):
 
 
 def check_gradient(graphs: GraphStore) -> float:
-    """Compare the gradient with the one that the model's own parameters give, as a training computes it.
+    """Compare loss and gradient with those that the model's own parameters give, as a training computes them.
 
     They differ where the loss is not a deterministic function, and where a loss function or a module holds parameters
-    that the measurement cannot replace (only matters if they are in another precision or moved). In evaluation mode a
-    forward pass that draws random numbers is given others here. Gradient hooks belong to the training and not to the
-    loss, and do not run.
+    that the measurement cannot replace. In evaluation mode a forward pass that draws random numbers is given others
+    here. Gradient hooks belong to the training and not to the loss, and do not run.
+
+    Where the weights themselves are measured, and no copy in another precision, the loss is compared first. If it is
+    the same to rounding, the gradient is not compared: autograd has seen every parameter that the loss reads, and
+    `check_derivatives` compares the gradient with the loss.
 
     Args:
-        graphs: the graphs of the gradient that is checked.
+        graphs: The graphs of the gradient that is checked.
 
     Returns:
-        The relative difference. NaN for a model whose forward pass writes to its weights, and for weights that are
-        inference tensors: these cannot be differentiated themselves.
+        The relative difference, of the gradient if that was compared, else of the loss. NaN for a model whose forward
+        pass writes to its weights, and for weights that are inference tensors: these cannot be differentiated
+        themselves.
 
     Raises:
-        InputError: where the difference is larger than rounding, with the cause.
+        InputError: If the difference is larger than rounding error. The message names the cause.
     """
     hooked = names_with_hooks(graphs.model)
     if hooked:
         graphs.note(f"gradient hooks, which are no part of the loss, are left out: {', '.join(hooked[:3])}")
     if graphs.writes_to_weights or any(p.is_inference() for p in graphs.model.parameters()):
         return math.nan
+    if graphs.copy is None and graphs.precision not in LOWER:
+        with _other_numbers(graphs):
+            own_loss = graphs.loss_of_the_model_itself()
+        error = _relative(abs(own_loss - graphs.loss()), abs(own_loss))
+        if error <= LOSS_ROUNDING * torch.finfo(graphs.dtype).eps:
+            return error
+    return _compare_gradients(graphs)
+
+
+def _compare_gradients(graphs: GraphStore) -> float:
+    """The relative difference of the gradient to the model's own, an InputError if that is more than rounding."""
     measured_loss, measured = graphs.loss(), graphs.gradient()
     if graphs.precision in LOWER:
         with graphs.in_full_precision():
@@ -128,12 +152,12 @@ def check_gradient(graphs: GraphStore) -> float:
 
 
 def _other_numbers(graphs: GraphStore) -> AbstractContextManager[None]:
-    """In training mode the one draw that is measured is drawn again, in evaluation mode another."""
+    """Other random numbers in evaluation mode; in training mode the same ones, which belong to the measured loss."""
     return contextlib.nullcontext() if graphs.training else graphs.other_random_numbers()
 
 
 def _rounding_of_weights(graphs: GraphStore) -> float:
-    """How far the gradient in the model's own precision may be off that of a copy: 64 units of its rounding."""
+    """How far the gradient in the model's own precision may be from that of a copy: 64 times its epsilon."""
     narrowest = max(torch.finfo(p.dtype).eps for p in graphs.model.parameters() if p.is_floating_point())
     return 64 * narrowest
 
@@ -146,9 +170,9 @@ class DerivativeErrors:
     """How far derivatives are from central differences.
 
     Attributes:
-        product: relative error of a Hessian-vector product, NaN where no difference could be taken.
-        rounding: the part of it that is known to be rounding error.
-        slope: relative error of the gradient's component along the direction, NaN where rounding hides it.
+        product: Relative error of a Hessian-vector product; NaN if the differences cannot be computed.
+        rounding: The part of it that is known to be rounding error.
+        slope: Relative error of the gradient's component along the direction; NaN if rounding error hides it.
     """
 
     product: float
@@ -161,24 +185,28 @@ def check_derivatives(
 ) -> DerivativeErrors:
     """Compare a Hessian-vector product and the gradient with central differences along a direction u.
 
-    The product belongs to (g(w + h u) - g(w - h u)) / 2h, the gradient's component g . u to the same difference of the
-    loss, which costs nothing more. The differences are taken in float64 where that is cheap and the model runs in it.
+    The product is compared with (g(w + h u) - g(w - h u)) / 2h, and the slope g . u with the same difference of the
+    loss, which costs nothing more. The differences are computed in float64 if that is cheap and the model runs in it.
     Entries whose gradient is zero by definition, as the row of an embedding's padding_idx, are not moved: their rows
     and columns of H are zero.
 
     Args:
-        graphs: the gradient.
-        direction: u, (n,), random.
+        graphs: The gradient's graphs.
+        direction: The direction u, (n,), random.
         product: H u by the engine that the measurement uses, (n,).
-        rounding: relative rounding error of a product as far as it is known.
+        rounding: Relative rounding error of a product as far as it is known.
 
     Returns:
         The relative errors.
 
     Raises:
-        FailedCheckError: where an error is larger than rounding explains, naming the parameter that it is largest in.
+        FailedCheckError: If an error is larger than rounding error. The message names the parameter with the largest.
     """
     direction = direction * ((product != 0) | (graphs.gradient() != 0))
+    if graphs.dtype == torch.float32:
+        found = _quick_comparison(graphs, direction, product, rounding)
+        if found is not None:
+            return found
 
     def compare(dtype: torch.dtype) -> DerivativeErrors:
         with _linearized(graphs, dtype):
@@ -188,12 +216,35 @@ def check_derivatives(
     return _in_a_precision_that_runs(graphs, compare)
 
 
+def _quick_comparison(
+    graphs: GraphStore, u: torch.Tensor, product: torch.Tensor, rounding: float
+) -> DerivativeErrors | None:
+    """The errors from one difference in float32; None where they are too large for that to be conclusive."""
+    h = QUICK_STEP * _relative(_norm_of_weights(graphs), norm(u))
+    with _linearized(graphs, torch.float32):
+        try:
+            difference, slope = _central_difference(graphs, h * u, torch.float32)
+        except NonFiniteError:
+            return None
+        error = _relative(norm(difference / h - product), norm(product))
+        if not error <= max(QUICK_TOLERANCE, ROUNDING_ROOM * rounding):
+            return None
+        return DerivativeErrors(error, 0.0, _check_slope(graphs, u, slope / h, torch.float32))
+
+
+def _central_difference(graphs: GraphStore, offset: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """Half of how gradient and loss change from the weights less an offset (n,) to the weights plus it."""
+    more, ahead = graphs.gradient_at(graphs.objective, dtype=dtype, offset=offset)
+    less, behind = graphs.gradient_at(graphs.objective, dtype=dtype, offset=-offset)
+    return (ahead - behind) / 2, (more - less) / 2
+
+
 def _check_product(
     graphs: GraphStore, u: torch.Tensor, product: torch.Tensor, rounding: float, dtype: torch.dtype
 ) -> tuple[float, float, float]:
-    """The relative error of a product, the part of it that is rounding, and the slope of the loss along u.
+    """The relative error of a product, the part of it that is rounding error, and the slope of the loss along u.
 
-    Where the product disagrees, and the same product in float64 does not, the difference is rounding error.
+    If the product disagrees with the differences, and the same product in float64 agrees, its error is rounding error.
     """
     tolerance = max(PRODUCT_TOLERANCE[dtype], ROUNDING_ROOM * rounding)
     error, differences, slope = _best_difference(graphs, u, product, tolerance, dtype)
@@ -219,10 +270,10 @@ def _check_product(
 def _best_difference(
     graphs: GraphStore, u: torch.Tensor, product: torch.Tensor, tolerance: float, dtype: torch.dtype
 ) -> tuple[float, torch.Tensor | None, float]:
-    """The relative error of a product against the difference that agrees best, that difference, and the loss's slope.
+    """The relative error of a product, the difference that it agrees best with, and the slope of the loss there.
 
-    A large step drowns rounding, a small one does not cross the kinks of piecewise linear functions. Without a
-    difference, and with NaN, where differences disagree among themselves as much.
+    Several step sizes are tried: a large one makes rounding error small, a small one does not cross the kinks of
+    piecewise linear functions. NaN and None if the differences disagree among themselves as much as with the product.
     """
     length = _relative(_norm_of_weights(graphs), norm(u))
     tried: list[torch.Tensor] = []
@@ -231,11 +282,9 @@ def _best_difference(
     for relative in _steps(graphs, dtype):
         h = relative * length
         with contextlib.suppress(NonFiniteError):
-            (more, ahead), (less, behind) = (
-                graphs.gradient_at(graphs.objective, dtype=dtype, offset=s * h * u) for s in (1, -1)
-            )
-            tried.append(((ahead - behind) / (2 * h)).to(product.dtype))
-            slopes.append((more - less) / (2 * h))
+            difference, slope = _central_difference(graphs, h * u, dtype)
+            tried.append((difference / h).to(product.dtype))
+            slopes.append(slope / h)
             errors.append(_relative(norm(tried[-1] - product), max(norm(product), norm(tried[-1]))))
             if errors[-1] <= tolerance:
                 return errors[-1], tried[-1], slopes[-1]
@@ -250,9 +299,9 @@ def _best_difference(
 
 
 def _check_slope(graphs: GraphStore, u: torch.Tensor, slope: float, dtype: torch.dtype) -> float:
-    """The relative error of the gradient's component along u, and if that is large, of its norm along itself.
+    """The relative error of the slope g . u, or if that is large, of the slope along the gradient.
 
-    Along its gradient a loss changes most, so that rounding hides least there.
+    Along the gradient the loss changes most, so that rounding error matters least.
     """
     gradient = graphs.gradient()
     steepest, expected = norm(gradient), dot(gradient, u)
@@ -283,7 +332,7 @@ def _check_slope(graphs: GraphStore, u: torch.Tensor, slope: float, dtype: torch
 
 
 def _cause(graphs: GraphStore) -> str:
-    """What in the graph of the loss makes a product wrong, in words."""
+    """What in the graph of the loss may make a product wrong, in words."""
     found = set()
     for node in graphs.operations():
         name = type(node).__name__
@@ -304,15 +353,15 @@ def _cause(graphs: GraphStore) -> str:
 
 
 def check_unused(graphs: GraphStore) -> None:
-    """Move the parameters that the gradient does not reach: the loss must not depend on them.
+    """Check that the loss does not depend on the parameters that the gradient does not reach, by moving them.
 
-    It does where they are used under `torch.no_grad`, behind `.detach()` or in a reentrant checkpoint.
+    It depends on them if they are used under `torch.no_grad`, behind `.detach()` or in a reentrant checkpoint.
 
     Args:
-        graphs: the gradient.
+        graphs: The gradient's graphs.
 
     Raises:
-        FailedCheckError: where the loss changes.
+        FailedCheckError: If the loss changes.
     """
     if not graphs.unused:
         return
@@ -320,7 +369,7 @@ def check_unused(graphs: GraphStore) -> None:
     for name, parameter in zip(graphs.space.names, graphs.space.parameters, strict=True):
         size = parameter.detach().abs().double().mean().item() if parameter.numel() else 0.0
         step = UNUSED_STEP * (size or 1.0) if name in graphs.unused else 0.0
-        # of both signs, as normalisation undoes a common shift
+        # moves of both signs, as a normalisation layer cancels a common shift
         signs = torch.arange(parameter.numel(), device=graphs.device) % 3 - 0.5
         parts.append(signs.to(graphs.dtype) * step)
 
@@ -341,7 +390,7 @@ def check_unused(graphs: GraphStore) -> None:
 
 
 def _in_a_precision_that_runs(graphs: GraphStore, run: Callable[[torch.dtype], T]) -> T:
-    """What `run` returns in float64 where that is cheap and the model runs in it, else in float32."""
+    """Call `run` with float64 if that is cheap and the model runs in it, else with float32."""
     if _wants_float64(graphs):
         try:
             return run(torch.float64)
@@ -354,7 +403,7 @@ def _in_a_precision_that_runs(graphs: GraphStore, run: Callable[[torch.dtype], T
 
 
 def _wants_float64(graphs: GraphStore) -> bool:
-    """Whether the device computes float64 at a fair rate, or the model is small, and draws the same numbers in it."""
+    """Whether float64 is cheap (a device with fast float64, or a small model) and draws the same random numbers."""
     if graphs.dtype == torch.float64:
         return True
     fair = graphs.device.type == "cpu"
@@ -370,7 +419,7 @@ def _wants_float64(graphs: GraphStore) -> bool:
 
 
 def _steps(graphs: GraphStore, dtype: torch.dtype) -> tuple[float, ...]:
-    """Steps relative to the norm of the weights, the likeliest first."""
+    """Step sizes relative to the norm of the weights, in the order in which they are tried."""
     if dtype == torch.float32:
         return (1e-2, 4e-2, 2e-3, 5e-4)
     # transformers' models compute normalisation and softmax in float32 even in a float64 model
@@ -393,7 +442,7 @@ def _relative(part: float, whole: float) -> float:
 
 @contextlib.contextmanager
 def _linearized(graphs: GraphStore, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, modules with straight-through estimators compute the function that their derivative belongs to."""
+    """A context in which modules with straight-through estimators compute the function whose derivative they define."""
     found = next((m.linearization() for m in graphs.model.modules() if isinstance(m, StraightThrough)), None)
     if found is None:
         yield

@@ -91,9 +91,9 @@ class GraphStore:
         can_be_cut: Returns whether batches may be cut into rows, which some losses do not allow.
         writes_to_weights: Whether the forward pass was seen to write to weights, as an embedding with max_norm does.
         unused: Names of chosen parameters that the gradient does not reach.
-        when_out_of_memory: Makes later computations need less memory, and returns how in words; by default
+        when_out_of_memory: Makes later computations need less memory, and says how in words; by default
             `reduce_memory`.
-        each_forward: Returns another context manager around every forward pass; `checks` sets it for a while.
+        each_forward: Returns a further context manager around every forward pass; the checks set it temporarily.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class GraphStore:
         return changed
 
     def prepare(self, *, thorough: bool = False) -> bool:
-        """Compute loss, gradient and graphs at the current weights, unless that is done. Returns whether it was not."""
+        """Compute loss, gradient and graphs at the current weights, unless they are known. Returns whether it did."""
         if self.weights_changed(thorough=thorough):
             self.forget()
             self.space = self.space.renewed(self.model)
@@ -383,27 +383,50 @@ class GraphStore:
             total = ranks.all_reduce_sum_(torch.tensor(total, dtype=torch.float64, device=self.device)).item()
         return total
 
+    def loss_of_the_model_itself(self) -> float:
+        """The loss as a training computes it: in the model's own parameters, without stand-ins."""
+        total = 0.0
+        with self._own_buffers_kept():
+            for piece in self.objective.pieces:
+                with self._without_stand_ins():
+                    total += float(self.objective.forward(piece, self.device).detach()) * piece.share
+        if self.over_ranks:
+            total = ranks.all_reduce_sum_(torch.tensor(total, dtype=torch.float64, device=self.device)).item()
+        return total
+
     def gradient_of_the_model_itself(self) -> tuple[float, torch.Tensor]:
         """Loss and gradient (n,) as a training computes them: in the model's own parameters, without stand-ins."""
         loss, total = 0.0, torch.zeros(self.space.dimension, dtype=self.dtype, device=self.device)
         own = {p.dtype for p in self.space.parameters}
         dtype = own.pop() if self.copy is not None and len(own) == 1 else None
-        buffers = [(m, k, b) for m in self._modules() for k, b in m._buffers.items() if b is not None]
-        try:
-            for module, key, buffer in buffers:
-                module._buffers[key] = buffer.clone()
+        with self._own_buffers_kept():
             for piece in self.objective.pieces:
-                requiring = _requiring_gradients(self.space.parameters)
-                with self.on_stream(), self._measuring(), self._forward_pass(), requiring:
+                with self._without_stand_ins():
                     value = self.objective.forward(piece, self.device, dtype) * piece.share
                     parts = torch.autograd.grad(value, self.space.parameters, allow_unused=True)
                 filled = zip(parts, self.space.parameters, strict=True)
                 total += self._flat([torch.zeros_like(p) if g is None else _dense(g) for g, p in filled])
                 loss += value.item()
+        return self._over_ranks(loss, total)
+
+    @contextlib.contextmanager
+    def _without_stand_ins(self) -> Iterator[None]:
+        """The contexts around a forward pass in the model's own parameters."""
+        requiring = _requiring_gradients(self.space.parameters)
+        with self.on_stream(), self._measuring(), self._forward_pass(), requiring:
+            yield
+
+    @contextlib.contextmanager
+    def _own_buffers_kept(self) -> Iterator[None]:
+        """A context in which forward passes write to copies of the buffers, such as running means."""
+        buffers = [(m, k, b) for m in self._modules() for k, b in m._buffers.items() if b is not None]
+        try:
+            for module, key, buffer in buffers:
+                module._buffers[key] = buffer.clone()
+            yield
         finally:
             for module, key, buffer in buffers:
                 module._buffers[key] = buffer
-        return self._over_ranks(loss, total)
 
     def _modules(self) -> Iterator[nn.Module]:
         """The modules of the model, and those of a loss that is a module."""

@@ -62,7 +62,8 @@ def isolated(
 ) -> Iterator[None]:
     """A context that runs the model for a measurement, and restores it afterwards.
 
-    Inside, gradients are on, kernels are twice differentiable, and there is no autocast and no compilation.
+    Inside, gradients are on and kernels are twice differentiable. There is no compilation and no autocast, neither the
+    caller's nor that of a model which accelerate prepared for mixed precision.
 
     On exit these are as before, bit for bit: the training flag of every module, the random states of Python, NumPy and
     torch on every device in use, random generators and other attributes of modules, gradient checkpointing, backward
@@ -81,6 +82,7 @@ def isolated(
         if random_states is not None:
             random_states.restore()
         stack.enter_context(_attributes_kept(model))
+        stack.enter_context(_without_accelerates_autocast(model))
         stack.enter_context(_without_backward_hooks(model))
         stack.enter_context(_modes_kept(model, training))
         stack.enter_context(_attention_in(model, attention))
@@ -237,6 +239,20 @@ def _modes_kept(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
         for module in checkpointing:
             module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def _without_accelerates_autocast(model: nn.Module) -> Iterator[None]:
+    """Inside, a model that accelerate prepared for mixed precision has the forward pass that it had before."""
+    tables = [vars(module) for module in model.modules() if "_original_forward" in vars(module)]
+    wrapped = [(table, table["forward"]) for table in tables if "forward" in table]
+    try:
+        for table, _ in wrapped:
+            table["forward"] = table["_original_forward"]
+        yield
+    finally:
+        for table, forward in wrapped:
+            table["forward"] = forward
 
 
 @contextlib.contextmanager

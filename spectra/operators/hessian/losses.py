@@ -1,4 +1,4 @@
-"""From a model and a batch to one loss: which form a loss function has, and what the default loss is."""
+"""The loss of a model on a batch: how the loss function is called, and what the default loss is."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class _Form:
     """A way to call a loss function on a batch.
 
     Attributes:
-        name: as users write it.
-        first: what its first argument is: "model", "outputs" or "batch".
-        call: batch -> what the loss function returns.
+        name: The call as users write it.
+        first: What the first argument is: "model", "outputs" or "batch".
+        call: A function batch -> what the loss function returns.
     """
 
     name: str
@@ -62,7 +62,7 @@ class _Form:
 class BatchLoss:
     """The loss of one batch, as a scalar with its graph.
 
-    A loss function or module is called in the form that works, of those that its signature allows:
+    A loss function or module is called in one of these forms, the first that its signature allows and that works:
 
     * `loss(outputs, targets)` for a pair (inputs, targets); outputs is what the model returned. Where that is a tuple,
       a mapping or a Hugging Face output and the loss does not take it as a whole, its logits, or its only tensor for
@@ -84,11 +84,11 @@ class BatchLoss:
     the model's inputs, the loss is `default_loss`.
 
     Args:
-        model: the model.
-        loss: the loss function or module.
+        model: The model.
+        loss: The loss function or module.
 
     Attributes:
-        notes: what a reader of the numbers should know.
+        notes: What a reader of the numbers should know.
     """
 
     def __init__(self, model: nn.Module, loss: Loss | None):
@@ -108,14 +108,14 @@ class BatchLoss:
         """The loss of a batch.
 
         Args:
-            batch: a mapping, a tuple such as inputs and targets, a tensor, or an object that the loss understands.
-            name: what messages call it.
+            batch: A mapping, a tuple such as inputs and targets, a tensor, or an object that the loss understands.
+            name: What messages call it.
 
         Returns:
             The loss, a scalar with its graph.
 
         Raises:
-            InputError: where the model or the loss cannot be called on the batch, or the result is not one number.
+            InputError: Where the model or the loss cannot be called on the batch, or the result is not one number.
         """
         if self._form is None:
             return self._find(batch, name)
@@ -133,7 +133,7 @@ class BatchLoss:
     # -- which form
 
     def _find(self, batch: Any, name: str) -> torch.Tensor:
-        """The loss in the form that works, which is kept for other batches."""
+        """The loss in the form that works. Other batches are then called in the same form."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         worked: list[tuple[_Form, torch.Tensor]] = []
         failures: list[tuple[_Form, Exception]] = []
@@ -163,7 +163,7 @@ class BatchLoss:
         raise self._failed(batch, name, failures) from (failures[0][1] if failures else None)
 
     def _chosen(self, usable: list[tuple[_Form, torch.Tensor]]) -> tuple[_Form, torch.Tensor]:
-        """The only form, or the one that the name of the loss function's first parameter speaks for."""
+        """The only form, or the one that the name of the loss function's first parameter decides for."""
         first = next((parameter.name for parameter in _parameters_of(self.loss)), "")
         wanted = "model" if first in NAMES_OF_MODELS else "outputs" if first in NAMES_OF_OUTPUTS else ""
         kept = [(form, value) for form, value in usable if form.first == wanted] or usable
@@ -177,7 +177,7 @@ class BatchLoss:
         return form, value
 
     def _failed(self, batch: Any, name: str, failures: list[tuple[_Form, Exception]]) -> InputError:
-        """One line on why no form worked."""
+        """The error that says in one line why no form worked."""
         if not failures:
             return InputError(
                 f"a loss function of (outputs, targets) or (model, batch) is expected, got {_name_of(self.loss)} that "
@@ -192,7 +192,7 @@ class BatchLoss:
         return InputError(f"the loss of {name} cannot be computed ({tried}): {advice}")
 
     def _forms(self, batch: Any) -> Iterator[Iterator[_Form]]:
-        """The forms that the batch and the loss function's signature allow; the first that works of each group."""
+        """The forms that the batch and the loss function's signature allow, in groups; one of a group is enough."""
         if self.loss is None:
             yield iter([self._without_loss(batch)])
             return
@@ -210,7 +210,7 @@ class BatchLoss:
             yield iter([_Form("loss(batch)", "batch", self._given)])
 
     def _with_outputs(self, names: tuple[str, ...], arguments: _Part, inputs: _Part, batch: Any) -> Iterator[_Form]:
-        """loss(outputs, ...), then for outputs that are no tensor the same with one of their members."""
+        """loss(outputs, ...), then loss(outputs[i], ...) if the outputs are no tensor."""
 
         def form(member: Any) -> _Form:
             def call(batch: Any) -> Any:
@@ -228,7 +228,7 @@ class BatchLoss:
         try:
             with random_states_kept(device):
                 outputs = self._outputs(inputs(moved(batch, device, None)))
-        except CALL_ERRORS:  # and so the form above has failed and says why
+        except CALL_ERRORS:  # the form above has failed in the same way, and says why
             return
         members = _members(outputs)
         if len(members) > 1:
@@ -288,7 +288,7 @@ class BatchLoss:
     # -- calling the model and the loss
 
     def _run(self, form: _Form, batch: Any) -> Any:
-        """What the loss returns. Refused where torch warns that outputs and targets broadcast."""
+        """What the loss returns. Raises where torch warns that outputs and targets would broadcast."""
         shapes = (form.name, tuple(tuple(t.shape[1:]) for t in tensors_of(batch) if not t.is_nested))
         if shapes in self._shapes_seen:
             return form.call(batch)
@@ -316,7 +316,7 @@ class BatchLoss:
         return self.model(*inputs) if several else self.model(inputs)
 
     def _arguments(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What of the batch the model takes. Other members are left out and noted, as the Hugging Face Trainer does."""
+        """The members of the batch that the model takes. Others are left out, as the Trainer does, and noted."""
         taken = dict(batch)
         if not self._accepts_all:
             taken = {key: value for key, value in taken.items() if key in self._accepted}
@@ -410,7 +410,7 @@ def _kind(value: Any) -> str:
 
 
 def _members(output: Any) -> list[Any]:
-    """Keys of what may be the logits among a model's outputs: none for a tensor."""
+    """The keys under which a model's outputs may hold the logits: none for a tensor."""
     if isinstance(output, torch.Tensor):
         return []
     if isinstance(getattr(output, "logits", None), torch.Tensor):
@@ -437,13 +437,13 @@ def logits_of(output: Any) -> torch.Tensor:
     """The logits of what a model returned: the tensor itself, the member `logits`, or the first tensor of a tuple.
 
     Args:
-        output: what the model returned.
+        output: What the model returned.
 
     Returns:
         The logits.
 
     Raises:
-        InputError: where there is none.
+        InputError: If there are none.
     """
     if isinstance(output, torch.Tensor):
         return output
@@ -462,14 +462,14 @@ def default_loss(logits: torch.Tensor, targets: Any, *, classes_last: bool = Fal
 
     Args:
         logits: (rows, ..., classes) or (rows, classes, ...).
-        targets: the shape of the logits without the classes, or for floating-point targets the shape of the logits.
-        classes_last: whether the last axis is known to hold the classes, as in language models.
+        targets: The shape of the logits without the classes, or for floating-point targets the shape of the logits.
+        classes_last: Whether the last axis is known to hold the classes, as in language models.
 
     Returns:
         The mean loss, a scalar.
 
     Raises:
-        InputError: for shapes that do not fit, or fit in both layouts, and for a single class.
+        InputError: If the shapes do not fit, or fit both layouts, and if there is a single class.
     """
     if not isinstance(targets, torch.Tensor):
         raise InputError(f"targets must be a tensor, got {type(targets).__name__}; pass loss=... for others")
@@ -509,15 +509,15 @@ def default_loss(logits: torch.Tensor, targets: Any, *, classes_last: bool = Fal
 
 
 def counted(loss: Loss | None, targets: Any, *, rows: int) -> float:
-    """How many terms a mean loss averages over a batch, with their weights.
+    """The number of terms in the mean of a loss over a batch, or the sum of their weights.
 
-    Integer targets other than the loss's ignore_index count one each, or their class weight; floating-point targets
-    count each entry, and class probabilities each row of them.
+    Integer targets other than the loss's ignore_index count one each, or their class weight. Floating-point targets
+    count one for each entry, and class probabilities one for each row.
 
     Args:
-        loss: the loss module, or a functools.partial, whose ignore_index and class weights are read.
-        targets: the targets.
-        rows: of the batch, which count where the targets are no tensor.
+        loss: The loss module, or a functools.partial, whose ignore_index and class weights are read.
+        targets: The targets.
+        rows: Rows of the batch. They are counted if the targets are no tensor.
 
     Returns:
         The number of terms, or the sum of their weights.
@@ -541,11 +541,11 @@ def counted(loss: Loss | None, targets: Any, *, rows: int) -> float:
 
 
 def counts_for_certain(loss: Loss | None, model: nn.Module, batch: Any) -> bool:
-    """Whether what `counted` counts is known to be what the loss averages over, also in batches of several shapes.
+    """Whether `counted` is known to give the number of terms of the loss, also for batches of several shapes.
 
     Args:
         loss: The loss function or module, None for the default.
-        model: The model, whose own loss counts labels if it is one of transformers.
+        model: The model. The own loss of a transformers model averages over labels.
         batch: One of the batches. The model computes the loss of a mapping itself where `loss` is None.
 
     Returns:
@@ -563,7 +563,7 @@ def _option(loss: Loss | None, name: str) -> Any:
 
 
 def _refuse_probabilities(outputs: torch.Tensor, targets: Any) -> None:
-    """Refuse outputs that are probabilities with integer targets: which loss belongs to them cannot be told."""
+    """Refuse outputs that are probabilities, with integer targets: several losses are possible."""
     if not isinstance(targets, torch.Tensor) or targets.is_floating_point() or outputs.ndim < 2:
         return
     values = outputs.detach()
@@ -601,7 +601,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _is_to_pass(error: Exception) -> bool:
-    """Whether an error is not about the call: memory, and what torch and the measurement raise to change course."""
+    """Whether an error says nothing about the call: out of memory, and exceptions that control the measurement."""
     own = type(error).__module__.split(".")[0] in ("spectra", "torch")
     return _is_about_memory(error) or (own and not isinstance(error, CALL_ERRORS))
 

@@ -34,11 +34,11 @@ class Piece:
     """A batch, or some of its rows.
 
     Attributes:
-        batch: the data.
-        share: the weight of its loss in the objective.
-        name: which batch and rows it is, for messages.
-        index: of the batch that it is, or is a part of.
-        within: the weight of its loss in that of the batch, 1 for a whole batch.
+        batch: The data.
+        share: The weight of its loss in the objective.
+        name: Which batch and rows it is, for messages.
+        index: Position of its batch in the list of batches.
+        within: The weight of its loss in the loss of its batch; 1 for a whole batch.
     """
 
     batch: Any
@@ -59,34 +59,34 @@ class Objective:
     c_b is the number of counted tokens: labels other than -100, after the shift where the model shifts them, so that
     padding and ragged batches weigh what they should. For pairs it is the number of targets other than the loss's
     ignore_index, the sum of their class weights where the loss has some, or the number of floating-point entries.
-    Before the first number, `HessianOperator` compares the loss over all batches with this sum, see
+    Before the first product, `HessianOperator` compares the loss over all batches with this sum, see
     `spectra.operators.hessian.pieces`.
 
-    These are batches:
+    A batch has one of these forms:
 
     * a mapping of tensors, also a BatchEncoding or a Hugging Face output. The model is called with the members that it
       takes, and returns the loss unless `loss` is given. Without "labels" a causal language model predicts its own
-      input. Members may be NumPy arrays or lists of numbers. Rows that were not collated, with `input_ids` of one
-      dimension, are batches of one row.
+      input. Members may be NumPy arrays or lists of numbers. A row that was not collated, with `input_ids` of one
+      dimension, is a batch of one row.
     * a pair (inputs, targets), as a tuple, a named tuple or a list. Inputs may be a tensor, a tuple of positional
-      arguments, or a mapping of keyword arguments. Integer targets make a cross-entropy, floating-point targets of the
-      shape of the outputs a mean squared error, where that is the only loss that fits.
-    * a tuple of three or more, of which the last member holds the targets and the others are what the model takes.
-    * with `loss`, also a tensor, a dataclass, or any object that the loss understands.
+      arguments, or a mapping of keyword arguments. The default loss is a cross-entropy for integer targets, and a mean
+      squared error for floating-point targets of the shape of the outputs. It is refused where another loss fits too.
+    * a tuple of three or more, of which the last member holds the targets and the others are the model's inputs.
+    * with `loss`, also a tensor, a dataclass, or any object that the loss accepts.
 
     Args:
-        model: the model.
-        batches: a list, a DataLoader, another iterable, or one batch alone, see
+        model: The model.
+        batches: A list, a DataLoader, another iterable, or one batch alone, see
             `spectra.operators.hessian.batches.as_batches`.
-        loss: see `spectra.operators.hessian.losses.BatchLoss`. It is expected to be a mean over the batch; a module
+        loss: See `spectra.operators.hessian.losses.BatchLoss`. It is expected to be a mean over the batch; a module
             with reduction="sum" adds up over batches instead.
-        microbatch: rows at a time. The weighted sum over microbatches is the loss of the batch.
-        weight: batch -> c_b, where the count above does not fit the loss.
+        microbatch: Number of rows that are computed at a time. The weighted sum over such microbatches is the loss of
+            the batch.
+        weight: A function batch -> c_b, for a loss that the count above does not fit.
 
     Raises:
-        InputError: for a batch that cannot be understood, a default loss that fits two ways, and where nothing is
-            counted.
-        NonFiniteError: for a loss that is not finite.
+        InputError: If a batch has another form, if several default losses fit, or if no token counts.
+        NonFiniteError: For a loss that is not finite.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Objective:
         return [rows_in(piece.batch) for piece in self.pieces]
 
     def with_pieces(self, pieces: Sequence[Piece]) -> Objective:
-        """The part of the objective that these pieces carry: a term of the sum, with their shares as they are."""
+        """The part of the sum that belongs to these pieces, with their shares as they are."""
         part = copy.copy(self)
         part.pieces = tuple(pieces)
         return part
@@ -132,11 +132,11 @@ class Objective:
         return part
 
     def of_all_ranks(self) -> Objective:
-        """The objective of which `of_this_rank` made a part."""
+        """The objective over the pieces of all ranks, from the part that `of_this_rank` returned."""
         return self.with_pieces(self._everything)
 
     def with_batch_shares(self, shares: Mapping[int, float]) -> Objective:
-        """The same pieces with other weights of their batches, by index. Batches with no weight are left out."""
+        """The same pieces with other weights of their batches, by index. Batches of weight 0 are left out."""
         pieces = [replace(p, share=p.within * shares[p.index]) for p in self.pieces if shares[p.index]]
         return self.with_pieces(pieces)
 
@@ -146,8 +146,8 @@ class Objective:
         found.adds_up = True
         return found
 
-    def counting_otherwise(self) -> Objective | None:
-        """The objective with labels counted without a shift, None where that counts the same."""
+    def counting_unshifted(self) -> Objective | None:
+        """The objective in which the first label of a row counts too; None if that counts the same."""
         labels = [batch.get("labels") for batch in self.batches if isinstance(batch, Mapping)]
         if self.loss is None or not self.counts_shifted or not any(isinstance(item, torch.Tensor) for item in labels):
             return None
@@ -172,7 +172,7 @@ class Objective:
         return self.with_pieces([part for piece in self.pieces for part in self.split(piece, most)])
 
     def split(self, piece: Piece, most: int) -> Iterator[Piece]:
-        """The piece in parts of at most `most` rows, which share its weight by what they count."""
+        """Cut the piece into parts of at most `most` rows, and divide its weight among them by what they count."""
         if rows_in(piece.batch) <= most:
             yield piece
             return
@@ -185,7 +185,7 @@ class Objective:
                 yield Piece(part, share, f"{piece.name}, part {where}", piece.index, within)
 
     def _parts(self, batch: Any, most: int) -> Iterator[tuple[Any, float, str]]:
-        """The batch in parts of at most so many rows, what each counts, and which rows they are."""
+        """Parts of a batch of at most `most` rows, each with what it counts and the rows it holds."""
         rows = rows_in(batch)
         for start in range(0, rows, most):
             stop = min(start + most, rows)
@@ -193,7 +193,7 @@ class Objective:
             yield part, self.count(part), f"{start} to {stop - 1}"
 
     def _cut(self, microbatch: int | None) -> Iterator[Piece]:
-        found: list[Piece] = []  # with what they count as their shares
+        found: list[Piece] = []  # their shares are, until the end, what they count
         for index, batch in enumerate(self.batches):
             if microbatch is None or microbatch >= rows_in(batch):
                 found.append(Piece(batch, self.count(batch), f"batch {index}", index))
@@ -215,7 +215,7 @@ class Objective:
                 yield replace(piece, share=share, within=1.0 if self.adds_up else piece.within)
 
     def _scale(self, batch: Any, parts: Sequence[tuple[Any, float, str]]) -> float:
-        """What the weights of parts are multiplied by, where `weight` does not add up over the rows of a batch."""
+        """The factor by which the weights of the parts add up to that of the batch, which `weight` may not ensure."""
         if self.weight is None:
             return 1.0
         counted = sum(count for _, count, _ in parts)
@@ -227,15 +227,15 @@ class Objective:
         """The loss of one piece, with its graph: a scalar.
 
         Args:
-            piece: the batch or microbatch.
-            device: that it is brought to.
-            dtype: that its floating-point tensors are brought to, None for their own.
+            piece: The batch or microbatch.
+            device: The device to compute on.
+            dtype: The dtype of the floating-point tensors, None for their own.
 
         Returns:
             The loss, a scalar.
 
         Raises:
-            NonFiniteError: for NaN or infinity, naming the batch.
+            NonFiniteError: For NaN or infinity, naming the batch.
         """
         value = self.evaluate(piece, device, dtype)
         if not torch.isfinite(value):
@@ -250,11 +250,11 @@ class Objective:
         return value
 
     def evaluate(self, piece: Piece, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """`forward` without a look at the value, for transformations under which there is none."""
+        """`forward` without a check of the value, which torch.func and torch.compile do not allow."""
         return self.batch_loss(moved(piece.batch, device, dtype), piece.name).reshape(())
 
     def complete(self, batch: Any, index: int) -> Any:
-        """The batch in the form that the model gets, checked. Language-model batches gain labels if they lack them."""
+        """The batch in the form that the model gets, checked. A language-model batch without labels gets some."""
         batch = with_tensors(batch, self._dtype())
         own_loss = self.loss is None and shifts_labels(self.model)
         if own_loss and isinstance(batch, torch.Tensor):
@@ -289,7 +289,7 @@ class Objective:
         return with_items(batch, {**batch, **added})
 
     def _language_tuple(self, batch: Sequence[Any], index: int) -> Any:
-        """Tensors, of which the last may hold labels, for a language model that shifts labels itself."""
+        """A tuple of tensors for a language model that shifts labels itself: the last may hold the labels."""
         ids, labels = batch[0], batch[-1]
         if not all(isinstance(member, torch.Tensor) and member.ndim > 1 for member in (ids, labels)):
             return batch
@@ -335,7 +335,7 @@ class Objective:
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
     def count(self, batch: Any) -> float:
-        """c_b: how many terms the loss of a completed batch averages."""
+        """c_b: the number of terms whose mean is the loss of a completed batch."""
         if self.weight is not None:
             return self._given_weight(batch)
         rows = rows_in(batch)
@@ -377,16 +377,16 @@ def shifts_labels(model: nn.Module) -> bool:
 
 
 def pieces_of_rank(pieces: tuple[Piece, ...]) -> list[Piece]:
-    """This rank's microbatches: the largest first, every rank in turn, so that the ranks have about as much to do.
+    """This rank's microbatches. They are dealt out in turn, the largest first, so that the ranks have equal work.
 
     Args:
-        pieces: all microbatches.
+        pieces: All microbatches.
 
     Returns:
         This rank's microbatches.
 
     Raises:
-        InputError: for fewer microbatches than ranks.
+        InputError: For fewer microbatches than ranks.
     """
     if len(pieces) < ranks.rank_count():
         raise InputError(

@@ -35,44 +35,49 @@ class HessianOperator(LinearOperator):
     gradients.
 
     The model is left as it was, bit for bit. It runs in evaluation mode unless `training`, with attention kernels that
-    can be differentiated twice. Weights changed in place, as optimizers do, and replaced parameters are noticed, and
-    the graphs are built again. On a GPU, after a write through `.data` amid products, call `refresh()`. `close()`, or a
-    `with` block, gives the memory of the graphs back.
+    can be differentiated twice. The graphs are built again if weights changed in place, as optimizers change them, or
+    if parameters were replaced. One change is not detected: on a GPU, a write through `.data` between the products of
+    one algorithm. Call `refresh()` after it. `close()`, or a `with` block, frees the memory of the graphs.
 
-    Before the first product the operator checks on the model itself what it assumes (see
-    `spectra.operators.hessian.checks`), for the price of about five products.
+    Before the first product the operator checks its assumptions on the model itself (see
+    `spectra.operators.hessian.checks`). This costs about five products.
 
     Args:
-        model: any module. A Hugging Face model is called with the batch and gives its own loss.
-        batches: see `spectra.Objective`.
-        params: which parameters, see `spectra.ParameterSpace`; by default all trainable ones.
-        loss: see `spectra.Objective`.
-        microbatch: rows at a time, see `spectra.Objective`.
+        model: Any module. A Hugging Face model is called with the batch and gives its own loss.
+        batches: See `spectra.Objective`.
+        params: Which parameters, see `spectra.ParameterSpace`; by default all trainable ones.
+        loss: See `spectra.Objective`.
+        microbatch: Number of rows at a time, see `spectra.Objective`.
         weight: batch -> its weight, see `spectra.Objective`.
-        training: whether to measure in training mode.
-        context: called for a context manager that is entered around every forward pass.
+        training: Whether to measure in training mode.
+        context: Returns a context manager, which is entered around every forward pass.
         graph: "keep" the graph of every microbatch, "rebuild" it at each product (three gradients instead of two, and
             the memory of one microbatch), or "auto": keep as many as fit in half of the free memory.
-        engine: how several vectors at once are multiplied, see `spectra.operators.hessian.engines`. "auto" times the
-            likely ones at the first block and keeps the fastest. All give the same numbers to rounding.
+        engine: How several vectors at once are multiplied, see `spectra.operators.hessian.engines`. "auto" times the
+            engines that may be fast at the first block of vectors, and keeps the fastest. All engines give the same
+            numbers up to rounding error.
         precision: "float32" or "float64" measures the weights in that precision. Without it a model with bfloat16 or
             float16 weights is refused, as their rounding is larger than most eigenvalues. "tf32" and "bfloat16" compute
-            matrix products in that precision; what that changes is measured, noted, and widens the intervals.
-        spread: "batches" gives each rank of torch.distributed a part of the batches (of the microbatches, where those
-            are asked for). Loss, gradient and products are then summed over the ranks, which all have to ask for them.
-        strict: whether a failed check raises. Without it, the reason is kept in `unverified`, and every estimate from
-            this operator is unresolved.
+            matrix products in that precision. The error of these products is measured, noted, and part of every
+            interval.
+        spread: "batches" gives each rank of torch.distributed a part of the batches, or of the microbatches if
+            `microbatch` is given. Loss, gradient and products are summed over the ranks. All ranks have to make the
+            same calls.
+        strict: Whether a failed check raises. If not, `unverified` holds the reason, and every estimate from this
+            operator is unresolved.
 
     Attributes:
         shape: (n, n).
         space: the chosen parameters.
         products: HVPs so far.
+        mode: which Hessian: "full", "ste" for a model with straight-through derivatives, "" where `context` says it.
+        training: whether the model is measured in training mode.
         notes: what a reader of the numbers should know of how they were computed.
         checks: the figures of the checks by name, empty before the first product.
 
     Raises:
-        InputError: for what cannot be measured.
-        NonFiniteError: for NaN or infinity, naming the batch and the parameter.
+        InputError: If the model, the batches or an option cannot be used, or a check fails.
+        NonFiniteError: For NaN or infinity. The message names the batch and the parameter.
     """
 
     def __init__(
@@ -92,7 +97,8 @@ class HessianOperator(LinearOperator):
         spread: str = "none",
         strict: bool = True,
     ):
-        self.model, self.precision, self.strict = unwrap(model), precision, strict
+        self.model, self.precision, self.strict, self.training = unwrap(model), precision, strict, training
+        self.mode = "" if context is not None else checks.hessian_mode(self.model)
         space = ParameterSpace(self.model, params)
         copy = dtype_of_copy(self.model, precision)
         self.dtype = dtype_of_vectors(self.model, space, copy)
@@ -132,7 +138,7 @@ class HessianOperator(LinearOperator):
 
     @property
     def objective(self) -> Objective:
-        """The loss, in the pieces that are worked on one after another."""
+        """The loss, in the pieces that are computed one after another."""
         return self._graphs.objective
 
     @property
@@ -157,20 +163,20 @@ class HessianOperator(LinearOperator):
         return self._products(vectors)
 
     def _products(self, vectors: torch.Tensor) -> torch.Tensor:
-        images = self._engine.multiply(vectors)
-        return ranks.all_reduce_sum_(images) if self.spread == "batches" else images
+        products = self._engine.multiply(vectors)
+        return ranks.all_reduce_sum_(products) if self.spread == "batches" else products
 
     def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
         """Raise the NonFiniteError that names the batch and the parameter where a product is not finite."""
         self._graphs.raise_non_finite(vectors)
 
     def multiply_rows_checked(self, vectors: torch.Tensor) -> torch.Tensor:
-        """See `LinearOperator.multiply_rows_checked`; changes of the weights are looked for thoroughly."""
+        """See `LinearOperator.multiply_rows_checked`; here changes of the weights are detected on a GPU too."""
         self._prepare(thorough=True)
         return super().multiply_rows_checked(vectors)
 
     def _prepare(self, *, thorough: bool = False) -> None:
-        """Graphs at the current weights, and the checks where these parameters have not been checked."""
+        """Build the graphs at the current weights, and run the checks if these parameters have not been checked."""
         if self._graphs.prepare(thorough=thorough):
             self._engine.forget()
             self._linearity_gap = self._precision_error = None
@@ -185,7 +191,7 @@ class HessianOperator(LinearOperator):
         self._linearity_gap = self._precision_error = None
 
     def close(self) -> None:
-        """Give back the memory of the kept graphs. The operator stays usable and builds them again when asked."""
+        """Free the memory of the kept graphs. The operator stays usable, and builds them again at the next product."""
         self.refresh()
 
     def __enter__(self) -> HessianOperator:
@@ -197,12 +203,12 @@ class HessianOperator(LinearOperator):
     # -- what can be relied on
 
     def trust(self, figures: dict[str, float]) -> None:
-        """Take over the figures of an operator of the same model, loss and batches, instead of checking again."""
+        """Use the check figures of another operator of the same model, loss and batches instead of checking again."""
         self.checks = dict(figures)
         self._verified_for = tuple(map(id, self.space.parameters))
 
     def _verify(self) -> None:
-        """Run the checks. A failed one raises, or is kept as the reason why nothing is resolved."""
+        """Run the checks. A failed check raises, or with strict=False becomes the reason in `unverified`."""
         try:
             with self._graphs.in_full_precision():
                 self._check_pieces()
@@ -226,11 +232,11 @@ class HessianOperator(LinearOperator):
             self.refresh()
 
     def _check_products(self) -> None:
-        """Symmetry, linearity, and products and gradient against differences, from three products."""
+        """Measure symmetry and linearity from three products, and compare products and gradient with differences."""
         u = gaussian(self, seed=0, index=0, stream="linearity")
         v = gaussian(self, seed=0, index=1, stream="linearity")
         au, av, both = (self._products(vector[None])[0] for vector in (u, v, u + v))
-        if not all(math.isfinite(float(image.sum())) for image in (au, av)):
+        if not all(math.isfinite(float(product.sum())) for product in (au, av)):
             self.raise_non_finite(torch.stack([u, v]))
         scale = max(norm(av) * norm(u), norm(au) * norm(v))
         self.checks["symmetry_gap"] = abs(dot(u, av) - dot(v, au)) / scale if scale > 0 else 0.0
@@ -244,13 +250,13 @@ class HessianOperator(LinearOperator):
         self.checks["product_error"], self.checks["slope_error"] = found.product, found.slope
 
     def preflight(self) -> Preflight:
-        """The figures of the checks, which are run if they have not been.
+        """Run the checks if they have not been run, and return their figures.
 
         Returns:
             The figures.
 
         Raises:
-            InputError: where a check fails.
+            InputError: If a check fails.
         """
         self._prepare(thorough=True)
         figures = self.checks
@@ -269,9 +275,9 @@ class HessianOperator(LinearOperator):
         return self._linearity_gap
 
     def precision_error(self) -> float:
-        """||(A - A') u|| / ||A' u|| for a random u, with A' the operator in float32.
+        """The relative error of a product in "tf32" or "bfloat16": ||(A - A') u|| / ||A' u||, A' the float32 operator.
 
-        What "tf32" or "bfloat16" changes, measured once at the current weights; 0 where neither was asked for.
+        It is measured once at the current weights, for a random u; 0 in other precisions.
         """
         if self.precision not in LOWER:
             return 0.0
@@ -289,7 +295,7 @@ class HessianOperator(LinearOperator):
         return norm(product - higher) / norm(higher)
 
     def rounding(self) -> float:
-        """See `LinearOperator.rounding`; a lower precision moves eigenvalues by what it changes of a product."""
+        """See `LinearOperator.rounding`; the error of products in a lower precision is part of it."""
         return max(super().rounding(), GAP_TO_ROUNDING * max(self.precision_error(), self._product_rounding))
 
     # -- memory

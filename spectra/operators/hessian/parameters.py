@@ -27,18 +27,18 @@ class ParameterSpace:
     frozen parameters, since they were asked for by name.
 
     Args:
-        model: the model.
+        model: The model.
         params: None for all trainable parameters; a glob over names ("*mlp*weight"); a compiled regular expression,
             searched in the name; a module type, for the parameters that its modules own directly; a module or a
             parameter of the model itself; a list of these, for their union; or a predicate (name, parameter) -> bool.
 
     Attributes:
-        names: of the chosen parameters.
-        parameters: the chosen parameters themselves, in the same order.
-        dimension: the number of scalars in them, n.
+        names: The names of the chosen parameters.
+        parameters: The chosen parameters themselves, in the same order.
+        dimension: The number of scalars in them, n.
 
     Raises:
-        InputError: where a selection matches nothing, or a parameter is sharded, has no values yet, or does not hold
+        InputError: Where a selection matches nothing, or a parameter is sharded, has no values yet, or does not hold
             real floating-point numbers.
     """
 
@@ -75,13 +75,13 @@ class ParameterSpace:
         """The parameters that the model has under the same names now, as after `load_state_dict(assign=True)`.
 
         Args:
-            model: the model, whose parameters may be other objects now.
+            model: The model, whose parameters may be other objects now.
 
         Returns:
             The same choice of parameters, of this model.
 
         Raises:
-            InputError: where a name is gone or its shape is another.
+            InputError: Where a name is gone or its shape is another.
         """
         now = dict(model.named_parameters(remove_duplicate=False))
         gone = [name for name in self.names if name not in now]

@@ -11,21 +11,21 @@ from spectra.backend.errors import InputError, NonFiniteError, first_line
 from spectra.operators.hessian.engines import ENGINES, CapturedProducts
 from spectra.operators.hessian.graphs import GraphStore
 
-CAPTURE_BELOW = 0.2  # seconds a vector and microbatch: slower products are compute-bound, and launches cost nothing
-CLEARLY_FASTER = 0.9  # of the time of a simpler engine, before that one is replaced
-SINGLE_CALLS = 3  # products of one vector before it is worth looking for a faster engine for more of them
-WARM_BELOW = 0.1  # seconds: a shorter first call was mostly warming up, so it is timed again
+CAPTURE_BELOW = 0.2  # seconds a vector and microbatch: slower products are compute-bound, and capturing gains nothing
+CLEARLY_FASTER = 0.9  # part of a simpler engine's time below which another engine replaces it
+SINGLE_CALLS = 3  # products of single vectors before other engines are timed for them
+WARM_BELOW = 0.1  # seconds: a first call below this may be mostly warm-up, so it is timed again
 AGREEMENT = 1e-2  # relative difference from "reverse" above which an engine's products are taken to be wrong
 
 
 class EnginePick:
     """Multiplies blocks of vectors with the Hessian.
 
-    The pick is made once for a block size and outlives a change of weights. What was captured does not.
+    An engine is picked once for each block size, and kept when the weights change. Captured products are recorded anew.
 
     Args:
-        graphs: the gradient's graphs.
-        engine: one of `spectra.operators.hessian.engines.ENGINES`.
+        graphs: The gradient's graphs.
+        engine: One of `spectra.operators.hessian.engines.ENGINES`.
     """
 
     def __init__(self, graphs: GraphStore, engine: str):
@@ -35,10 +35,10 @@ class EnginePick:
         self._picked: dict[int, str] = {}
         self._captured: dict[int, CapturedProducts] = {}
         self._single_calls = 0
-        self._compared: set[int] = set()  # sizes of block whose products were compared with single ones
+        self._compared: set[int] = set()  # block sizes whose products were compared with those of single vectors
 
     def forget(self) -> None:
-        """Drop what belongs to the weights as they were."""
+        """Drop captured products, which belong to earlier weights."""
         self._captured.clear()
 
     def multiply(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -57,25 +57,25 @@ class EnginePick:
         count = len(vectors)
         self.used = self._engine_for(vectors)
         if not self.used:
-            self._picked[count], images = self._pick(vectors)
+            self._picked[count], products = self._pick(vectors)
             self.used = self._picked[count]
-            return images
+            return products
         if self.engine in ("auto", "reverse"):
             return self._run(self.used, vectors)
         return self._compared_with_one(vectors)
 
     def _compared_with_one(self, vectors: torch.Tensor) -> torch.Tensor:
-        """The products by the engine that was asked for: the first of a new size of block against that of one vector.
+        """The products by the engine that was asked for. For a new block size the first is compared with a single one.
 
-        The products of single vectors are compared with differences of the gradient.
+        (Products of single vectors have been compared with differences of the gradient.)
         """
         try:
-            images = self._run(self.engine, vectors)
+            products = self._run(self.engine, vectors)
             if len(vectors) == 1 or len(vectors) in self._compared:
-                return images
+                return products
             single = self._run(self.engine, vectors[:1])
         except (RuntimeError, InputError) as error:
-            # the loss was computed before without forward mode, so a failure now is one of the engine
+            # the loss itself has been computed before, so the engine causes this failure
             known = isinstance(error, InputError) and (self.engine != "forward" or isinstance(error, NonFiniteError))
             if known or isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -83,16 +83,16 @@ class EnginePick:
                 f"engine={self.engine!r} cannot multiply through this model ({first_line(error)[:200]}): use "
                 "engine='auto' or 'reverse'"
             ) from error
-        if not _agrees(images[:1], single):
+        if not _agrees(products[:1], single):
             raise InputError(
                 f"engine={self.engine!r} gives other products for {len(vectors)} vectors at once than for one, which "
                 "are wrong: use engine='reverse'"
             )
         self._compared.add(len(vectors))
-        return images
+        return products
 
     def _engine_for(self, vectors: torch.Tensor) -> str:
-        """The engine for such a block, "" where one has to be picked."""
+        """The engine for a block of this size; "" if it has to be picked."""
         if self.engine != "auto":
             return self.engine
         if len(vectors) == 1 and 1 not in self._picked:
@@ -117,8 +117,8 @@ class EnginePick:
         return self._captured[count]
 
     def _pick(self, vectors: torch.Tensor) -> tuple[str, torch.Tensor]:
-        """Time the candidates, the simplest first: the fastest whose products agree with those of "reverse"."""
-        best, images = "reverse", None
+        """Time the candidates, the simplest first. Return the fastest that agrees with "reverse", and its products."""
+        best, products = "reverse", None
         shortest, reference = self._seconds("reverse", vectors[:1])
         for engine in self._candidates(vectors, shortest):
             sample = vectors[:1] if engine == "captured" else vectors
@@ -130,12 +130,12 @@ class EnginePick:
                 self.graphs.note(f"engine '{engine}' gives other products than 'reverse' and is not used")
                 continue
             if len(sample) == len(vectors):
-                images = found
+                products = found
             if took / len(sample) < CLEARLY_FASTER * shortest:
                 best, shortest = engine, took / len(sample)
         if not best.startswith("captured"):
             self._captured.clear()
-        return best, self._run(best, vectors) if images is None else images
+        return best, self._run(best, vectors) if products is None else products
 
     def _candidates(self, vectors: torch.Tensor, single: float) -> list[str]:
         """The engines that may beat "reverse", which took `single` seconds a vector."""
@@ -146,22 +146,22 @@ class EnginePick:
         return [engine for engine, possible in engines.items() if possible]
 
     def _batch_fits(self, vectors: torch.Tensor) -> bool:
-        """Whether as many products as there are vectors may be under way at once."""
+        """Whether memory allows the products of all vectors at once."""
         once = self.graphs.footprint().product(max(self.graphs.objective.rows))
         return len(vectors) * once < memory.available(vectors.device) // 2
 
     def _seconds(self, engine: str, vectors: torch.Tensor) -> tuple[float, torch.Tensor]:
-        took, images = self._timed(engine, vectors)
+        took, products = self._timed(engine, vectors)
         if took < WARM_BELOW or vectors.device.type == "cuda":
             took = min(self._timed(engine, vectors)[0] for _ in range(2))
-        return took, images
+        return took, products
 
     def _timed(self, engine: str, vectors: torch.Tensor) -> tuple[float, torch.Tensor]:
         _wait(vectors.device)
         started = time.perf_counter()
-        images = self._run(engine, vectors)
+        products = self._run(engine, vectors)
         _wait(vectors.device)
-        return time.perf_counter() - started, images
+        return time.perf_counter() - started, products
 
 
 def _agrees(found: torch.Tensor, reference: torch.Tensor) -> bool:

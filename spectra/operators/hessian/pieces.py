@@ -1,10 +1,11 @@
-"""Whether the weighted sum over batches and microbatches is the loss over all of them.
+"""Checks that the loss over all batches is the weighted sum of the losses of its pieces.
 
-A loss over several batches is taken to be a mean over rows or tokens, weighted by what each batch counts. Class weights
-in a closure, sums, batch normalisation in training mode and contrastive losses are not. So the loss and gradient of all
-batches together are compared with the sum over them, a batch with its microbatches, and where all batches cannot be
-one, a batch with its own thirds. These identities hold at any weights: where rounding may hide them, as at a minimum,
-they are compared at moved weights too.
+The objective takes the loss for a mean over rows or tokens, so that batches weigh what they count. This is wrong for
+class weights in a closure, for sums, for batch normalisation in training mode and for contrastive losses. So loss and
+gradient of all batches joined to one are compared with the weighted sum over the batches, and those of a batch with the
+sum over its microbatches. Where batches cannot be joined, each is compared with the sum over its own thirds. These
+identities hold at any weights. Where they fail at the current weights, they are compared at moved weights too, because
+at a minimum the difference may be rounding error.
 """
 
 from __future__ import annotations
@@ -30,25 +31,25 @@ from spectra.operators.hessian.isolation import random_states_kept
 from spectra.operators.hessian.losses import counts_for_certain
 from spectra.operators.hessian.objective import Objective, Piece
 
-SUM_TOLERANCE = 1e-4  # relative, of loss and gradient of the whole against the weighted sum over pieces
-SHARES_TOLERANCE = 1e-3  # relative, of shares that are found from gradients with rounding errors
-ROUNDING = 1e-7  # relative, of a gradient
-WHOLE_ROWS = 8  # times the rows of the largest piece are evaluated at once to compare the whole with its pieces
-LEAST_WHOLE_ROWS = 1024  # that are evaluated at once where memory allows it
-WHOLE_MEMORY = 0.25  # of the free memory, for these
-MOST_GROUPS = 64  # of batches that are compared with these batches as one
-GROUPS_BY_GRADIENT = 3  # of these that are compared by their gradients, the others by their losses
-SAMPLE_ROWS = (48, 6, 2)  # of a batch, compared with its thirds; fewer where memory is short
-MOST_SAMPLES = 8  # batches that are compared with their thirds or their microbatches by their gradients
-MOST_SHARES = 64  # batches whose shares are looked for at once
-SKETCH = 512  # numbers that stand for a gradient
-PERIOD = 2048 * SKETCH  # entries of a gradient after which the random signs repeat but for their own sign
-MOVED = 0.1  # of a parameter's root mean square, to weights where the same identities hold
-OTHER_SEED = 20251126  # of what a forward pass draws when it is asked whether that matters
-# what a batch may raise that is no batch of this model, as one made of others may be
+SUM_TOLERANCE = 1e-4  # relative difference of loss and gradient up to which the sum over pieces is that of the whole
+SHARES_TOLERANCE = 1e-3  # relative error of shares that are fitted to gradients with rounding errors
+ROUNDING = 1e-7  # relative rounding error of a gradient, at least
+WHOLE_ROWS = 8  # most rows that are evaluated at once, in units of the rows of the largest piece
+LEAST_WHOLE_ROWS = 1024  # rows that may be evaluated at once in any case, if memory allows
+WHOLE_MEMORY = 0.25  # share of the free memory that such an evaluation may take
+MOST_GROUPS = 64  # most groups of batches that are joined to one batch and compared with it
+GROUPS_BY_GRADIENT = 3  # groups that are compared by their gradients; the others are compared by their losses
+SAMPLE_ROWS = (48, 6, 2)  # rows of a batch that are compared with the thirds of these rows; fewer if memory is short
+MOST_SAMPLES = 8  # batches that are compared by their gradients with their thirds or their microbatches
+MOST_SHARES = 64  # most batches whose shares are fitted at once
+SKETCH = 512  # numbers in the sketch of a gradient
+PERIOD = 2048 * SKETCH  # entries of a gradient after which the random signs repeat, up to one sign for all of them
+MOVED = 0.1  # size of the move to other weights, relative to the root mean square of each parameter
+OTHER_SEED = 20251126  # of the random numbers that show whether the loss depends on random numbers
+# what a model may raise for rows or joined batches that it does not take as a batch
 NOT_A_BATCH = (InputError, RuntimeError, ValueError, TypeError, IndexError, KeyError)
 
-BY_THE_LOSS = "batches and microbatches weigh what the loss itself gives them, found by comparing it over all of them"
+BY_THE_LOSS = "batches and microbatches have the weights that the loss itself gives them, fitted to its gradients"
 SUMMED = "the loss is a sum over rows: the sum over batches is measured"
 UNSHIFTED = "every label counts, the first of a row too: the loss is a mean over all of them"
 RANDOM = (
@@ -64,16 +65,16 @@ NOT_TOGETHER = (
 def settle_shares(graphs: GraphStore) -> tuple[Objective, float, str]:
     """Compare the loss and gradient over all batches together with the weighted sum over the pieces.
 
-    Where they differ, the loss may weigh rows by something that is not counted, such as class weights inside a closure.
-    Then the shares are found for which the pieces' gradients add up to that of the whole. A loss without such shares,
-    as a contrastive loss or one with batch normalisation in training mode, is no mean over rows; the plain mean over
-    the batches is then what is measured.
+    If they differ, the loss may weight rows by something that is not counted, such as class weights inside a closure.
+    Then shares are fitted for which the pieces' gradients add up to that of the whole. A contrastive loss, or one with
+    batch normalisation in training mode, has no such shares: it is no mean over rows. The plain mean over the batches
+    is measured then.
 
-    Gradients are compared for a few groups of batches, and losses for the others, which costs about a third of a
-    product. Where they differ, every batch takes part, which costs about one product.
+    Gradients are compared for a few groups of batches, and losses for the others. This costs about a third of a
+    product. If they differ, all batches are compared by their gradients. This costs about one product.
 
     Args:
-        graphs: The gradient, by which pieces are evaluated.
+        graphs: The gradient's graphs, which evaluate loss and gradient of a piece.
 
     Returns:
         The objective to measure, the largest relative error of a weighted sum over pieces, and a note for the record.
@@ -83,7 +84,7 @@ def settle_shares(graphs: GraphStore) -> tuple[Objective, float, str]:
     """
     if not graphs.over_ranks:
         return _settled(graphs, graphs.objective)
-    # every rank compares all batches, as the shares of its own depend on those of others
+    # every rank compares the batches of all ranks, as its own shares depend on those of the others
     everything = graphs.objective.of_all_ranks()
     settled, error, note = _settled(graphs, everything)
     return graphs.objective if settled is everything else settled.of_this_rank(), error, note
@@ -100,7 +101,7 @@ def _settled(graphs: GraphStore, objective: Objective) -> tuple[Objective, float
             refusal = error
         if found is not None and found[1] <= SUM_TOLERANCE:
             return found
-        other = objective.counting_otherwise()
+        other = objective.counting_unshifted()
         if other is not None and objective.weight is None:
             with contextlib.suppress(InputError):
                 settled, error, _ = _settled_as_counted(graphs, other)
@@ -116,7 +117,7 @@ def _settled_as_counted(graphs: GraphStore, objective: Objective) -> tuple[Objec
     comparison = _Comparison(graphs, objective)
     compared = objective.weight is None and len(objective.batches) > 1
     if compared and comparison.cut:
-        findings = _findings(comparison)  # of the microbatches, without a look at single batches where these do
+        findings = _findings(comparison)  # first the microbatches of all batches; if they add up, so do those of each
         if all(finding.groups and finding.error <= SUM_TOLERANCE for finding in findings):
             return _settle_batches(comparison, findings)
     comparison.objective, cut_error, cut_note = _settle_parts(comparison)
@@ -127,13 +128,13 @@ def _settled_as_counted(graphs: GraphStore, objective: Objective) -> tuple[Objec
 
 
 def may_be_cut(graphs: GraphStore) -> bool:
-    """Whether rows of the batches, spread over them, have the loss that their parts add up to.
+    """Whether the batches may be cut into microbatches: whether the loss of some rows is that of their thirds together.
 
     Args:
-        graphs: The gradient, by which pieces are evaluated.
+        graphs: The gradient's graphs, which evaluate loss and gradient of a piece.
 
     Returns:
-        Whether they have. False where the rows do not stand alone, and where the loss draws random numbers.
+        Whether they may. False if the loss of a row depends on other rows, and if the loss draws random numbers.
     """
     with _comparable(graphs):
         comparison = _Comparison(graphs)
@@ -147,9 +148,9 @@ def may_be_cut(graphs: GraphStore) -> bool:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """Loss and gradient of one piece. The gradient is kept as random signed sums of its entries.
+    """Loss of one piece and a sketch of its gradient: sums of its entries with random signs.
 
-    The squared norm of such a sketch, and of a difference of sketches, is on average that of the gradients.
+    The squared norm of a sketch, or of a difference of sketches, has the squared norm of the gradients as expectation.
     """
 
     loss: float
@@ -157,11 +158,11 @@ class _Evaluation:
 
 
 class _Comparison:
-    """Weighted sums over pieces of an objective and batches made of several, compared at the same weights."""
+    """Compares weighted sums over pieces of an objective with larger batches, at the same model weights."""
 
     def __init__(self, graphs: GraphStore, objective: Objective | None = None):
         self.graphs, self.objective = graphs, objective or graphs.objective
-        # by the id of the batch, and whether the weights are moved: what is compared several times
+        # evaluations that are needed several times, by the id of the batch and whether the weights are moved
         self._known: dict[tuple[int, bool], _Evaluation] = {}
         self._kept = {id(batch) for batch in (*self.objective.batches, *(p.batch for p in self.objective.pieces))}
         self._signs: torch.Tensor | None = None
@@ -180,7 +181,7 @@ class _Comparison:
         return found
 
     def error(self, whole: Piece, pieces: Sequence[Piece]) -> float:
-        """The relative error of a weighted sum over pieces. Rounding is told from disagreement at moved weights."""
+        """The relative error of a weighted sum over pieces; the one at moved weights if the first may be rounding."""
         error = self._error(whole, pieces, moved=False)
         if error <= SUM_TOLERANCE:
             return error
@@ -194,7 +195,7 @@ class _Comparison:
         return _disagreement(self.evaluate(whole, moved=moved), parts, [piece.share for piece in pieces])
 
     def error_of_losses(self, whole: Piece, pieces: Sequence[Piece]) -> float:
-        """The relative error of the weighted sum over the pieces' losses, which takes no gradient."""
+        """The relative error of the weighted sum over the pieces' losses, without their gradients."""
         loss = self._loss(replace(whole, share=1.0))
         parts = [self._loss(piece) for piece in pieces]
         return _relative(abs(loss - sum(parts)), max(abs(loss), sum(map(abs, parts))))
@@ -203,9 +204,9 @@ class _Comparison:
         return self.graphs.loss_at(objective=self.objective.with_pieces([piece]))
 
     def shares(self, whole: Piece, pieces: Sequence[Piece]) -> list[float] | None:
-        """Shares of the pieces, at least 0, whose sum has the loss and gradient of the whole.
+        """Shares of at least 0 with which losses and gradients of the pieces add up to those of the whole.
 
-        None where there are none, and where others fit as well, as for more pieces than parameters.
+        None if there are no such shares, or if they are not unique, as for more pieces than parameters.
         """
         ones = [1.0] * len(pieces)
         columns: list[np.ndarray] = []
@@ -214,7 +215,7 @@ class _Comparison:
             evaluated = self.evaluate(whole, moved=moved)
             parts = [self.evaluate(piece, moved=moved) for piece in pieces]
             if not moved and _disagreement(evaluated, parts, ones) <= SUM_TOLERANCE:
-                return ones  # also where other shares fit as well, as for one batch given twice
+                return ones  # even if other shares fit as well, as for one batch that was given twice
             wanted.append(np.append(evaluated.sketch, evaluated.loss))
             columns.append(np.stack([np.append(part.sketch, part.loss) for part in parts], axis=1))
             matrix, target = np.concatenate(columns), np.concatenate(wanted)
@@ -225,13 +226,13 @@ class _Comparison:
             if _disagreement(evaluated, parts, shares) <= SUM_TOLERANCE:
                 sizes = np.linalg.norm(matrix, axis=0)
                 smallest = np.linalg.svd(matrix / np.where(sizes > 0, sizes, 1.0), compute_uv=False)[-1]
-                noise = max(_relative(residual, float(np.linalg.norm(target))), ROUNDING)
-                if len(matrix) >= len(found) and noise <= SHARES_TOLERANCE * smallest:
+                error = max(_relative(residual, float(np.linalg.norm(target))), ROUNDING)
+                if len(matrix) >= len(found) and error <= SHARES_TOLERANCE * smallest:
                     return [float(share) for share in shares]
         return None
 
     def error_of_thirds(self, piece: Piece) -> float | None:
-        """The error of the thirds of some rows of a piece against these rows, None where it cannot be known."""
+        """The error of the sum over the thirds of some rows of a piece; None where it cannot be measured."""
         for count in SAMPLE_ROWS:
             rows = min(count, rows_in(piece.batch))
             if rows < 2:
@@ -247,15 +248,15 @@ class _Comparison:
         return None
 
     def samples(self) -> list[Piece]:
-        """Some pieces of more than one row, evenly spread over those there are."""
+        """Some of the pieces with more than one row, evenly spaced."""
         pieces = [piece for piece in self.objective.pieces if rows_in(piece.batch) > 1]
-        return [pieces[i] for i in _spread(len(pieces), MOST_SAMPLES)]
+        return [pieces[i] for i in _evenly_spaced(len(pieces), MOST_SAMPLES)]
 
     @functools.cached_property
     def is_random(self) -> bool:
-        """Whether the loss of some rows of the first piece is another when other random numbers are drawn."""
+        """Whether the gradient of some rows of the first piece changes when other random numbers are drawn."""
         piece = self.objective.pieces[0]
-        for count in (*SAMPLE_ROWS, rows_in(piece.batch)):  # all rows where fewer are no batch
+        for count in (*SAMPLE_ROWS, rows_in(piece.batch)):  # all rows, if the model takes no part of them
             with contextlib.suppress(torch.OutOfMemoryError, *NOT_A_BATCH):
                 sample = replace(piece, batch=spread_rows(piece.batch, min(count, rows_in(piece.batch))), share=1.0)
                 first = self.graphs.gradient_at(self.objective.with_pieces([sample]))
@@ -269,7 +270,7 @@ class _Comparison:
 
     @functools.cached_property
     def most_rows(self) -> int:
-        """Rows that may be evaluated at once: a gradient without a graph takes less than a graph of a piece."""
+        """Rows that may be evaluated at once. A gradient without its graph takes less memory than the graph."""
         rows = max(self.objective.rows)
         most = max(WHOLE_ROWS * rows, LEAST_WHOLE_ROWS)
         with contextlib.suppress(*NOT_A_BATCH):
@@ -279,12 +280,12 @@ class _Comparison:
 
     @property
     def most_batches(self) -> int:
-        """Batches that may be evaluated at once, so few that their shares follow from the entries of a gradient."""
+        """Batches that may be joined: so few that the entries of a gradient determine their shares."""
         return max(min(MOST_SHARES, self.graphs.space.dimension // 4), 2)
 
     @property
     def cut(self) -> list[int]:
-        """Indices of the batches that pieces have a part of."""
+        """Indices of the batches that are cut into several pieces."""
         batches = self.objective.batches
         return sorted({p.index for p in self.objective.pieces if rows_in(p.batch) != rows_in(batches[p.index])})
 
@@ -293,7 +294,7 @@ class _Comparison:
         return Piece(self.objective.batches[index], 1.0, f"batch {index}", index)
 
     def _sketched(self, loss: float, gradient: torch.Tensor) -> tuple[float, np.ndarray]:
-        """The loss, and sums of the gradient's entries with random signs. Periods of entries share their signs."""
+        """The loss, and the sketch of the gradient. Each period of entries has the same random signs, times its own."""
         generator = torch.Generator().manual_seed(0)
         if self._signs is None:
             size = min(-(-len(gradient) // SKETCH) * SKETCH, PERIOD)
@@ -318,7 +319,10 @@ class _Comparison:
 
 
 def _disagreement(whole: _Evaluation, parts: Sequence[_Evaluation], shares: Sequence[float] | np.ndarray) -> float:
-    """The larger relative difference of loss and gradient, relative to the sizes of what was added up."""
+    """The difference between the whole and the weighted sum, relative to the sum of the parts' absolute values.
+
+    It is the larger one of the differences of the losses and of the gradients.
+    """
     gradient = sum(share * part.sketch for share, part in zip(shares, parts, strict=True))
     loss = sum(share * part.loss for share, part in zip(shares, parts, strict=True))
     norms = sum(share * float(np.linalg.norm(part.sketch)) for share, part in zip(shares, parts, strict=True))
@@ -335,14 +339,14 @@ def _relative(part: float, size: float) -> float:
 
 
 def _rounded(shares: np.ndarray) -> np.ndarray:
-    """Shares that are all 1 to rounding, or add up to 1, as what they are meant to be."""
+    """Shares without their rounding error, if they are nearly all 1 (a sum) or nearly add up to 1 (a mean)."""
     if np.allclose(shares, 1.0, atol=1e-3):
         return np.ones_like(shares)
     return shares / shares.sum() if abs(shares.sum() - 1) < 1e-3 else shares
 
 
-def _spread(length: int, most: int) -> list[int]:
-    """At most so many of `range(length)`, evenly spread, the first and the last among them."""
+def _evenly_spaced(length: int, most: int) -> list[int]:
+    """At most `most` indices out of `range(length)`, evenly spaced, with the first and the last."""
     if length <= most:
         return list(range(length))
     return [round(i * (length - 1) / (most - 1)) for i in range(most)]
@@ -352,13 +356,13 @@ def _spread(length: int, most: int) -> list[int]:
 
 
 def _settle_parts(comparison: _Comparison) -> tuple[Objective, float, str]:
-    """The objective whose parts of each cut batch add up to it, the largest error, and a note."""
+    """The objective in which the parts of each cut batch add up to the batch, the largest error, and a note."""
     objective = comparison.objective
     parts_of: dict[int, list[Piece]] = {}
     for piece in objective.pieces:
         parts_of.setdefault(piece.index, []).append(piece)
     cut = comparison.cut
-    sampled = {cut[i] for i in _spread(len(cut), MOST_SAMPLES)}
+    sampled = {cut[i] for i in _evenly_spaced(len(cut), MOST_SAMPLES)}
     errors, note = [0.0], ""
     for index in cut:
         parts_of[index], error = _settled_parts(comparison, parts_of[index], thorough=index in sampled)
@@ -370,7 +374,7 @@ def _settle_parts(comparison: _Comparison) -> tuple[Objective, float, str]:
 
 
 def _settled_parts(comparison: _Comparison, parts: list[Piece], *, thorough: bool) -> tuple[list[Piece], float]:
-    """The parts of a batch with the weights by which they add up to it, and the error of those they had."""
+    """The parts of a batch with weights by which they add up to it, and the error with the weights they had before."""
     weighted = [replace(part, share=part.within) for part in parts]
     whole = comparison.batch_as_piece(parts[0].index)
     if rows_in(whole.batch) <= comparison.most_rows:
@@ -396,7 +400,7 @@ def _settled_parts(comparison: _Comparison, parts: list[Piece], *, thorough: boo
 
 
 def _error_of_a_sample(comparison: _Comparison, batch: Any, part: Piece) -> float | None:
-    """The error of the parts of some rows of a batch, as many as memory holds, None where that is too few to cut."""
+    """The error of the sum over parts of some rows of a batch, as many rows as fit in memory; None if too few fit."""
     rows = min(comparison.most_rows, rows_in(batch))
     while rows > rows_in(part.batch):
         sample = replace(part, batch=spread_rows(batch, rows), share=1.0, within=1.0)
@@ -418,7 +422,7 @@ def _cut_refused(error: float) -> InputError:
 
 
 def _settle_batches(comparison: _Comparison, findings: list[_Finding]) -> tuple[Objective, float, str]:
-    """The objective whose batches add up to all of them together, the error of the counted one, and a note."""
+    """The objective in which the batches add up to all of them joined, the error with the counted weights, a note."""
     objective = comparison.objective
     indices = sorted(itertools.chain.from_iterable(finding.indices for finding in findings))
     error = max(finding.error for finding in findings)
@@ -447,12 +451,12 @@ def _settle_batches(comparison: _Comparison, findings: list[_Finding]) -> tuple[
 
 @dataclass(frozen=True)
 class _Finding:
-    """What comparing the batches of one kind with all of them together shows.
+    """The result of comparing the batches of one kind with these batches joined.
 
     Attributes:
-        indices: Of the batches.
-        groups: Batches that were compared together; none where they cannot be, or there is but one batch.
-        error: Of the sum weighted by counts, over groups or over the thirds of batches; 0 where neither can be had.
+        indices: The indices of the batches.
+        groups: Groups of batches that were joined; empty if they cannot be joined, or there is only one batch.
+        error: The error of the sum weighted by counts, over groups or over the thirds of batches; 0 if not measured.
         compared: Whether the error was measured.
     """
 
@@ -463,7 +467,7 @@ class _Finding:
 
 
 def _findings(comparison: _Comparison) -> list[_Finding]:
-    """What is found for the batches of each kind."""
+    """The findings for the batches of each kind."""
     objective = comparison.objective
     kinds: dict[Any, list[int]] = {}
     for index in dict.fromkeys(piece.index for piece in objective.pieces):
@@ -488,7 +492,7 @@ def _finding(comparison: _Comparison, indices: list[int]) -> _Finding:
 
 
 def _is_sum(comparison: _Comparison, finding: _Finding, shares: dict[int, float] | None) -> bool | None:
-    """Whether the batches of one kind add up with a weight of 1 each, None where that cannot be known."""
+    """Whether the batches of one kind add up with a weight of 1 each; None if that cannot be determined."""
     if finding.groups:
         return shares is not None and all(share == 1.0 for share in shares.values())
     if not finding.compared:
@@ -502,10 +506,10 @@ def _is_sum(comparison: _Comparison, finding: _Finding, shares: dict[int, float]
 
 
 def _groups(comparison: _Comparison, indices: list[int]) -> Iterator[list[int]]:
-    """Consecutive batches that are few enough rows together, each group starting with the last batch of the one before.
+    """Groups of consecutive batches with few enough rows. Each group starts with the last batch of the one before.
 
-    So the weights that a group's batches have among themselves are linked to those of all others. No groups where two
-    batches are too many rows.
+    This common batch links the weights within a group to those of all others. There are no groups if two batches
+    already have too many rows.
     """
     rows = [rows_in(batch) for batch in comparison.objective.batches]
     if len(indices) < 2 or any(rows[i] + rows[j] > comparison.most_rows for i, j in itertools.pairwise(indices)):
@@ -529,12 +533,12 @@ def _pieces_of(objective: Objective, group: Sequence[int]) -> list[Piece]:
 
 
 def _error_of_groups(comparison: _Comparison, groups: list[list[int]], *, axis: int) -> float | None:
-    """The largest error of a sum over a group's pieces against its batches as one, None where these cannot be one.
+    """The largest error of a sum over the pieces of a group, against its batches joined; None if they cannot be joined.
 
     Some groups are compared by their gradients, others by their losses alone.
     """
-    chosen = [groups[i] for i in _spread(len(groups), MOST_GROUPS)]
-    thorough = set(_spread(len(chosen), GROUPS_BY_GRADIENT))
+    chosen = [groups[i] for i in _evenly_spaced(len(groups), MOST_GROUPS)]
+    thorough = set(_evenly_spaced(len(chosen), GROUPS_BY_GRADIENT))
     errors = []
     for number, group in enumerate(chosen):
         try:
@@ -553,13 +557,13 @@ def _error_of_groups(comparison: _Comparison, groups: list[list[int]], *, axis: 
 
 
 def _together(objective: Objective, group: Sequence[int], axis: int = 0) -> Piece | None:
-    """Several batches as one piece."""
+    """Several batches joined to one piece; None if they cannot be joined."""
     batch = concatenated([objective.batches[i] for i in group], axis)
     return None if batch is None else Piece(batch, 1.0, "all batches together")
 
 
 def _shares_of_groups(comparison: _Comparison, groups: list[list[int]]) -> dict[int, float] | None:
-    """Shares of the batches by which every group adds up, linked by the batches that two groups have in common."""
+    """Shares of the batches with which every group adds up; the batches that two groups have in common link them."""
     shares: dict[int, float] = {}
     is_mean = is_sum = True
     for group in groups:
@@ -587,7 +591,7 @@ def _shares_of_groups(comparison: _Comparison, groups: list[list[int]]) -> dict[
 
 @contextlib.contextmanager
 def _comparable(graphs: GraphStore) -> Iterator[None]:
-    """Inside, gradients are those of this process alone, without dropout, which no two batches share."""
+    """A context with gradients of this process alone, and without dropout, whose masks differ from batch to batch."""
     before, over_ranks = graphs.each_forward, graphs.over_ranks
     try:
         graphs.over_ranks = False
@@ -600,7 +604,7 @@ def _comparable(graphs: GraphStore) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _other_random_numbers(graphs: GraphStore) -> Iterator[None]:
-    """Inside, a forward pass draws other random numbers than it did."""
+    """A context in which forward passes draw other random numbers."""
     before = graphs.each_forward
 
     @contextlib.contextmanager
@@ -617,7 +621,7 @@ def _other_random_numbers(graphs: GraphStore) -> Iterator[None]:
 
 
 class _WithoutDropout(TorchFunctionMode):
-    """Inside, dropout keeps everything, in modules and in functions."""
+    """A context in which dropout drops nothing, in modules and in functions."""
 
     FUNCTIONS = (
         functional.dropout,

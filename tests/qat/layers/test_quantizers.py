@@ -309,7 +309,7 @@ def test_vmap_over_weights_is_a_loop(name, bits):
 
 
 def test_third_derivatives_are_those_of_the_smooth_loss():
-    """Through the mask nothing of the quantizer itself bends, to any order."""
+    """The quantizer adds nothing to derivatives of any order but the mask."""
     quantizer = make_quantizer("lsq", 3)
     weight = torch.tensor([[0.31, -0.7, 0.55]], dtype=torch.float64)
     scale = torch.tensor([[0.2]], dtype=torch.float64)

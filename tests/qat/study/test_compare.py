@@ -88,7 +88,7 @@ def test_spectra_are_taken_at_start_quarters_resets_and_end(done, bits):
     assert marks["winq"] == [(0, "start"), *resets, (8, "end")]
 
 
-def test_every_spectrum_is_of_the_same_batches_with_the_same_probes(done):
+def test_every_spectrum_has_the_same_batches_and_probe_vectors(done):
     runs = Run(done[0]).runs
     assert len(runs) == 5
     assert len({run.config["batches"] for run in runs}) == 1

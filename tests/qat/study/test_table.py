@@ -77,7 +77,7 @@ def test_markdown_has_a_column_for_everything_and_marks_the_unresolved(tmp_path)
     assert len(lines) == 2 + 4
     assert len({line.count("|") for line in lines}) == 1
     assert "| 1.58 | winq | 2.5000 | 12.18 | 20 | 13 |" in text
-    assert "| 0.123? [0.1, inf] |" in text
+    assert "| 0.1235? [0.1, inf] |" in text
     assert "| not reached |" in text
 
 

@@ -92,9 +92,7 @@ def until(condition, seconds=60.0):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at the processes in /proc")
-@pytest.mark.parametrize(
-    ("number", "code", "count"), [(signal.SIGKILL, -signal.SIGKILL, 2), (signal.SIGINT, 130, 1)]
-)
+@pytest.mark.parametrize(("number", "code", "count"), [(signal.SIGKILL, -signal.SIGKILL, 2), (signal.SIGINT, 130, 1)])
 def test_workers_end_with_their_parent(number, code, count, tmp_path):
     """The signal goes to the parent alone: the workers must see by themselves that it is gone."""
     began = tmp_path / "began"

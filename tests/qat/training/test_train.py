@@ -73,7 +73,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not():
     assert not same_weights(results[0], results[2])
 
 
-def test_looking_more_often_changes_nothing(tmp_path):
+def test_validating_more_often_changes_no_weight(tmp_path):
     """Validation losses, telemetry and a run folder leave dropout's random numbers, gradients and weights alone."""
     plain, watched = model_of("opt", bits=2), model_of("opt", bits=2)
     train(plain, blocks(), blocks(3, seed=6), settings(evaluate_every=6), device="cpu")

@@ -11,6 +11,7 @@ from torch import nn
 import spectra
 from spectra.algorithms.batch_noise import batch_noise, jackknife
 from spectra.estimates.estimate import Estimate, certain
+from spectra.operators.derived import MeanOperator
 
 
 def regression(rows, *, seed, dimension=6):
@@ -124,6 +125,8 @@ def test_groups_weigh_counted_tokens():
     targets[1, 2:] = -100
     batches = list(zip(inputs, targets, strict=True))
     split = batch_noise(builder(model), batches, groups=3)["trace"]
+    of_mean = batch_noise(lambda b: MeanOperator([spectra.HessianOperator(model, b)]), batches, groups=3)["trace"]
+    assert of_mean.batch_half_width == pytest.approx(split.batch_half_width)
     traces, counts = [], [9, 14, 14]
     for start in (0, 2, 4):
         with spectra.HessianOperator(model, batches[start : start + 2]) as op:
@@ -145,9 +148,23 @@ def test_what_cannot_be_split_is_refused_in_one_line():
         batch_noise(
             lambda b: spectra.HessianOperator(model, b, loss=nn.MSELoss(reduction="sum")), batches * 2, groups=2
         )
+    with pytest.raises(spectra.InputError, match=r"1 rows in all make no 2 groups: give more batches$"):
+        batch_noise(builder(model), batches[1:], groups=2)
     nothing = nn.Linear(6, 2).double()
     silent = [(x, torch.full((len(x),), label)) for (x, _), label in zip(batches, (1, -100), strict=True)]
     with pytest.raises(spectra.InputError, match="use fewer groups"):
         batch_noise(builder(nothing), silent, groups=2)
     with pytest.raises(spectra.InputError, match="a weight each"):
         jackknife({"trace": certain(1.0)}, [{"trace": certain(1.0)}] * 2, [1.0])
+
+
+def test_settings_left_out_are_those_of_the_docstring():
+    """In 200 dimensions, which the steps do not span: with others the numbers differ."""
+    batches = list(torch.linspace(-1, 2, 6 * 200, dtype=torch.float64).view(6, 1, 200) ** 3)
+
+    def diagonal(parts):
+        return spectra.DiagonalOperator(torch.cat(parts).mean(0))
+
+    named = {"groups": 5, "probes": 4, "steps": 60, "seed": 0, "deflate": 0}
+    found, want = (batch_noise(diagonal, batches, **options) for options in ({}, named))
+    assert {key: split.to_dict() for key, split in found.items()} == {k: split.to_dict() for k, split in want.items()}

@@ -1,4 +1,4 @@
-"""How many vectors advance side by side."""
+"""How many recurrences are advanced together."""
 
 import numpy as np
 import pytest

@@ -13,7 +13,7 @@ from spectra.algorithms.congruence import find_congruence, shapes_of
 from spectra.algorithms.kronecker import KroneckerTransform, blocks_of
 from spectra.operators.derived import MeanOperator
 
-SHAPES = ((5, 7), (7,), (4, 3, 3, 3), (2, 9, 8), (), (6, 1), (3, 2, 4))
+SHAPES = ((5, 7), (7,), (4, 3, 3, 3), (2, 9, 8), (), (6, 1), (3, 2, 4), (0, 4), (2, 7, 9))
 
 
 class Shaped(spectra.DenseOperator):
@@ -55,7 +55,7 @@ def dense(transform):
 def test_every_shape_is_seen_as_matrices_that_cover_the_vector_once():
     blocks = blocks_of(SHAPES)
     sizes = [(block.count, block.rows, block.columns) for block in blocks]
-    assert sizes == [(1, 5, 7), (1, 7, 1), (1, 4, 27), (2, 9, 8), (1, 1, 1), (1, 6, 1), (1, 3, 8)]
+    assert sizes == [(1, 5, 7), (1, 7, 1), (1, 4, 27), (2, 9, 8), (1, 1, 1), (1, 6, 1), (1, 3, 8), (1, 2, 63)]
     assert [block.start for block in blocks] == [0, *np.cumsum([c * r * k for c, r, k in sizes])[:-1]]
 
 
@@ -100,7 +100,7 @@ def test_zero_coordinates_are_masked_and_the_rest_stays_nonsingular():
     assert int((inside > 0).sum()) == int((want > 0).sum())
 
 
-def test_there_is_none_without_matrices_without_a_matrix_and_for_zero():
+def test_there_is_no_congruence_without_matrices_and_for_a_zero_operator():
     diagonal = spectra.DiagonalOperator(np.linspace(-1, 1, 50))
     assert find_congruence(diagonal) is None
     assert diagonal.products == 0
@@ -137,3 +137,13 @@ def test_a_quantized_language_model_keeps_its_inertia():
     unsure = int((~sure).sum())
     assert abs(int((changed < 0).sum()) - int((values < 0).sum())) <= unsure
     assert found.kurtosis < found.kurtosis_before
+
+
+@pytest.mark.parametrize(("factor", "found"), [(1.0, True), (1.5, False)])
+def test_products_with_errors_beside_rounding_are_left_alone(factor, found):
+    class Inexact(Shaped):
+        def rounding(self):
+            return factor * super().rounding()
+
+    matrix, _ = kronecker_spectrum(rows=20, columns=16)
+    assert (find_congruence(Inexact(matrix, ((20, 16),))) is not None) is found

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from oracles import matrix_with_spectrum
+from oracles import matrix_with_spectrum, normal
 
 import spectra
+from spectra.algorithms import krylov_search
 from spectra.algorithms.krylov_search import KrylovSearch, select
+from spectra.backend import memory
+from spectra.backend.memory import AllocationMeter
 
 
 @pytest.mark.parametrize(
@@ -95,3 +98,18 @@ def test_a_search_stops_at_its_number_of_products():
     assert search.out_of_products
     true = (vectors * op.values - torch.as_tensor(values)[:, None] * vectors).norm(dim=1)
     np.testing.assert_allclose(residuals, true, rtol=0.01)
+
+
+@pytest.mark.parametrize(("free", "low", "high"), [(1 << 40, 8_000_000, 9_000_000), (0, 0, 2 << 20)])
+def test_a_basis_is_rotated_in_slices_where_memory_holds_no_second_one(monkeypatch, free, low, high):
+    monkeypatch.setattr(memory, "available", lambda device: free)
+    monkeypatch.setattr(krylov_search, "SLICE_BYTES", 1 << 20)
+    search = KrylovSearch(spectra.DiagonalOperator(np.ones(100_000)), 20, 1e-6, 0, max_products=1)
+    search._basis = normal(21, 100_000, seed=1)
+    rotation = torch.linalg.qr(normal(20, 20, seed=2))[0][:, :10]
+    want = rotation.T @ search._basis[:20]
+    want /= want.norm(dim=1, keepdim=True)
+    with AllocationMeter() as meter:
+        search._rotate_in_place(rotation.numpy())
+    torch.testing.assert_close(search._basis[:10], want)
+    assert low <= meter.peak <= high

@@ -118,3 +118,23 @@ def test_auto_stores_a_basis_where_it_is_small(monkeypatch):
     assert choose_reorthogonalization(op, 10, "auto") == "full"
     assert choose_reorthogonalization(op, 11, "auto") == "none"
     assert choose_reorthogonalization(op, 1, "none") == "none"
+
+
+@pytest.mark.parametrize("reorthogonalize", ["full", "none"])
+def test_no_more_steps_than_dimensions(reorthogonalize):
+    """Outliers cost orthogonality, so that without a basis the last residual is far from zero."""
+    values = np.concatenate([np.linspace(-1, 1, 57), [100.0, 300.0, -200.0]])
+    op = spectra.DiagonalOperator(values)
+    found = spectra.lanczos(op, normal(60, seed=10), 80, reorthogonalize=reorthogonalize)
+    assert found.steps == op.products == 60
+    if reorthogonalize == "none":
+        assert found.betas[-1] > 0.01
+
+
+def test_a_breakdown_is_relative_to_the_largest_row_sum_of_the_jacobi_matrix():
+    recurrence = LanczosRecurrence(spectra.DiagonalOperator(np.linspace(-1, 2, 90)), normal(2, 90, seed=11))
+    for _ in range(6):
+        recurrence.advance(1)
+        for row, found in enumerate(recurrence.tridiagonals()):
+            sums = np.abs(found.alphas) + found.betas + np.append(0, found.betas[:-1])
+            assert recurrence._norms[row] == pytest.approx(sums.max())

@@ -36,7 +36,7 @@ def test_an_eigenvalue_further_out_is_hardly_ever_missed():
     assert not any(look(op, nothing, -end, end, seed) for seed in range(100))
 
 
-def test_without_one_few_products_rule_it_out():
+def test_few_products_rule_out_an_eigenvalue_beyond_the_bounds():
     end = 1.5 * np.abs(BULK).max()
     op = spectra.DiagonalOperator(BULK)
     nothing = torch.empty(0, op.shape[0], dtype=op.dtype)
@@ -58,8 +58,8 @@ def test_eigenvectors_in_the_basis_do_not_count():
     assert look(op, vectors, 0.0, 0.0, 0)  # nothing is left
 
 
-def test_undecided_the_ritz_values_decide():
-    """Right at the edge of a bulk no few products can rule an eigenvalue out."""
+def test_without_a_decision_the_ritz_values_decide():
+    """At the edge of a bulk a few products cannot rule out an eigenvalue beyond it."""
     op = spectra.DiagonalOperator(np.linspace(-1, 1, 3000))
     nothing = torch.empty(0, 3000, dtype=op.dtype)
     assert look(op, nothing, -1.1, 1.1, 0, max_steps=15)
@@ -69,7 +69,7 @@ def test_undecided_the_ritz_values_decide():
 
 @pytest.mark.parametrize("end", ["low", "high"])
 @pytest.mark.parametrize("seed", range(5))
-def test_undecided_the_residual_moves_the_extreme_ritz_value_outward(end, seed):
+def test_without_a_decision_the_extreme_ritz_value_counts_with_its_residual(end, seed):
     """With a bound between the extreme Ritz value and that value moved outward by its residual norm, the answer is no.
 
     The oracle takes the Ritz pair and its residual ||A x - theta x|| from a basis of its own.

@@ -1,5 +1,6 @@
-"""A density knows what it was measured on, and what speaks against it."""
+"""A density knows what it was measured on, and why it cannot be relied on."""
 
+import contextlib
 import warnings
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_every_estimate_of_an_unverified_operator_is_unresolved(name):
     checked = 0
     for method in (name for name in dir(found) if not name.startswith("_")):
         attribute = getattr(found, method)
-        if not callable(attribute) or method in ("cumulative", "density", "with_origin", "from_arrays"):
+        if not callable(attribute) or method in ("cumulative", "density", "with_origin", "with_count", "from_arrays"):
             continue
         if method == "from_eigenvalues":
             continue
@@ -75,7 +76,7 @@ def test_every_estimate_of_an_unverified_operator_is_unresolved(name):
     assert checked == 10
 
 
-def test_the_numbers_stay_what_they_are():
+def test_an_unverified_operator_changes_no_number():
     op = doubtful()
     for one, other in zip(
         spectra.estimates.quantities.summarize(spectra.slq(op, probes=2, steps=8)).values(),
@@ -87,7 +88,7 @@ def test_the_numbers_stay_what_they_are():
         assert (one.value, one.low, one.high) == (other.value, other.low, other.high)
 
 
-def test_other_results_say_it_too():
+def test_every_other_result_has_the_reason_too():
     for probes in (10, 400):
         for method in ("hutchinson", "hutch++", "xtrace"):
             trace = spectra.trace(doubtful(), method=method, probes=probes)
@@ -135,7 +136,7 @@ def test_spectra_of_other_parameters_are_refused():
     spectra.compare(zero, density(of=square, params="0.weight"))
 
 
-def test_other_batches_are_said():
+def test_a_warning_says_that_the_batches_differ():
     first = density()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -156,3 +157,44 @@ def test_an_origin_is_stored_and_older_files_have_none():
     assert older.origin == Origin()
     assert spectra.compare(older, first)["trace"].paired
     assert origin_of(spectra.DiagonalOperator(np.ones(3))) == Origin()
+
+
+def test_training_and_evaluation_mode_are_not_compared():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 1))
+    evaluation, training = density(of=net), density(of=net, training=True)
+    assert (evaluation.origin.training, training.origin.training) == ("evaluation", "training")
+    with pytest.raises(spectra.InputError, match="one in evaluation and one in training mode: .* training="):
+        spectra.compare(evaluation, training)
+    spectra.compare(training, density(of=net, training=True))
+
+
+def test_different_hessians_are_said():
+    qat = pytest.importorskip("qat")
+    net = model()
+    qat.quantize_model(net, qat.QuantConfig(bits=2))
+    modes = {"ste": {}, "latent": {}, "latent, point=0.5": {"point": 0.5}, "noisy, sigma=0.01": {"sigma": 0.01}}
+    found = {}
+    for name, options in modes.items():
+        op = qat.hessian_operator(net, batch(), name.split(",")[0], loss=nn.MSELoss(), draws=2, **options)
+        found[name] = spectra.slq(op, probes=2, steps=4)
+        assert found[name].origin.mode == name
+    names = list(modes)
+    for one, other in zip(names, names[1:], strict=False):
+        with pytest.warns(UserWarning, match=f"different Hessians, '{one}' and '{other}'"):
+            spectra.compare(found[one], found[other])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spectra.compare(found["ste"], density(of=net, params=["0.weight", "2.weight"]))  # the operator's own mode
+        spectra.compare(found["ste"], found["ste"])
+
+
+def test_a_probe_names_the_hessian_of_a_builder_that_does_not():
+    def mine(model, batches, **options):
+        return spectra.HessianOperator(model, batches, context=contextlib.nullcontext, **options)
+
+    modes = {"mine": mine, "full": spectra.HessianOperator}
+    probe = spectra.SpectrumProbe(model(), batch(), loss=nn.MSELoss(), modes=modes, probes=1, steps=3)
+    own, full = map(probe.density, probe.measure(0))
+    assert (own.origin.mode, full.origin.mode) == ("mine", "full")
+    with pytest.warns(UserWarning, match="different Hessians"):
+        spectra.compare(own, full)

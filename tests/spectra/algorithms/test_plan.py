@@ -37,7 +37,7 @@ def test_the_plan_holds_what_is_held(case, graph, measured):
     assert plan.rows == graph.get("microbatch", 8)
 
 
-def test_the_footprint_of_a_few_rows_foretells_that_of_all(case):
+def test_the_footprint_of_a_few_rows_predicts_that_of_all(case):
     op = operator(case)
     graphs, footprint = op._graphs, op.footprint()
     substitution = graphs.substitution()
@@ -67,7 +67,7 @@ def test_a_batch_that_does_not_fit_is_cut_and_the_numbers_stay(case, monkeypatch
 def test_the_plan_reads_in_one_line(case):
     text = str(spectra.plan(operator(case), probes=2, steps=5))
     assert "MiB at most beside the model" in text
-    assert "all graphs kept, 8 rows at a time, 2 probes together" in text
+    assert "all graphs kept, 8 rows at a time, 2 probe vectors together" in text
     assert "\n" not in text
 
 

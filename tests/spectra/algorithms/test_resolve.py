@@ -1,4 +1,4 @@
-"""resolve: within the budget, to the half-width asked for, or saying why not; and coverage on a fast subset."""
+"""resolve: it keeps to the budget, reaches the half-width or says why not, and its intervals cover (a fast subset)."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,8 @@ from oracles import matrix_with_spectrum
 import spectra
 from spectra.algorithms import resolve as resolution
 from spectra.algorithms.congruence import find_congruence
+from spectra.algorithms.inertia import recurrences_after_congruence
+from spectra.algorithms.share_recurrences import probes_needed
 
 
 def bulk(name, n, rng):
@@ -44,7 +46,7 @@ def test_ordinary_bulks_are_resolved_and_covered(name, zeros, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_masses_over_decades_are_covered_or_unresolved(seed):
+def test_spectra_over_decades_are_covered_or_unresolved(seed):
     values = values_of("log-normal", seed)
     share = spectra.resolve(spectra.DiagonalOperator(values), budget=600, seed=seed)
     assert share.low <= (values < 0).mean() <= share.high
@@ -87,7 +89,7 @@ def test_bad_options_are_refused_in_one_line(options, word):
     assert "\n" not in str(caught.value)
 
 
-def test_an_eighth_of_the_budget_is_spent_before_the_first_look(monkeypatch):
+def test_an_eighth_of_the_budget_is_spent_before_the_first_estimate(monkeypatch):
     """Where memory cuts the search for outliers short, a bracket may be narrow after a few steps already."""
     monkeypatch.setattr(resolution, "SEARCH_BASIS_BYTES", 0)
     values = np.random.default_rng(0).uniform(-1, 1, size=20_000)
@@ -103,7 +105,7 @@ def test_as_many_probe_vectors_as_the_sampling_variance_asks_for(dimension, half
     def sampling_half_width(probes):
         return 1.959964 * np.sqrt(2 * 0.25 / (dimension + 2) / probes)
 
-    probes = resolution._probes_needed(dimension, half_width)
+    probes = probes_needed(dimension, half_width)
     assert probes > 1
     assert sampling_half_width(probes) <= half_width / 3 < sampling_half_width(probes - 1)
 
@@ -179,3 +181,25 @@ def test_a_reason_after_a_change_of_variables_names_the_zeros():
     assert not share.resolved
     assert "zero that are no coordinates" in share.reason
     assert share.products <= 130
+
+
+@pytest.mark.parametrize("probes", [1, 2])
+def test_a_probe_vector_alone_is_reorthogonalized_after_a_change_of_variables(probes):
+    op, _ = shaped("kronecker", 0)
+    found = recurrences_after_congruence(
+        op,
+        (-np.inf, 0.0),
+        probes=lambda dimension, counts: probes,
+        seed=0,
+        start=None,
+        remaining=lambda: 400 - op.products,
+        on_product=lambda: None,
+    )
+    found.advance()
+    results = found.parts[0].recurrence.tridiagonals()
+    assert len(results) == probes
+    if probes > 1:
+        assert all(result.basis is None for result in results)
+    else:
+        gram = results[0].basis @ results[0].basis.T
+        torch.testing.assert_close(gram, torch.eye(len(gram), dtype=gram.dtype), atol=1e-7, rtol=0)

@@ -100,7 +100,7 @@ def test_the_rule_has_the_moments_of_the_jacobi_matrix():
 
 @pytest.mark.parametrize("reorthogonalize", ["full", "none"])
 def test_the_rule_is_exact_to_degree_two_m_minus_one(reorthogonalize):
-    """v^T A^k v of a probe is the k-th moment of its rule for k < 2m, so longer rules must agree with shorter ones."""
+    """v^T A^k v is the k-th moment of a probe vector's rule for k < 2m, so longer rules agree with shorter ones."""
     spectrum = np.random.default_rng(1).uniform(-1, 1, size=60)
     op = spectra.DenseOperator(matrix_with_spectrum(spectrum, seed=8))
     short = spectra.slq(op, probes=4, steps=6, seed=2, reorthogonalize=reorthogonalize)
@@ -113,7 +113,7 @@ def test_the_rule_is_exact_to_degree_two_m_minus_one(reorthogonalize):
 
 
 def test_a_probe_vector_is_a_uniform_direction():
-    """Averaged over probes the moments of the rule are those of the spectrum: E v^T A^k v = tr(A^k) / n."""
+    """Averaged over probe vectors the moments of the rule are those of the spectrum: E v^T A^k v = tr(A^k) / n."""
     spectrum = np.random.default_rng(4).uniform(-1, 2, size=50)
     op = spectra.DenseOperator(matrix_with_spectrum(spectrum, seed=9))
     density = spectra.slq(op, probes=2000, steps=3, seed=3)
@@ -179,7 +179,7 @@ def test_seeds_share_no_probe_vectors():
     assert len(np.unique(np.round(first, 10))) == 30
 
 
-def test_fewer_probes_are_the_first_of_more():
+def test_fewer_probe_vectors_are_the_first_of_more():
     op = spectra.DenseOperator(matrix_with_spectrum(SPECTRA["normal"], seed=13))
     few, many = (spectra.slq(op, probes=probes, steps=10, seed=4) for probes in (5, 10))
     np.testing.assert_allclose(few.nodes, many.nodes[:5], atol=1e-9)
@@ -204,7 +204,7 @@ def test_a_float32_operator_works_in_its_precision():
     assert wasserstein(density, spectrum) / np.abs(spectrum).max() < 1e-4
 
 
-def test_products_are_probes_times_steps_at_most():
+def test_products_are_probe_vectors_times_steps_at_most():
     op = spectra.DenseOperator(matrix_with_spectrum(SPECTRA["normal"], seed=15))
     spectra.slq(op, probes=3, steps=7, seed=0)
     assert op.products == 21

@@ -87,7 +87,7 @@ def test_repeats_at_the_ends_of_a_larger_matrix(seed):
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 30])
-def test_all_of_them(n):
+def test_all_eigenpairs_of_a_small_matrix(n):
     truth = np.random.default_rng(n).normal(size=n)
     for which in ("LM", "LA", "SA", "BE"):
         _, values, _ = check(spectra.DenseOperator(matrix_with_spectrum(truth, seed=2)), truth, n, which)
@@ -158,3 +158,25 @@ def test_bad_requests_are_refused_in_one_line(k, which):
     with pytest.raises(spectra.InputError) as caught:
         spectra.topk(spectra.DenseOperator(torch.eye(5, dtype=torch.float64)), k, which=which)
     assert "\n" not in str(caught.value)
+
+
+def test_guesses_of_eigenvectors_save_most_of_the_products():
+    """The sum of the three wanted eigenvectors, with 1 % of a random vector, beside a random vector alone."""
+    truth = np.concatenate([np.random.default_rng(0).uniform(-1, 1, size=2997), [1.1, 1.2, 1.3]])
+    op = spectra.DiagonalOperator(truth)
+    guesses = torch.eye(3000, dtype=torch.float64)[:, -3:]
+    cold, warm = (spectra.topk(op, 3, which="LA", tol=1e-2, verify=False, start=s) for s in (None, guesses))
+    for pairs in (cold, warm):
+        assert pairs.converged.all()
+        np.testing.assert_allclose(pairs.values, [1.1, 1.2, 1.3], rtol=1e-3)
+    assert warm.products <= 10
+    assert cold.products > 20
+
+
+def test_the_look_for_missed_pairs_keeps_to_the_number_of_products():
+    op = spectra.DiagonalOperator(np.concatenate([np.linspace(-1, 1, 5000), [9.0]]))
+    alone = spectra.topk(op, 1, verify=False).products
+    for more in (1, 2):
+        pairs = spectra.topk(op, 1, max_products=alone + more)
+        assert pairs.products <= alone + more
+    assert spectra.topk(op, 1).products > alone + 2

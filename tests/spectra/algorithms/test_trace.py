@@ -82,7 +82,7 @@ def test_a_few_outliers_make_hutch_three_times_as_narrow():
     assert widths[1] < widths[2]
 
 
-def test_without_outliers_little_is_lost():
+def test_hutch_loses_little_without_outliers():
     """A flat spectrum has no dominant range: Hutch++ notices, and has nearly the interval of plain Hutchinson."""
     values = np.random.default_rng(8).normal(size=1500) + 0.3
     op = spectra.DenseOperator(matrix_with_spectrum(values, seed=9))
@@ -109,7 +109,7 @@ def test_repeated_eigenvalues_do_not_mislead_hutch(copies):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_operators_smaller_than_the_number_of_probes(method, n):
+def test_operators_smaller_than_the_number_of_probe_vectors(method, n):
     values = np.arange(1.0, n + 1)
     op = spectra.DenseOperator(matrix_with_spectrum(values, seed=5))
     estimate = spectra.trace(op, method=method, probes=30, seed=0)
@@ -128,7 +128,7 @@ def test_an_exact_trace_has_an_interval_for_its_rounding(seed):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_nothing_sums_to_nothing(method):
+def test_the_trace_of_a_zero_matrix_is_zero(method):
     op = spectra.DenseOperator(torch.zeros(20, 20, dtype=torch.float64))
     assert spectra.trace(op, method=method, probes=9, seed=0).value == 0
 

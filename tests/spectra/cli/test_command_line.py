@@ -32,7 +32,7 @@ def ending(error, capsys):
         (OSError("disk full"), "disk full"),
     ],
 )
-def test_what_a_person_can_mend_is_one_line_and_code_2(error, line, capsys):
+def test_what_a_user_can_fix_is_one_line_and_code_2(error, line, capsys):
     assert ending(error, capsys) == (2, f"prog: error: {line}\n")
 
 
@@ -89,7 +89,9 @@ def test_arguments_that_argparse_refuses_are_code_2(capsys):
     assert main(["--help"]) == 0
 
 
-@pytest.mark.parametrize(("encoding", "shown"), [("ascii", rb"|\u03bb| caf\udce9"), ("utf-8", b"|\xce\xbb| caf\\udce9")])
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", rb"|\u03bb| caf\udce9"), ("utf-8", b"|\xce\xbb| caf\\udce9")]
+)
 def test_letters_that_the_terminal_lacks_are_no_error(encoding, shown, monkeypatch):
     printed = io.BytesIO()
     with monkeypatch.context() as patch:
@@ -101,7 +103,9 @@ def test_letters_that_the_terminal_lacks_are_no_error(encoding, shown, monkeypat
 def test_printed_json_is_strict(capsys):
     print_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": "x\udce9"})
     assert json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name)) == {
-        **{"a": None, "b": [None, 1.5], "c": "x\udce9"}
+        "a": None,
+        "b": [None, 1.5],
+        "c": "x\udce9",
     }
 
 

@@ -53,7 +53,7 @@ def test_measure_leaves_a_run_and_prints_its_estimates(model, text, tmp_path, ca
     assert (run.config["length"], run.config["sequences"], run.config["checkpoint"]) == (16, 3, str(model))
     rms = record.estimates["rms"]
     (line,) = [line for line in captured.out.splitlines() if line.startswith("root-mean-square eigenvalue")]
-    assert line.split("eigenvalue")[1].split() == f"{rms.value:.4g} [{rms.low:.4g}, {rms.high:.4g}]".split()
+    assert line.split("eigenvalue")[1].split() == str(rms).split()
     columns = [line.index("[") for line in captured.out.splitlines()[2:] if "[" in line]
     assert len(columns) == len(record.estimates)
     assert len(set(columns)) == 1  # aligned
@@ -109,7 +109,7 @@ def test_compare_says_what_changed(tmp_path, capsys):
     capsys.readouterr()
     assert main(["compare", str(run.folder)]) == 0
     heading, columns, *lines = capsys.readouterr().out.splitlines()
-    assert heading == f"{run.folder} step 0 (start), full -> {run.folder} step 20 (end), full, the same probes"
+    assert heading == f"{run.folder} step 0 (start), full -> {run.folder} step 20 (end), full, the same probe vectors"
     assert columns.split() == ["quantity", "before", "after", "change"]
     assert len(lines) == len(run.records[0].estimates)
     (largest,) = [line for line in lines if line.startswith("largest eigenvalue")]

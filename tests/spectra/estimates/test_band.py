@@ -1,4 +1,4 @@
-"""The band of the cumulative share against curves that are known, and its level against the law of the masses."""
+"""The band of the cumulative share against known curves, and its level against the distribution of the masses."""
 
 import math
 
@@ -27,8 +27,8 @@ def holds(band, values):
 @pytest.mark.parametrize("n", [2, 7, 40, 300])
 @pytest.mark.parametrize("probes", [1, 4])
 @pytest.mark.parametrize("level", [0.5, 0.95])
-def test_no_mass_strays_farther_than_the_simultaneous_error(n, probes, level):
-    """Which eigenvalues they are does not matter: the largest error over all thresholds has one law for n and k."""
+def test_the_masses_stay_within_the_simultaneous_error(n, probes, level):
+    """The distribution of the largest error over all thresholds depends on n and k alone, not on the eigenvalues."""
     rng, draws = np.random.default_rng(n), min(4000, 2_000_000 // (n * probes))
     squares = rng.normal(size=(draws, probes, n)) ** 2
     masses = (squares / squares.sum(axis=2, keepdims=True)).mean(axis=1).cumsum(axis=1)
@@ -37,8 +37,8 @@ def test_no_mass_strays_farther_than_the_simultaneous_error(n, probes, level):
     assert covered >= level - 3 * math.sqrt(level * (1 - level) / draws)
 
 
-def test_the_simultaneous_error_wastes_nothing_for_many_eigenvalues():
-    """A thousand eigenvalues reach the law of Kolmogorov and Smirnov, whose quantile SciPy has."""
+def test_the_simultaneous_error_is_tight_for_many_eigenvalues():
+    """For a thousand eigenvalues the error nearly has the Kolmogorov-Smirnov distribution, known to SciPy."""
     from scipy.special import kolmogi
 
     assert simultaneous_error(1000, 3, 0.95) == pytest.approx(kolmogi(0.05) / math.sqrt(3 * 1002 / 2), rel=1e-4)
@@ -58,7 +58,7 @@ def test_the_covariance_of_the_masses_is_that_of_a_bridge():
 
 @pytest.mark.parametrize(("probes", "steps"), [(2, 20), (4, 60), (4, 100)])
 @pytest.mark.parametrize("seed", range(4))
-def test_holds_the_curve_of_a_known_spectrum(probes, steps, seed):
+def test_the_band_holds_the_curve_of_a_known_spectrum(probes, steps, seed):
     rng = np.random.default_rng(seed)
     values = np.concatenate([0.01 * rng.standard_t(2.5, size=1200), np.zeros(300), [9.0, 4.0, 1.0, -2.0]])
     density = spectra.slq(spectra.DiagonalOperator(values), probes=probes, steps=steps, seed=seed)
@@ -86,7 +86,7 @@ def test_is_the_bracket_and_the_simultaneous_error_at_zero():
     assert high == pytest.approx(np.mean([one.below + one.at for one in brackets]) + error, abs=1e-6)
 
 
-def test_masses_that_are_known_leave_the_simultaneous_error_alone():
+def test_exact_masses_leave_only_the_simultaneous_error():
     band = cumulative_band(measure_of(VALUES, even_weights(1000), steps=6), level=0.95)
     error = math.sqrt(math.log(40) / 1002)
     low, high = band.at(np.array([0.0, 1.5]))
@@ -154,7 +154,7 @@ def test_a_level_that_is_no_probability_is_refused(level):
         cumulative_band(measure_of(VALUES, even_weights(1000), steps=6), level=level)
 
 
-def test_says_where_the_operator_cannot_be_relied_on():
+def test_the_band_has_the_reason_of_an_unverified_operator():
     from spectra.estimates.origin import Origin
 
     density = spectra.SpectralDensity.from_eigenvalues(VALUES)

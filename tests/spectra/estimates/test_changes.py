@@ -1,4 +1,4 @@
-"""compare: intervals of changes that cover, are narrower for shared probes, and say so in words."""
+"""compare: intervals of changes that cover and are narrower for shared probe vectors, and sentences about them."""
 
 import math
 
@@ -60,7 +60,7 @@ def truth(values):
 
 
 def traced(density, rule):
-    """What one probe says of the trace."""
+    """The trace as one probe vector estimates it."""
     return density.measure.sampled_dimension * (rule.weights @ rule.nodes)
 
 
@@ -103,7 +103,7 @@ def test_intervals_of_changes_cover_where_students_would_not(monkeypatch):
     assert np.mean(list(alone.values())) < coverage["trace"] - 0.04
 
 
-def test_shared_probes_make_changes_sharp():
+def test_shared_probe_vectors_narrow_the_interval_of_a_change():
     before, after = pair(1)
     a, b, other = slq(before, probes=10), slq(after, probes=10), slq(after, probes=10, seed=1)
     paired, unpaired = spectra.compare(a, b), spectra.compare(a, other)
@@ -201,19 +201,19 @@ def say(quantity, before, after, difference, ratio):
 
 def test_sentences():
     rose = say("lambda_max", 10, 13.1, (3.1, 2.7, 3.5), (1.31, 1.27, 1.35))
-    assert rose == "lambda_max rose by 31 % [27, 35]"
+    assert rose == "lambda_max rose by 31.0 % [27.0, 35.0]"
     fell = say("rms", 0.02, 0.0138, (-0.0062, -0.007, -0.0054), (0.69, 0.65, 0.73))
-    assert fell == "rms fell by 31 % [27, 35]"
+    assert fell == "rms fell by 31.0 % [27.0, 35.0]"
     share = say("negative_share", 0.3, 0.279, (-0.021, -0.032, -0.010), (0.93, 0.9, 0.97))
     assert share == "negative share fell by 0.021 [0.010, 0.032]"
     deeper = say("lambda_min", -2.0, -2.5, (-0.5, -0.6, -0.4), (1.25, 1.2, 1.3))
-    assert deeper == "lambda_min became more negative by 25 % [20, 30]"
+    assert deeper == "lambda_min became more negative by 25.0 % [20.0, 30.0]"
     flatter = say("lambda_min", -2.0, -1.5, (0.5, 0.4, 0.6), (0.75, 0.7, 0.8))
-    assert flatter == "lambda_min became less negative by 25 % [20, 30]"
+    assert flatter == "lambda_min became less negative by 25.0 % [20.0, 30.0]"
     crossed = say("lambda_min", -2.0, 1.0, (3.0, 2.0, 4.0), (-0.5, -0.7, -0.3))
     assert crossed == "lambda_min rose by 3.0 [2.0, 4.0]"
     still = say("trace", 10.0, 10.2, (0.2, -0.3, 0.7), (1.02, 0.97, 1.07))
-    assert still == "trace did not change measurably: +2 % [-3, 7]"
+    assert still == "trace did not change measurably: +2.0 % [-3.0, 7.0]"
     steady = say("near_zero_share", 0.3, 0.3, (-0.001, -0.02, 0.02), (1.0, 0.9, 1.1))
     assert steady == "near zero share did not change measurably: -0.001 [-0.020, 0.020]"
     assert say("trace", 1.0, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)) == "trace did not change"

@@ -302,6 +302,6 @@ def test_a_relative_tolerance_is_that_of_the_largest_size(partial):
         (lambda d: d.density([0.0, 1.0], bandwidth=0.0), "bandwidth must be positive"),
     ],
 )
-def test_what_makes_no_sense_is_refused(partial, call, message):
+def test_arguments_that_cannot_be_used_are_refused(partial, call, message):
     with pytest.raises(spectra.InputError, match=message):
         call(partial)

@@ -1,4 +1,4 @@
-"""The ends of a spectrum: values, and which room each interval has."""
+"""The ends of a spectrum: their values, and how far each interval extends."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_the_intervals_hold_the_ends(values, steps, seed):
     assert smallest.low - 2e-12 <= values.min() - 1e-12 <= smallest.high
 
 
-def test_room_above_is_the_larger_of_the_residual_and_the_distance_to_the_typical_probe():
+def test_the_interval_extends_by_the_residual_or_the_distance_to_the_median_probe_vector():
     weights = sphere_weights(300, probes=3, seed=0)
     for steps in (3, 8, 14):
         ends, residuals = [], []
@@ -40,7 +40,7 @@ def test_room_above_is_the_larger_of_the_residual_and_the_distance_to_the_typica
         assert estimate.high - estimate.value == pytest.approx(room, rel=1e-6, abs=1e-12)
 
 
-def test_one_probe_vector_that_sees_more_leaves_room():
+def test_an_outlier_seen_by_one_probe_vector_widens_the_interval():
     """Two of three Krylov spaces miss the outlier altogether."""
     weights = sphere_weights(300, probes=3, seed=1)
     weights[:2, OUTLIERS == 9.0] = 0
@@ -75,7 +75,7 @@ def test_a_known_eigenvalue_is_within_its_error():
     assert (smallest_eigenvalue(exact).low, smallest_eigenvalue(exact).high) == (1.0, 1.0)
 
 
-def test_a_smaller_candidate_whose_room_reaches_further_counts():
+def test_the_interval_covers_that_of_a_smaller_candidate():
     weights = sphere_weights(300, probes=2, seed=0)
     sampled = largest_eigenvalue(measure_of(BULK, weights, steps=3))
     between = (sampled.value + sampled.high) / 2
@@ -92,7 +92,7 @@ def test_resolved_up_to_five_percent(error, resolved):
 
 @pytest.mark.parametrize("where", ["known", "sampled"])
 def test_an_end_near_zero_is_measured_by_the_other_end(where):
-    """5 % of nearly nothing would never be reached: a millionth of the spectrum's size is enough."""
+    """An end near zero is resolved to a millionth of the spectrum's size, as 5 % of it could not be reached."""
     values, errors = [-1000.0, 1e-9], [0.0, 5e-4]
     if where == "known":
         measure = only_known(values, errors=errors)

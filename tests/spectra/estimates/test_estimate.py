@@ -39,7 +39,7 @@ def test_the_interval_of_a_skewed_mean_covers(probes):
     assert np.mean([e.low <= 1 <= e.high for e in student]) < held / len(samples)
 
 
-def test_fewer_degrees_of_freedom_leave_more_room():
+def test_fewer_degrees_of_freedom_widen_the_interval():
     widths = [sampling_interval(0.0, 1.0, 0.0, freedom=freedom).half_width for freedom in (math.inf, 30, 3)]
     assert widths == sorted(widths)
     assert widths[0] == pytest.approx(1.96, abs=1e-3)

@@ -80,7 +80,7 @@ def test_the_rounding_error_of_a_sum_is_relative_to_its_terms():
 
 
 @pytest.mark.parametrize("few", [True, False])
-def test_sums_of_both_signs_of_a_few_eigenvalues_have_more_room(few):
+def test_sums_of_both_signs_of_a_few_eigenvalues_have_wider_intervals(few):
     eigenvalues = np.concatenate([[3.0, -2.0, 1.0], np.full(997, 1e-3)]) if few else np.linspace(-1, 1, 1000)
     measure = measure_of(eigenvalues, sphere_weights(1000, probes=4, seed=0))
     plain, wider = (
@@ -132,7 +132,7 @@ def test_a_ratio_of_known_eigenvalues_is_exact():
 
 
 @pytest.mark.parametrize("power", [1, 2])
-def test_the_negative_part_has_room_for_what_more_steps_would_change(power):
+def test_the_interval_of_a_negative_part_covers_what_more_steps_change(power):
     values = np.random.default_rng(3).normal(size=400) + 0.5
     weights = sphere_weights(400, probes=6, seed=2)
     part, whole = moments.negative_power(power), moments.absolute_power(power)
@@ -175,7 +175,7 @@ def test_bisection_ends_outside_the_edge():
 
 
 def test_a_ratio_is_resolved_to_each_side():
-    """Where chance made the share small its standard error is small too, and only the far side shows that."""
+    """If the share is small by chance, its standard error is small too; only the upper side shows it."""
     values = np.concatenate([np.geomspace(1, 10, 30), -np.geomspace(1, 6, 12), np.linspace(-0.1, 0.1, 900)])
     lopsided = 0
     for seed in range(40):

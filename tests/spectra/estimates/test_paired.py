@@ -210,7 +210,7 @@ def test_truncation_and_rounding_widen_the_interval():
     np.testing.assert_allclose(limits(2.0, interval=(1.0, 2.0)), [20.5 - 28 - 4, 20.5 - 28 + 4])
 
 
-def test_what_the_ratio_leaves_of_the_pairs():
+def test_ratio_limits_add_the_known_variance_away_from_the_ratio():
     """At the measured ratio both ways agree; away from it the multiple of `before` has a variance that is known."""
     x, y = by_hand([10, 12, 14, 20], [1, -1], [5, 5]), by_hand([30, 35, 43, 60], [2, -2], [5, 5])
     found, ratio = PairedMeans(x, y), 42 / 14

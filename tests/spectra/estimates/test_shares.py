@@ -116,7 +116,7 @@ def test_the_reason_names_what_makes_the_interval_wide():
 
 
 @pytest.mark.parametrize("zeros", [0, 1200])
-def test_what_seems_to_sit_at_the_bound_is_left_out_of_the_value(zeros):
+def test_mass_at_the_bound_is_left_out_of_the_value(zeros):
     """With 1200 zeros among 4000 eigenvalues the middle of the bracket would be .15 too large."""
     values = np.concatenate([np.linspace(-1, 2, 4000 - zeros), np.zeros(zeros)])
     measure = measure_of(values, even_weights(4000), steps=40)

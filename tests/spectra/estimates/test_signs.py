@@ -1,4 +1,4 @@
-"""How far from zero signs are known, against spectra whose signs are known."""
+"""The threshold beyond which signs are known, on known spectra."""
 
 import math
 import re
@@ -24,7 +24,7 @@ def heavy_tailed(seed, n=2000):
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("half_width", [0.03, 0.05])
-def test_both_shares_are_known_beyond_it_and_not_below(seed, half_width):
+def test_both_shares_are_known_at_the_threshold_and_not_below_it(seed, half_width):
     values = heavy_tailed(seed)
     density = spectra.slq(spectra.DiagonalOperator(values), probes=4, steps=60, seed=seed)
     assert not density.negative_share().resolved
@@ -40,7 +40,7 @@ def test_both_shares_are_known_beyond_it_and_not_below(seed, half_width):
     assert max(share.half_width for share in nearer) > half_width
 
 
-def test_is_zero_where_both_shares_are_known():
+def test_the_threshold_is_zero_where_both_shares_are_known():
     density = spectra.slq(spectra.DiagonalOperator(np.linspace(-1, 3, 5000)), probes=2, steps=120)
     found = density.decided_signs()
     assert found.beyond == 0
@@ -57,7 +57,7 @@ def test_errors_of_known_eigenvalues_are_the_threshold():
     assert (found.above.low, found.above.high) == pytest.approx((0.5, 0.5))
 
 
-def test_none_is_found_where_too_few_eigenvalues_are_seen():
+def test_there_is_no_threshold_where_too_few_signs_are_known():
     measure = measure_of([-2.0, -1.0, 1.0, 2.0], even_weights(4), steps=2)
     found = decided_signs(measure, half_width=1e-6)
     assert math.isinf(found.beyond) or found.beyond >= 2

@@ -1,4 +1,4 @@
-"""Whether the hub answers is found out fast, and what is set for the time of a load is put back."""
+"""Whether the hub can be reached is known fast, and settings that a load changes are restored."""
 
 import http.server
 import socket

@@ -4,6 +4,7 @@ import pickle
 import random
 import warnings
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -115,13 +116,172 @@ class Weighted(transformers.Trainer):
         return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=self.class_weights.to(logits))
 
 
+class Ignoring(transformers.Trainer):
+    """A mean over the tokens of a batch, whatever num_items_in_batch says."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"][:, 1:]
+        logits = model(input_ids=inputs["input_ids"]).logits[:, :-1]
+        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class Dividing(transformers.Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return token_sums(model, inputs)[0] / num_items_in_batch
+
+
+log = []
+
+
+class Meter:
+    """An object of the user that counts, and draws."""
+
+    def __init__(self):
+        self.calls, self.numpy = 0, np.random.RandomState(0)
+
+    def draw(self):
+        self.calls += 1
+        return 1 + 0.1 * self.numpy.rand() + 0.01 * self.calls
+
+
+class Busy(transformers.Trainer):
+    """compute_loss draws from generators of its own, counts in objects and globals, and reads plain iterators."""
+
+    kept = []
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.numpy, self.meter, self.weights = np.random.default_rng(0), Meter(), iter([1.0, 2.0, 3.0, 4.0] * 9)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = model(**inputs).loss * (1 + self.numpy.random()) * self.meter.draw() * next(self.weights)
+        loss = loss * self.data_collator.meter.draw() * self.train_dataset.meter.draw()
+        log.append(loss.item())
+        self.kept.append(len(log))
+        return loss * (1 + 0.01 * len(self.kept))
+
+
+class Collator:
+    def __init__(self):
+        self.meter = Meter()
+
+    def __call__(self, features):
+        return transformers.default_data_collator(features)
+
+
+class Metered(torch.utils.data.Dataset):
+    def __init__(self):
+        self.meter, self.rows = Meter(), rows()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+
+def test_whatever_compute_loss_changes_in_what_the_trainer_holds_is_put_back(tmp_path):
+    found = []
+    for callback in (None, watch()):
+        log.clear()
+        Busy.kept.clear()
+        trainer = trainer_of(tmp_path, kind=Busy, data=Metered(), collate=Collator(), callback=callback)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trainer.train()
+        numbers = (trainer.numpy.random(), next(trainer.weights), trainer.meter.calls, trainer.meter.numpy.rand())
+        found.append((weights(trainer).tolist(), list(log), list(Busy.kept), numbers))
+    assert found[0] == found[1]
+    assert [record.is_measured for record in callback.probe.records] == [True] * 3
+
+
+def test_a_compute_loss_that_reads_from_a_loader_is_refused_and_the_training_misses_nothing(tmp_path):
+    class Mixed(transformers.Trainer):
+        others = None
+
+        def compute_loss(self, model, inputs, **options):
+            if self.others is None:
+                self.others = iter(torch.utils.data.DataLoader(rows(40, seed=2), batch_size=2))
+            return model(**inputs).loss + model(**next(self.others)).loss
+
+    found = []
+    for callback in (None, watch(every=1)):
+        trainer = trainer_of(tmp_path / str(callback is None), kind=Mixed, callback=callback)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        found.append(weights(trainer))
+    assert torch.equal(*found)
+    assert [record.is_measured for record in callback.probe.records] == [True, False, False, False]
+    assert "DataLoader's iterator" in callback.probe.records[-1].reason
+    assert sum("no spectrum" in str(warning.message) for warning in caught) == 1
+
+
+def test_a_compute_loss_that_steps_another_optimizer_is_refused(tmp_path):
+    class Adversarial(transformers.Trainer):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.critic = torch.nn.Linear(tiny_models.VOCABULARY, 1)
+            self.critic_optimizer = torch.optim.Adam(self.critic.parameters())
+
+        def compute_loss(self, model, inputs, **options):
+            logits = model(**inputs).logits
+            self.critic_optimizer.zero_grad()
+            self.critic(logits.detach()).mean().backward()
+            self.critic_optimizer.step()
+            return -self.critic(logits).mean()
+
+    found = []
+    for callback in (None, watch()):
+        trainer = trainer_of(tmp_path / str(callback is None), kind=Adversarial, callback=callback)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train()
+        moments = trainer.critic_optimizer.state_dict()["state"][0]
+        found.append(torch.cat([weights(trainer), trainer.critic.weight.flatten(), moments["exp_avg"].flatten()]))
+    assert torch.equal(*found)
+    assert "step of an optimizer (Adam)" in callback.probe.records[-1].reason
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("kind", [None, Ignoring, Dividing, Penalised])
+def test_what_is_measured_under_accumulation_is_said(tmp_path, kind, steps):
+    _, probe = measured(tmp_path, kind=kind, data=rows(lengths=(8, 7, 3, 2)), gradient_accumulation_steps=steps)
+    notes = [note for note in probe.records[-1].notes if "gradient accumulation" in note]
+    expected = steps == 2 and kind in (Ignoring, Penalised)
+    assert [("the sum of the losses of its 2 batches" in note) for note in notes] == [True] * expected
+
+
+def test_the_sum_that_is_said_is_what_a_step_descends(tmp_path):
+    """The gradient of a step over two batches is twice that of their mean loss, where compute_loss is a mean."""
+
+    class Seen(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+            self.gradient = self.gradient if state.global_step else [p.grad.clone() for p in model.parameters()]
+
+    seen = Seen()
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "max_steps": 1}
+    callback = watch(batch_count=2, params=None)
+    trainer = trainer_of(tmp_path, kind=Ignoring, callback=callback, **options)
+    trainer.add_callback(seen)
+    trainer.train()
+    fresh = tiny_models.causal_lm("llama", dtype=torch.float32)
+    op = spectra.HessianOperator(fresh, callback.probe.batches)
+    summed = torch.cat([g.flatten() for g in seen.gradient])
+    assert torch.allclose(summed, 2 * op.gradient(), rtol=1e-4, atol=1e-6)
+
+
 def test_the_models_own_loss_has_the_same_digits(tmp_path):
+    trained, collated = [], transformers.default_data_collator
+
+    def collate(features):
+        trained.append(collated(features))
+        return trained[-1]
+
+    trainer_of(tmp_path / "seen", data=rows(lengths=(8, 3)), collate=collate).train()
     trainer, probe = measured(tmp_path, data=rows(lengths=(8, 3)))
-    batches = [
-        {k: torch.stack([r[k] for r in trainer.train_dataset[i : i + 2]]) for k in ("input_ids", "labels")}
-        for i in (0, 2)
-    ]
-    op = spectra.HessianOperator(trainer.model, batches, params="*mlp*")
+    assert all(torch.equal(trained[i][key], probe.batches[i][key]) for i in range(2) for key in trained[0])
+    op = spectra.HessianOperator(trainer.model, trained[:2], params="*mlp*")
     assert probe.records[-1].loss == op.loss()
     assert not any("loss" in note for note in probe.records[-1].notes)
 
@@ -315,8 +475,59 @@ def test_a_training_that_raises_and_one_after_it(tmp_path):
     with pytest.raises(KeyError):
         trainer.train()
     stop.on = False
+    with pytest.warns(UserWarning, match="its step 0 is training step 1 there"):
+        trainer.train()
+    assert [record.step for record in callback.probe.records] == [0, 1, 2, 4]
+
+
+@pytest.mark.parametrize("other_process", [False, True])
+def test_a_second_training_counts_on(tmp_path, other_process):
+    callback = watch()
+    trainer = trainer_of(tmp_path, callback=callback)
     trainer.train()
-    assert len(callback.probe.records) == len({record.step for record in callback.probe.records}) == 3
+    if other_process:
+        callback = watch()
+        trainer = trainer_of(tmp_path, callback=callback, model=trainer.model)
+    with pytest.warns(UserWarning, match=f"{tmp_path}.*: its step 0 is training step 3 there") as caught:
+        trainer.train()
+    assert sum("its step 0" in str(warning.message) for warning in caught) == len(caught) == 1
+    records = spectra.Run(tmp_path / "spectra").records
+    assert [(record.step, record.label) for record in records] == [
+        (0, "start"),
+        (2, ""),
+        (3, "end"),
+        (4, ""),
+        (6, "end"),
+    ]
+    assert [any("its step 0" in note for note in record.notes) for record in records] == [False] * 3 + [True] * 2
+    fresh = spectra.HessianOperator(trainer.model, callback.probe.batches, params="*mlp*")
+    assert records[-1].loss == fresh.loss()
+
+
+def test_the_same_training_again_adds_nothing(tmp_path):
+    """With a model that was made anew; and with the weights of the start put back."""
+    trainer_of(tmp_path, callback=watch()).train()
+    before = spectra.Run(tmp_path / "spectra").records
+    callback = watch()
+    trainer = trainer_of(tmp_path, callback=callback)
+    start = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trainer.train()
+        transformers.set_seed(3)
+        trainer.model.load_state_dict(start)
+    assert spectra.Run(tmp_path / "spectra").records == before
+
+
+def test_a_second_training_on_other_data_is_refused_in_the_folder_of_the_first(tmp_path):
+    callback = watch()
+    trainer = trainer_of(tmp_path, callback=callback)
+    trainer.train()
+    trainer.train_dataset = rows(seed=1)
+    with pytest.warns(UserWarning, match=r"holds a run with other settings \(batches: "):
+        trainer.train()
+    assert len(spectra.Run(tmp_path / "spectra").records) == 3
 
 
 def test_a_training_that_is_stopped_is_measured_once_at_its_end(tmp_path):
@@ -331,7 +542,7 @@ def test_a_training_that_is_stopped_is_measured_once_at_its_end(tmp_path):
     assert [record.step for record in callback.probe.records] == [0, 2]
 
 
-def test_the_best_model_is_said(tmp_path):
+def test_a_note_says_that_the_best_model_was_loaded(tmp_path):
     class Worse(transformers.Trainer):
         def __init__(self, *args, **options):
             super().__init__(*args, eval_dataset=rows(2), **options)
@@ -374,9 +585,48 @@ def test_a_probe_that_cannot_be_made(tmp_path, strict):
         with pytest.raises(spectra.InputError):
             trainer.train()
         return
-    with pytest.warns(UserWarning, match="no spectrum of this training"):
-        trainer.train()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="no spectrum of this training: no parameter matches"):
+            trainer.train()
     assert trainer.state.global_step == 3
+    records = spectra.Run(tmp_path / "spectra").records
+    assert [(record.step, record.status, record.label) for record in records] == [
+        (0, "failed", "start"),
+        (3, "failed", "start"),
+    ]
+    assert "no parameter matches" in records[0].reason
+    trainer_of(tmp_path, callback=watch()).train()  # with other settings: nothing was measured with those
+    assert [record.step for record in spectra.Run(tmp_path / "spectra").measured] == [0, 2, 3]
+
+
+def test_a_probe_that_cannot_be_made_leaves_the_runs_of_others_alone(tmp_path):
+    trainer_of(tmp_path, callback=watch()).train()
+    before = (tmp_path / "spectra" / "records.jsonl").read_bytes()
+    for options in ({"probes": 2}, {"params": "nothing*", "probes": 2}):
+        with pytest.warns(UserWarning, match="no spectrum of this training"):
+            trainer_of(tmp_path, callback=watch(**options)).train()
+    assert (tmp_path / "spectra" / "records.jsonl").read_bytes() == before
+
+
+def test_a_probe_that_cannot_be_made_is_recorded_in_the_run_that_goes_on(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trainer_of(tmp_path, callback=watch(), **options).train()
+
+    class Vanished(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            if i < 8:
+                raise OSError("the disk with the data is gone")
+
+    with pytest.warns(UserWarning, match="the disk with the data is gone"), pytest.raises(OSError, match="is gone"):
+        trainer_of(tmp_path, callback=watch(), data=Vanished(), **(options | {"max_steps": 6})).train(
+            resume_from_checkpoint=f"{tmp_path}/checkpoint-2"
+        )
+    record = spectra.Run(tmp_path / "spectra").records[-1]
+    assert (record.step, record.status) == (2, "failed")
+    assert "the disk with the data is gone" in record.reason
 
 
 def test_two_trainers_one_after_another(tmp_path):

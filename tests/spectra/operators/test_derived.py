@@ -52,7 +52,7 @@ def test_deflation_narrows_the_negative_share_and_keeps_the_outliers(dtype):
     assert deflated.lambda_min().value == pytest.approx(values.min(), rel=1e-4)
 
 
-def test_coordinates_never_touched_are_counted_exactly():
+def test_coordinates_that_map_to_zero_are_counted_exactly():
     values = spectrum_with_outliers(zeros=1290)
     op = spectra.DiagonalOperator(values)
     density = spectra.slq(op, probes=3, steps=80, seed=1, deflate=10)
@@ -112,7 +112,7 @@ def test_inputs_that_are_orthogonal_already_are_projected_once():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_end_that_stays_is_covered_though_the_vectors_are_inexact(seed):
+def test_the_end_is_covered_after_deflation_with_inexact_vectors(seed):
     print(f"seed = {seed}")
     rng = np.random.default_rng(seed)
     values = 0.005 * rng.normal(size=3000) + 0.001
@@ -123,7 +123,7 @@ def test_the_end_that_stays_is_covered_though_the_vectors_are_inexact(seed):
     assert end.half_width < 0.02 * abs(values.min())
 
 
-def test_the_rest_beside_the_known_zeros():
+def test_the_density_without_the_known_zeros():
     values = spectrum_with_outliers(zeros=900)
     density = spectra.slq(spectra.DiagonalOperator(values), probes=3, steps=80, deflate=10, seed=1)
     rest = density.without_known_zeros()
@@ -174,7 +174,7 @@ def test_the_congruent_operator_is_pt_a_minus_t_p_and_keeps_the_inertia(shift, m
 
 
 def test_rounding_is_that_of_the_congruent_products():
-    """A small part of the matrix that float32 cancellation has spoilt: T enlarges it, and its error shows."""
+    """P enlarges a small block of the matrix that is lost in rounding error; the rounding error of T shows it."""
     rng = np.random.default_rng(7)
     values = np.concatenate([rng.normal(size=20), 1e-6 * rng.normal(size=20)])
     matrix = torch.as_tensor(matrix_with_spectrum(values, 8))

@@ -12,9 +12,11 @@ from safetensors.numpy import load_file, save_file
 from spectra.backend.errors import InputError
 from spectra.estimates.estimate import Estimate
 from spectra.runs import folder as folder_module
+from spectra.runs.failure import Failure
 from spectra.runs.folder import Run
 from spectra.runs.jsonlines import JsonLines
 from spectra.runs.record import SpectrumRecord
+from spectra.runs.settings import MeasurementSettings
 
 
 def refuse(constant):
@@ -279,6 +281,42 @@ def test_a_setting_that_is_gone_is_a_difference(tmp_path):
         run_folders.add(run, step=0)
     with pytest.raises(InputError, match="probes: 4 in the folder, none asked for"):
         Run.open_or_create(run.folder, {name: value for name, value in SETTINGS.items() if name != "probes"})
+
+
+def failed(step=0):
+    return Failure("no memory", "less of it").to_record(MeasurementSettings(), mode="full", step=step)
+
+
+def test_a_run_that_holds_failures_alone_goes_on_with_other_settings(tmp_path):
+    with Run.create(tmp_path, {"probes": 4, "old": 1}) as run:
+        run.append(failed())
+    with Run.open_or_create(tmp_path, {"probes": 8, "new": 2}) as again:
+        assert [record.status for record in again.records] == ["failed"]
+        again.append(run_folders.record(run_folders.density()))
+    assert Run(tmp_path).config == {"probes": 8, "new": 2}
+    with pytest.raises(InputError, match="holds a run with other settings"):
+        Run.open_or_create(tmp_path, {"probes": 4, "old": 1})
+
+
+@pytest.mark.parametrize("kept_by", ["telemetry", "writer"])
+def test_failures_of_a_run_that_goes_on_elsewhere_keep_their_settings(tmp_path, kept_by):
+    run = Run.create(tmp_path, {"probes": 4})
+    run.append(failed())
+    if kept_by == "telemetry":
+        run.append_telemetry({"step": 1})
+        run.close()
+    with pytest.raises(InputError, match="probes: 4 in the folder, 8 asked for"):
+        Run.open_or_create(tmp_path, {"probes": 8})
+    assert Run(tmp_path).config == {"probes": 4}
+
+
+def test_only_what_is_known_is_compared(tmp_path):
+    with Run.create(tmp_path, {"probes": 4, "batches": "abc"}) as run:
+        run.append(run_folders.record(run_folders.density()))
+    Run.open_or_create(tmp_path, {"probes": 4}, only_compared=["probes"]).close()
+    assert Run(tmp_path).config == {"probes": 4, "batches": "abc"}
+    with pytest.raises(InputError, match="probes: 4 in the folder, 5 asked for"):
+        Run.open_or_create(tmp_path, {"probes": 5}, only_compared=["probes"])
 
 
 @pytest.mark.parametrize("fault", ["write", "short write", "fsync"])

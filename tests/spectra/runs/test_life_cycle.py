@@ -80,7 +80,7 @@ def test_a_probe_made_again_goes_on(case, tmp_path):
     assert again.measure(4, "start") == [again.records[2]]
 
 
-def test_a_later_step_that_is_there_is_kept(case, tmp_path):
+def test_records_of_later_training_steps_are_kept(case, tmp_path):
     """A training goes on from its last checkpoint, before the last spectrum."""
     with SpectrumProbe(*case, every=2, out=tmp_path, **OPTIONS) as probe:
         for i in range(7):
@@ -102,7 +102,7 @@ def test_spectra_of_other_weights_at_a_step_are_told_apart_by_their_labels(case,
     assert marks(Run(tmp_path).records) == [(3, "before-reset"), (3, "after-reset")]
 
 
-def test_a_kept_record_of_other_weights_is_said(case, tmp_path):
+def test_a_note_says_that_a_kept_record_has_other_weights(case, tmp_path):
     model, batches = case
     SpectrumProbe(model, batches, out=tmp_path, **OPTIONS).measure(0)
     with torch.no_grad():

@@ -129,3 +129,12 @@ def test_handles_do_not_add_up(tmp_path):
     for step in range(20):
         run_folders.add(Run.open_or_create(tmp_path, {}), step=step)
     assert count() <= before + 1
+
+
+def test_whether_this_process_writes_to_a_folder(tmp_path, other):
+    (tmp_path / "mine").mkdir()
+    held = WriterLock(tmp_path / "mine")
+    assert lock.is_written_here(tmp_path / "mine")
+    held.release()
+    assert not lock.is_written_here(tmp_path / "mine")
+    assert not lock.is_written_here(tmp_path)  # another process does

@@ -132,7 +132,7 @@ def test_it_measures_where_the_step_is_a_multiple(case):
     assert [record.step for record in probe.records] == [0, 3, 6]
 
 
-def test_the_same_probes_each_time(case):
+def test_the_same_probe_vectors_each_time(case):
     model, batches, _ = case
     # of engine="auto" the clock decides, and engines agree to rounding alone
     probe = spectra.SpectrumProbe(model, batches, probes=3, steps=6, seed=9, engine="reverse")
@@ -261,7 +261,7 @@ def test_params_loss_and_microbatch_reach_the_operator(case):
 def test_progress_counts_products(case, deflate):
     model, batches, _ = case
     seen = []
-    options = {"probes": 2, "steps": 6, "deflate": deflate}
+    options = {"probes": 2, "steps": 6, "deflate": deflate, "count_products": 0}
     spectra.SpectrumProbe(model, batches, progress=lambda *counts: seen.append(counts), **options).measure(0)
     done, total = zip(*seen, strict=True)
     assert list(done) == sorted(done)
@@ -364,3 +364,27 @@ def test_batch_noise_is_split_off_where_asked(tmp_path):
         assert split["batches"] >= 0
         assert split["low"] <= estimate.low <= estimate.high <= split["high"]
         assert written.batch_noise[name] == pytest.approx(split)
+
+
+def test_every_checkpoint_has_a_count_below_zero_and_the_second_starts_from_the_first(tmp_path):
+    model, batches = tiny_models.causal_lm("llama"), tiny_models.token_batches([(16, 16)])
+    with spectra.SpectrumProbe(model, batches, every=1, out=tmp_path / "run", steps=20, count_products=150) as probe:
+        probe.step(0)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(1.01)
+        probe.step(1)
+    first, second = spectra.Run(tmp_path / "run").records
+    assert 0 < second.count["search_products"] < first.count["search_products"]
+    for record in (first, second):
+        assert record.count["products"] <= 150
+        density = spectra.Run(tmp_path / "run").density(record)
+        plain = density.with_count(None).negative_share()
+        assert record.estimates["negative_share"] == density.negative_share()
+        assert record.estimates["negative_share"].half_width < plain.half_width
+
+
+def test_the_count_can_be_left_out(case):
+    model, batches, _ = case
+    (record,) = spectra.SpectrumProbe(model, batches, probes=1, steps=4, deflate=0, count_products=0).measure(0)
+    assert record.count == {}
+    assert record.products == 4

@@ -54,7 +54,7 @@ def test_a_telemetry_key_skips_lines_without_it(run):
     assert len(series(run, "validation_loss").points) == 6
 
 
-def test_what_stands_in_both_is_taken_from_where_there_is_more_of_it(run):
+def test_a_quantity_in_both_is_taken_from_the_longer_series(run):
     run_folders.add(run, step=30, mode="ste", extras={"flip_rate": 0.5})
     assert not series(run, "flip_rate").measured
     run.append_telemetry({"step": 30, "custom": 2.0})

@@ -13,7 +13,7 @@ from spectra.runs.settings import IN_RECORD, MeasurementSettings
     ("options", "words"),
     [
         ({"probes": 0}, "probes and steps must be at least 1, got probes=0, steps=100"),
-        ({"steps": 0}, "got probes=4, steps=0"),
+        ({"steps": 0}, "got probes=2, steps=0"),
         ({"steps": 2.5}, "steps=2.5"),
         ({"probes": True}, "probes=True"),
         ({"seed": 0.5}, "seed must be a whole number, got 0.5"),
@@ -23,6 +23,7 @@ from spectra.runs.settings import IN_RECORD, MeasurementSettings
         ({"microbatch": 0}, "microbatch must be a number of rows, at least 1, got 0"),
         ({"batch_groups": 1}, "batch_groups must be 0, or at least 2 groups, got 1"),
         ({"batch_groups": -2}, "batch_groups must be 0"),
+        ({"count_products": 99}, "count_products must be 0, or at least 100 products, got 99"),
         ({"reorthogonalize": "some"}, "reorthogonalize must be one of auto, full, none, got 'some'"),
         ({"spread": "layers"}, "spread must be one of none, probes, batches, got 'layers'"),
     ],
@@ -53,6 +54,7 @@ def test_config_names_are_those_of_earlier_versions():
 def test_settings_come_back_from_config():
     values = {"probes": 3, "steps": 7, "seed": 5, "deflate": 2, "reorthogonalize": "full", "near_zero_tol": 0.25}
     values |= {"microbatch": 2, "engine": "reverse", "precision": "float32", "spread": "probes", "batch_groups": 3}
+    values |= {"count_products": 120}
     assert set(values) == {field.name for field in dataclasses.fields(MeasurementSettings)}
     assert all(values[name] != getattr(MeasurementSettings(), name) for name in values)
     settings = MeasurementSettings(**values)

@@ -1,4 +1,9 @@
-"""What a probe puts back beside the model: loaders, and what a loss function holds. And when checks are made again."""
+"""A probe restores loaders and the objects that a loss function holds, and repeats checks when they are due."""
+
+import array
+import collections
+import threading
+import types
 
 import numpy as np
 import pytest
@@ -149,3 +154,143 @@ def test_a_predicate_sees_the_names_inside_of_a_wrapper(tmp_path):
     batches = [(torch.randn(9, 4), torch.arange(9) % 3)]
     spectra.SpectrumProbe(model, batches, out=tmp_path, params=lambda name, _: name == "weight", **OPTIONS)
     assert spectra.Run(tmp_path).config["params"].startswith("1 chosen")
+
+
+# -- what a loss function holds
+
+module_log = []
+
+
+class CountingLoss:
+    """Counts in a container, in a number and on its class, and draws from a generator of its own."""
+
+    total = 0
+
+    def __init__(self, container):
+        self.container, self.calls, self.numpy = container, 0, np.random.default_rng(0)
+
+    def __call__(self, outputs, targets):
+        self.calls += 1
+        type(self).total += 1
+        module_log.append(self.calls)
+        self.numpy.random()
+        value = functional.cross_entropy(outputs, targets)
+        add = next(
+            getattr(self.container, name) for name in ("append", "add", "update") if hasattr(self.container, name)
+        )
+        add({self.calls: value.item()} if isinstance(self.container, dict) else value.item())
+        return value
+
+    def state(self):
+        return list(self.container), self.calls, CountingLoss.total, list(module_log), self.numpy.bit_generator.state
+
+
+CONTAINERS = {"list": list, "dict": dict, "set": set, "deque": collections.deque, "array": lambda: array.array("d")}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_what_a_loss_counts_is_put_back(container):
+    torch.manual_seed(0)
+    model, batch = nn.Linear(4, 3), (torch.randn(9, 4), torch.arange(9) % 3)
+    loss = CountingLoss(CONTAINERS[container]())
+    loss(model(batch[0]), batch[1])
+    before = loss.state()
+    with spectra.SpectrumProbe(model, [batch], loss=loss, **OPTIONS) as probe:
+        for i in range(3):
+            probe.step(i)
+    assert [record.is_measured for record in probe.records] == [True, True]
+    assert loss.state() == before
+
+
+def test_a_closure_that_appends_keeps_the_entries_of_the_training_alone():
+    torch.manual_seed(0)
+    model, seen, calls = nn.Linear(4, 3), [], 0
+
+    def loss(outputs, targets):
+        nonlocal calls
+        calls += 1
+        seen.append(calls)
+        return functional.cross_entropy(outputs, targets)
+
+    batch = (torch.randn(9, 4), torch.arange(9) % 3)
+    probe = spectra.SpectrumProbe(model, [batch], loss=loss, **OPTIONS)
+    for i in range(3):
+        loss(model(batch[0]), batch[1])
+        probe.step(i)
+    assert seen == [1, 2, 3]
+    assert calls == 3
+
+
+class Logging(nn.Module):
+    """A layer whose forward pass writes to a global, and draws from an object of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.meter = nn.Linear(4, 3), types.SimpleNamespace(random=np.random.RandomState(0), count=0)
+
+    def forward(self, x):
+        self.meter.count += 1
+        self.meter.random.rand()
+        module_log.append(self.meter.count)
+        return self.layer(x)
+
+
+def test_what_a_forward_pass_counts_is_put_back():
+    model = Logging()
+    before = list(module_log), model.meter.count, model.meter.random.get_state()[2]
+    spectra.SpectrumProbe(model, [(torch.randn(9, 4), torch.arange(9) % 3)], **OPTIONS).step(0)
+    assert (list(module_log), model.meter.count, model.meter.random.get_state()[2]) == before
+
+
+def test_a_loss_that_reads_from_a_loader_is_refused_and_nothing_is_lost():
+    others = iter(DataLoader([torch.randn(4) for _ in range(6)], batch_size=2))
+
+    def loss(model, batch):
+        return model(batch).square().mean() + model(next(others)).mean()
+
+    probe = spectra.SpectrumProbe(nn.Linear(4, 3), [torch.randn(5, 4)], loss=loss, **OPTIONS)
+    with pytest.warns(UserWarning, match="DataLoader's iterator that can be read only once"):
+        (record,) = probe.step(0)
+    assert not record.is_measured
+    assert len(list(others)) == 3
+
+
+def test_a_loss_that_steps_an_optimizer_is_refused_and_other_threads_are_left_alone():
+    critic = nn.Linear(3, 1)
+    optimizer = torch.optim.Adam(critic.parameters())
+    elsewhere = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    done = []
+
+    def in_another_thread():
+        elsewhere.step()
+        done.append(1)
+
+    def loss(model, batch):
+        thread = threading.Thread(target=in_another_thread)
+        thread.start()
+        thread.join()
+        out = model(batch)
+        critic(out.detach()).mean().backward()
+        optimizer.step()
+        return -critic(out).mean()
+
+    before = critic.weight.detach().clone()
+    probe = spectra.SpectrumProbe(nn.Linear(4, 3), [torch.randn(5, 4)], loss=loss, **OPTIONS)
+    with pytest.warns(UserWarning, match=r"a step of an optimizer \(Adam\)"):
+        assert not probe.step(0)[0].is_measured
+    assert torch.equal(critic.weight, before)
+    assert critic.weight.grad is None
+    assert not optimizer.state
+    optimizer.step()
+
+
+def test_a_quantized_model_is_said_to_be_measured_straight_through():
+    qat = pytest.importorskip("qat")
+    model, batch = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (torch.randn(9, 4), torch.arange(9) % 3)
+    plain = spectra.SpectrumProbe(model, [batch], **OPTIONS).measure(0)
+    qat.quantize_model(model, qat.QuantConfig(bits=2))
+    chosen = spectra.SpectrumProbe(model, [batch], **OPTIONS).measure(0)
+    named = spectra.SpectrumProbe(model, [batch], modes={"ste": spectra.HessianOperator}, **OPTIONS).measure(0)
+    assert [record.mode for record in (*plain, *chosen, *named)] == ["full", "ste", "ste"]
+    said = [any("straight-through" in note for note in record.notes) for record in (*plain, *chosen, *named)]
+    assert said == [False, True, False]

@@ -10,7 +10,6 @@ import run_folders
 from spectra import report
 from spectra.backend.errors import InputError
 from spectra.estimates.estimate import Estimate
-from spectra.views.tables import number
 
 
 class Page(HTMLParser):
@@ -92,9 +91,10 @@ def test_estimates_stand_with_their_intervals_and_unresolved_ones_with_their_rea
     run = run_folders.run_folder(tmp_path / "a")
     got = page(report.write(run))
     rms = run.records[1].estimates["rms"]
-    assert number(rms.value) in got.text
-    assert f"[{number(rms.low)}, {number(rms.high)}]" in got.text or rms.low == rms.high
-    assert got.text.count("○ 0.4000 [0.1000, 0.8000]") == 3
+    value, low, high = rms.rounded()
+    assert value in got.text
+    assert f"[{low}, {high}]" in got.text or rms.low == rms.high
+    assert got.text.count("○ 0.40 [0.10, 0.80]") == 3
     titles = [attributes["title"] for attributes in got.all("span") if "title" in attributes]
     assert titles.count(f"unresolved: {run_folders.UNRESOLVED.reason}") == 3
     assert f"3 of them, for example: {run_folders.UNRESOLVED.reason}" in got.text
@@ -114,15 +114,15 @@ def test_a_study_shows_its_table_by_row_and_its_estimates_at_start_and_end(tmp_p
     assert "2-bit WinQ 2 winq 12.50 –" in got.text
     assert "Quantity 1-bit baseline 1-bit WinQ 2-bit baseline 2-bit WinQ" in got.text
     assert "nested.alpha 0.4" in got.text
-    start = rows[0]["lambda_max_start"]["value"]
-    assert f"loss per parameter² start {number(start)}" in got.text
+    start, _, _ = Estimate.from_dict(rows[0]["lambda_max_start"]).rounded()
+    assert f"loss per parameter² start {start}" in got.text
 
 
 def test_estimates_of_a_table_may_be_objects(tmp_path, without_figures):
     study = run_folders.study_folder(tmp_path / "study", bits=(2,))
     rows = [{"bits": 2, "method": "winq", "rms_end": Estimate(0.5, 0.25, 0.75, False, "because")}]
     got = page(report.write(study, table=rows))
-    assert "○ 0.5000 [0.2500, 0.7500]" in got.text
+    assert "○ 0.50 [0.25, 0.75]" in got.text
     assert "1 of them: because" in got.text
 
 
@@ -197,8 +197,8 @@ def test_estimates_of_further_modes_are_named(tmp_path, without_figures):
     one, other = Estimate(0.5, 0.25, 0.75), Estimate(0.625, 0.5, 0.875)
     rows = [{"label": "2-bit WinQ", "latent_negative_energy_share_end": one, "negative_energy_share_end": other}]
     got = page(report.write(study, table=rows))
-    first = got.text.index("0.6250 [0.5000, 0.8750]")
-    assert 0 < first < got.text.index("Negative energy share, mode latent") < got.text.index("0.5000 [0.2500, 0.7500]")
+    first = got.text.index("0.62 [0.50, 0.88]")
+    assert 0 < first < got.text.index("Negative energy share, mode latent") < got.text.index("0.50 [0.25, 0.75]")
 
 
 def test_every_mode_gets_its_figures_and_its_meaning(tmp_path, without_figures):

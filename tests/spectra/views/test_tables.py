@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import run_folders
 
@@ -22,7 +24,23 @@ def test_rows_are_called_by_their_label_and_every_other_column_is_plain():
     assert texts(table) == [["2-bit WinQ", "2", "winq", "12.50", "yes"], ["row 2", "4", "other", "–", "–"]]
     estimates = estimates_of_rows(rows)
     assert estimates.columns == ["2-bit WinQ", "row 2"]
-    assert texts(estimates) == [["0.5000", "0.6250"]]
+    assert texts(estimates) == [["0.50", "0.62"]]
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text", "interval"),
+    [
+        (Estimate(0.5, 0.2541, 0.7519), "0.50", "[0.25, 0.76]"),
+        (Estimate(-2.345e-7, -2.5e-7, -2.1e-7), "−2.34·10⁻⁷", "[−2.5·10⁻⁷, −2.1·10⁻⁷]"),
+        (Estimate(12345.0, 9876.0, 15432.0), "12,300", "[9,800, 15,500]"),
+        (Estimate(2.5, -math.inf, math.inf), "2.5", "[−∞, ∞]"),
+        (Estimate(2.5, 2.5, 2.5), "2.500", ""),
+        (Estimate(math.nan, -math.inf, math.inf), "not finite", "[−∞, ∞]"),
+    ],
+)
+def test_an_estimate_has_the_digits_of_its_interval(estimate, text, interval):
+    ((cell,),) = [row.cells for row in estimates_of_rows([{"rms_end": estimate}]).rows]
+    assert (cell.text, cell.interval) == (text, interval)
 
 
 def test_without_labels_there_is_no_column_of_names():
@@ -62,7 +80,7 @@ def test_records_are_called_in_the_words_of_the_run(tmp_path):
         (123456, "123,456"),
         (0.43214, "0.4321"),
         (4.15, "4.150"),
-        (4567.8, "4568"),
+        (4567.8, "4,568"),
         (-1.2344e-7, "−1.234·10⁻⁷"),
         (2.5e12, "2.500·10¹²"),
         (float("nan"), "not finite"),

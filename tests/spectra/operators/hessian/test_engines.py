@@ -77,7 +77,7 @@ def test_blocks_of_vectors_through_quantizers(bits, mode, engine, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["batched", "forward", "auto"])
-def test_pairs_of_inputs_and_targets_and_a_parameter_that_takes_no_part(engine, monkeypatch):
+def test_pairs_of_inputs_and_targets_and_an_unused_parameter(engine, monkeypatch):
     eager(monkeypatch)
     model = torch.nn.ModuleDict({"used": tiny_models.mlp(), "idle": torch.nn.Linear(2, 2).double()})
     model.forward = model["used"].forward
@@ -110,7 +110,7 @@ def test_forward_over_reverse_compiles():
     assert relative_error(got, want) < LANGUAGE
 
 
-def test_the_pick_is_made_once_for_a_size_of_block_and_outlives_new_weights(monkeypatch):
+def test_an_engine_is_picked_once_for_a_block_size_and_kept_at_new_weights(monkeypatch):
     timed = []
     monkeypatch.setattr(
         engine_pick.EnginePick, "_seconds", lambda self, way, v: (timed.append(way) or 1.0, self._run(way, v))
@@ -197,7 +197,7 @@ def test_running_out_of_memory_for_the_graphs_is_survived_too(monkeypatch):
 
 
 def test_graphs_that_fitted_before_may_not_fit_at_new_weights(monkeypatch):
-    """The engine that multiplied last held more; what has to go first is that, then the graphs."""
+    """The engine that multiplied last needs more memory: it is replaced first, then the graphs are rebuilt."""
     model = tiny_models.mlp()
     op = spectra.HessianOperator(model, tiny_models.classification((4,)), engine="batched", graph="keep")
     op @ normal(op.shape[0], 2, seed=1)
@@ -238,7 +238,7 @@ RECORDED = {"captured": "reverse", "captured batched": "batched"}
 
 
 @pytest.mark.parametrize("engine", ["captured", "captured batched"])
-def test_what_was_captured_does_not_outlive_the_weights(engine, monkeypatch):
+def test_captured_products_are_recorded_again_at_new_weights(engine, monkeypatch):
     """Without a GPU: a recording that multiplies, as a CUDA graph does, at the weights that it was made at."""
     made = []
 

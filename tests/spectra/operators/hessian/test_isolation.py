@@ -146,7 +146,7 @@ def test_weights_that_are_not_finite_name_the_parameter():
         assert "batch" in message
 
 
-def test_weights_that_turn_not_finite_later_are_noticed():
+def test_weights_that_become_not_finite_are_detected():
     model = tiny_models.mlp()
     op = spectra.HessianOperator(model, tiny_models.regression((4, 3)))
     op @ normal(51, seed=0)
@@ -175,3 +175,19 @@ def test_a_gradient_that_is_not_finite_names_batch_and_parameter():
     message = failure(Root(), batches, loss=functional.mse_loss)
     assert "inner" in message
     assert "batch" in message
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "float64"}, {"graph": "rebuild"}], ids=str)
+def test_the_autocast_of_a_model_that_accelerate_prepared_is_not_measured(options):
+    accelerate = pytest.importorskip("accelerate")
+    plain, prepared = (tiny_models.mlp().float() for _ in range(2))
+    batches = [tuple(t.float() for t in batch) for batch in tiny_models.regression((9,))]
+    prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(prepared)
+    inputs, targets = batches[0]
+    assert functional.mse_loss(prepared(inputs), targets).item() != functional.mse_loss(plain(inputs), targets).item()
+    forward = prepared.forward
+    one, other = (spectra.HessianOperator(model, batches, **options) for model in (plain, prepared))
+    vector = normal(51, seed=0).to(one.dtype)
+    assert torch.equal(one @ vector, other @ vector)
+    assert one.loss() == other.loss()
+    assert prepared.forward == forward

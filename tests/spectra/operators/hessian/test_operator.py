@@ -131,7 +131,7 @@ def test_a_gradient_is_the_callers_own(graph):
     assert torch.equal(op @ v, before)
 
 
-def test_weights_loaded_or_written_count():
+def test_loaded_or_written_weights_are_used():
     model, batches = tiny_models.mlp(0), tiny_models.regression((9,))
     op = spectra.HessianOperator(model, batches)
     op @ normal(51, seed=0)
@@ -165,7 +165,7 @@ def test_writing_through_data_counts_after_a_refresh():
     agree(op, model, functional.mse_loss(model(batches[0][0]), batches[0][1]))
 
 
-def test_after_close_it_still_answers():
+def test_an_operator_stays_usable_after_close():
     model, batches = tiny_models.mlp(), tiny_models.regression((9,))
     op = spectra.HessianOperator(model, batches)
     v = normal(51, seed=0)

@@ -1,4 +1,4 @@
-"""Which parameters are meant, in which order, and once each."""
+"""Which parameters are chosen, in which order, and each counted once."""
 
 import re
 
@@ -129,7 +129,7 @@ class Odd(nn.Module):
         self.weight = nn.Parameter(torch.ones(2, dtype=dtype))
 
 
-def test_0_dim_and_size_0_parameters_have_their_place_and_integers_none():
+def test_scalar_and_empty_parameters_are_counted_and_integers_left_out():
     space = ParameterSpace(Odd())
     assert space.names == ("scale", "none", "weight")
     assert space.dimension == 3

@@ -131,7 +131,7 @@ def test_shares_are_not_guessed_where_there_are_more_batches_than_parameters(row
 
 
 def test_one_batch_of_sixty_that_weighs_otherwise_is_found():
-    """Its class is in no other batch, and its group is none of those that are compared by gradients."""
+    """Its class is in no other batch, and its group is compared by losses alone."""
     model, g = network(), torch.Generator().manual_seed(5)
     x, y = torch.randn(960, 4, generator=g), torch.randint(0, 2, (960,), generator=g)
     y[16 * 37 + 3] = 2
@@ -267,7 +267,7 @@ class Graph:
         return Graph(self.x.to(device), self.y.to(device))
 
 
-def test_objects_weigh_the_same_and_the_record_says_so():
+def test_objects_have_equal_weights_and_the_record_says_so():
     model = network()
     loss = lambda model, batch: functional.cross_entropy(model(batch.x), batch.y)  # noqa: E731
     op = spectra.HessianOperator(model, [Graph(*batch) for batch in BATCHES], loss=loss)

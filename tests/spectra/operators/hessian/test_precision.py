@@ -68,7 +68,7 @@ def test_an_unknown_precision_is_refused():
         operator("int8")
 
 
-def test_eigenpairs_say_what_the_precision_leaves_open():
+def test_residuals_of_eigenpairs_include_the_error_of_a_lower_precision():
     exact = spectra.topk(operator(), 4, which="LM", tol=1e-3)
     lower = spectra.topk(operator("bfloat16"), 4, which="LM", tol=1e-3)
     assert exact.converged.all()

@@ -1,0 +1,103 @@
+"""Counts below a threshold after a change of variables, against dense Hessians in float64."""
+
+import functools
+
+import numpy as np
+import pytest
+from tiny_models import causal_lm, token_batches
+
+import qat
+import spectra
+from spectra.algorithms import inertia
+
+
+@functools.cache
+def hessian(bits=None, seed=0):
+    """A small language model's Hessian in float64, and its eigenvalues; those of rows of zeros are exactly zero."""
+    model, batches = causal_lm("llama", seed=seed), token_batches([(16, 16, 12, 16), (16, 9, 16)], seed=seed + 1)
+    if bits is None:
+        op = spectra.HessianOperator(model, batches)
+    else:
+        qat.quantize_model(model, qat.QuantConfig(bits=bits))
+        op = qat.hessian_operator(model, batches, "ste")
+    matrix = op.to_dense().numpy()
+    kept = matrix.any(axis=1)
+    values = np.zeros(len(matrix))
+    values[kept] = np.linalg.eigvalsh(matrix[np.ix_(kept, kept)])
+    return op, values
+
+
+@pytest.fixture(scope="module")
+def case():
+    return hessian()
+
+
+@pytest.mark.parametrize("quantile", [0.2, 0.5, 0.9])
+def test_the_count_below_any_threshold(case, quantile):
+    op, values = case
+    threshold = float(np.quantile(values, quantile))
+    count, _ = spectra.count_below(op, threshold, products=300)
+    share = count.share()
+    assert share.low <= np.mean(values < threshold) <= share.high
+    assert count.products <= 300
+
+
+@pytest.mark.parametrize(("bits", "threshold"), [(1, 0.0), (1, 1e-4), (2, -1e-4), (2, 0.0)])
+def test_masked_weights_count_on_their_side_of_the_threshold(bits, threshold):
+    op, values = hessian(bits)
+    assert np.mean(values == 0) > 0.02
+    count, found = spectra.count_below(op, threshold, products=300)
+    share = count.share()
+    assert share.low <= np.mean(values < threshold) <= share.high
+    assert found.mask is not None
+
+
+def test_a_density_reads_its_negative_share_from_the_count_alone(case):
+    op, values = case
+    plain = spectra.slq(op, probes=2, steps=30)
+    counted = spectra.slq(op, probes=2, steps=30, congruence=True, count_products=250)
+    assert counted.trace() == plain.trace()
+    assert counted.rms() == plain.rms()
+    share = counted.negative_share()
+    assert share.low <= np.mean(values < 0) <= share.high
+    assert share.half_width < plain.negative_share().half_width / 2
+    assert counted.count.products <= 250
+
+
+def test_an_earlier_change_of_variables_shortens_the_search(case):
+    op, _ = case
+    cold, found = spectra.count_below(op, products=200)
+    warm, _ = spectra.count_below(op, products=200, start=found)
+    assert warm.search_products < cold.search_products
+    density = spectra.slq(op, probes=1, steps=20, congruence=found, count_products=200)
+    assert density.count.search_products == warm.search_products
+
+
+def test_progress_ends_full_and_counts_every_product(case):
+    op, _ = case
+    seen, before = [], op.products
+    count, _ = spectra.count_below(op, products=200, progress=lambda *counts: seen.append(counts))
+    done, total = zip(*seen, strict=True)
+    assert list(done) == sorted(done)
+    assert done[-1] == total[-1] == op.products - before == count.products
+
+
+def test_a_hopeless_count_ends_after_its_first_steps(case, monkeypatch):
+    op, _ = case
+    monkeypatch.setattr(inertia, "HOPELESS", 0.0)
+    count, _ = spectra.count_below(op, products=300)
+    assert count.cost()["steps"] == inertia.FIRST_STEPS
+
+
+def test_a_small_matrix_is_diagonalised():
+    values = np.linspace(-1, 2, 150)
+    count, found = spectra.count_below(spectra.DiagonalOperator(values), 0.5)
+    assert found is None
+    assert count.share().value == np.mean(values < 0.5)
+    assert count.share().half_width == 0
+
+
+def test_operators_without_shapes_and_short_budgets_have_none(case):
+    assert spectra.count_below(spectra.DiagonalOperator(np.linspace(-1, 2, 400))) is None
+    assert spectra.count_below(case[0], products=99) is None
+    assert spectra.slq(spectra.DiagonalOperator(np.linspace(-1, 2, 400)), steps=9, congruence=True).count is None
