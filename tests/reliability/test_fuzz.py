@@ -259,10 +259,10 @@ def test_figures(run_folder, draw, word, number, steps):
 
 @fuzzed
 @given(
-    mode=WORDS | st.sampled_from(["quantized", "latent", "noisy"]),
+    mode=st.sampled_from(["ste", "quantized", "latent", "noisy", "no such"]),
     options_=st.fixed_dictionaries({}, optional={"draws": COUNTS, "seed": COUNTS, "sigma": REALS, "point": REALS}),
     alpha=NUMBERS,
-    params=st.none() | WORDS | st.lists(WORDS, max_size=2),
+    params=st.none() | st.sampled_from(["*", "0.weight", "no such", ["*bias", "*"]]),
 )
 def test_a_quantized_model(mode, options_, alpha, params):
     torch.manual_seed(0)
@@ -306,3 +306,13 @@ def test_a_run_folder_with_anything_in_it(tmp_path_factory, line, config):
     for read in (lambda run: run.config, lambda run: run.records, lambda run: run.presentation, lambda run: run.runs):
         works_or_is_refused(lambda read=read: read(Run(folder)))
     runs_or_exits_2(spectra_command, ["compare", str(folder)])
+
+
+def test_noise_beyond_all_numbers_is_refused_or_measured():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2))
+    qat.quantize_model(model, qat.QuantConfig(bits=2))
+    batches = [(torch.ones(3, 2), torch.zeros(3, dtype=torch.int64))]
+    for sigma in (1e300, 1e38, 1e-300):
+        with contextlib.closing(qat.hessian_operator(model, batches, mode="noisy", sigma=sigma)) as op:
+            works_or_is_refused(lambda op=op: op @ torch.ones(op.shape[0]))

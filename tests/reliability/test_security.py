@@ -97,7 +97,7 @@ def test_code_in_a_model_folder_is_run_only_when_asked(tmp_path, capsys):
 
 
 SETS = "document.documentElement.dataset.ran='yes'"
-HOSTILE = f"<script>{SETS}</script>\"'><img src=x onerror=\"{SETS}\"><svg onload=\"{SETS}\">"
+HOSTILE = f'<script>{SETS}</script>"\'><img src=x onerror="{SETS}"><svg onload="{SETS}">'
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
