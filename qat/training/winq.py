@@ -128,6 +128,8 @@ def reset_steps(every: float, total_steps: int) -> tuple[int, ...]:
     check_every(every)
     if isinstance(every, Integral):
         return tuple(range(int(every), total_steps + 1, int(every)))
+    if every * total_steps <= 1:
+        return tuple(range(1, total_steps))
     count = int((1 - 1e-9) / every)
     steps = {int(index * every * total_steps + 0.5) for index in range(1, count + 1)}
     return tuple(sorted(step for step in steps if 0 < step < total_steps))

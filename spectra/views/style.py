@@ -102,7 +102,7 @@ def rendered(figure: Figure, kind: str, **options: Any) -> bytes:
     Args:
         figure: The figure.
         kind: "png", "svg", "pdf": what matplotlib writes.
-        options: Further options of `savefig`.
+        **options: Further options of `savefig`.
 
     Returns:
         The bytes of the file.

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from qat.cli import main as qat_command
 from spectra.backend.errors import InputError
 from spectra.cli.main import main as spectra_command
 from spectra.runs.folder import Run
+from spectra.views import page, plots
 
 EXAMPLES = int(os.environ.get("SPECTRA_EXAMPLES", "25"))
 fuzzed = settings(
@@ -34,6 +36,7 @@ fuzzed = settings(
     suppress_health_check=list(HealthCheck),
 )
 NUMBERS = st.one_of(st.integers(-3, 12), st.floats(), st.none(), st.booleans(), st.text(max_size=3))
+REALS, COUNTS = st.one_of(st.integers(-3, 12), st.floats()), st.integers(-3, 12)
 WORDS = st.one_of(
     st.text(max_size=8),
     st.integers(-5, 5).map(str),
@@ -88,6 +91,18 @@ def test_spectra_compare(run_folder, more):
 def test_spectra_plot(run_folder, tmp_path_factory, more):
     out = str(tmp_path_factory.mktemp("plot") / "x.png")
     runs_or_exits_2(spectra_command, ["plot", run_folder, "--out", out, *more])
+
+
+@fuzzed
+@given(title=st.none() | st.text(max_size=20), more=options("--nonsense"), table=st.binary(max_size=20))
+def test_spectra_report(run_folder, title, more, table):
+    """With any title, and anything in table.json. Figures have no part in it."""
+    (Path(run_folder) / "table.json").write_bytes(table)
+    given_ = [] if title is None else [f"--title={title}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "density_pictures", lambda run: [])
+        patch.setattr(page, "trajectory_pictures", lambda run: [])
+        runs_or_exits_2(spectra_command, ["report", run_folder, *given_, *more])
 
 
 MEASURE = (
@@ -188,10 +203,87 @@ def test_a_probe(options_):
 
 
 @fuzzed
+@given(
+    values=st.lists(st.floats(), max_size=5),
+    shape=st.sampled_from([(-1,), (1, -1), (-1, 1), (5, 5)]),
+    options_=st.dictionaries(st.sampled_from(["probes", "steps", "deflate"]), COUNTS),
+)
+def test_operators_and_their_plan(values, shape, options_):
+    matrix = np.resize(values or [0.0], (5, 5)) if shape == (5, 5) else np.array(values, dtype=float).reshape(shape)
+    for operator in (spectra.DenseOperator, spectra.DiagonalOperator):
+        op = works_or_is_refused(lambda operator=operator: operator(matrix))
+        if op is not None:
+            works_or_is_refused(lambda op=op: spectra.MeanOperator([op]) @ torch.from_numpy(matrix))
+            works_or_is_refused(lambda op=op: spectra.DeflatedOperator(op, torch.from_numpy(matrix)))
+            works_or_is_refused(lambda op=op: spectra.plan(op))
+    torch.manual_seed(0)
+    batches = [(torch.ones(3, 2), torch.zeros(3, dtype=torch.int64))]
+    with spectra.HessianOperator(nn.Linear(2, 2), batches) as op:
+        works_or_is_refused(lambda: str(spectra.plan(op, **{"steps": 2, "probes": 1} | options_)))
+
+
+DENSITY = {
+    "density": (np.linspace(-1, 1, 3),),
+    "near_zero_share": (),
+    "share_between": (-1.0,),
+    "decided_signs": (),
+    "band": (),
+}
+
+
+@fuzzed
+@given(name=st.sampled_from(sorted(DENSITY)), number=REALS, other=REALS)
+def test_questions_to_a_density(name, number, other):
+    found = run_folders.density(steps=4)
+    works_or_is_refused(lambda: getattr(found, name)(*DENSITY[name], number))
+    works_or_is_refused(lambda: spectra.compare(found, found, near_zero_tol=other))
+
+
+@fuzzed
+@given(draw=st.sampled_from(["density", "cumulative", "trajectory"]), word=WORDS, number=REALS, steps=COUNTS)
+def test_figures(run_folder, draw, word, number, steps):
+    import matplotlib.pyplot as plt
+
+    given_ = {
+        "density": {"mode": word, "steps": steps, "bandwidth": number, "scale": word},
+        "cumulative": {"mode": word, "steps": steps, "level": number, "scale": word},
+        "trajectory": {"quantity": word, "mode": word},
+    }[draw]
+    try:
+        for key, value in given_.items():
+            with_default = {"quantity": "rms"} if draw == "trajectory" else {}
+            works_or_is_refused(lambda k=key, v=value, d=with_default: getattr(plots, draw)(run_folder, **{**d, k: v}))
+    finally:
+        plt.close("all")
+
+
+@fuzzed
+@given(
+    mode=st.sampled_from(["ste", "quantized", "latent", "noisy", "no such"]),
+    options_=st.fixed_dictionaries({}, optional={"draws": COUNTS, "seed": COUNTS, "sigma": REALS, "point": REALS}),
+    alpha=NUMBERS,
+    params=st.none() | st.sampled_from(["*", "0.weight", "no such", ["*bias", "*"]]),
+)
+def test_a_quantized_model(mode, options_, alpha, params):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2))
+    works_or_is_refused(lambda: qat.quantize_model(model, qat.QuantConfig(bits=2)))
+    batches = [(torch.ones(3, 2), torch.zeros(3, dtype=torch.int64))]
+
+    def product():
+        with contextlib.closing(qat.hessian_operator(model, batches, mode=mode, params=params, **options_)) as op:
+            return op @ torch.ones(op.shape[0])
+
+    works_or_is_refused(product)
+    works_or_is_refused(lambda: qat.interpolate_(model, alpha=alpha))
+
+
+@fuzzed
 @given(bits=NUMBERS, every=NUMBERS, alpha=NUMBERS, sigma=NUMBERS)
 def test_settings_of_qat(bits, every, alpha, sigma):
     works_or_is_refused(lambda: qat.QuantConfig(bits=bits))
     works_or_is_refused(lambda: qat.WinQConfig(every=every, alpha=alpha, sigma=sigma))
+    works_or_is_refused(lambda: qat.reset_steps(every, 10))
 
 
 JSON = st.recursive(
@@ -214,3 +306,13 @@ def test_a_run_folder_with_anything_in_it(tmp_path_factory, line, config):
     for read in (lambda run: run.config, lambda run: run.records, lambda run: run.presentation, lambda run: run.runs):
         works_or_is_refused(lambda read=read: read(Run(folder)))
     runs_or_exits_2(spectra_command, ["compare", str(folder)])
+
+
+def test_noise_beyond_all_numbers_is_refused_or_measured():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2))
+    qat.quantize_model(model, qat.QuantConfig(bits=2))
+    batches = [(torch.ones(3, 2), torch.zeros(3, dtype=torch.int64))]
+    for sigma in (1e300, 1e38, 1e-300):
+        with contextlib.closing(qat.hessian_operator(model, batches, mode="noisy", sigma=sigma)) as op:
+            works_or_is_refused(lambda op=op: op @ torch.ones(op.shape[0]))

@@ -1,8 +1,14 @@
 """No pickle is loaded, nothing in a folder or a text is run, what is shown is escaped, and no network is used."""
 
 import ast
+import base64
+import functools
 import pickle
+import re
+import shutil
 import socket
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +24,6 @@ from spectra.views import page
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for package in ("spectra", "qat") for path in sorted((ROOT / package).rglob("*.py"))]
-SCRIPT = "<script>alert('x')</script>"
 
 
 def name_of(node):
@@ -28,15 +33,17 @@ def name_of(node):
     return node.id if isinstance(node, ast.Name) else ""
 
 
+@functools.cache
+def nodes():
+    """Every node of every source file, with the file's name."""
+    trees = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+    return [(path, node) for path, tree in trees.items() for node in ast.walk(tree)]
+
+
 def calls():
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call):
-                yield (
-                    path.relative_to(ROOT).as_posix(),
-                    name_of(node.func),
-                    {key.arg: key.value for key in node.keywords},
-                )
+    for path, node in nodes():
+        if isinstance(node, ast.Call):
+            yield path, name_of(node.func), {key.arg: key.value for key in node.keywords}
 
 
 def test_no_source_unpickles_what_it_reads():
@@ -89,19 +96,66 @@ def test_code_in_a_model_folder_is_run_only_when_asked(tmp_path, capsys):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_run_full_of_markup_is_shown_as_text(tmp_path):
-    shown = run_folders.presentation(bits=2, method=SCRIPT) | {"label": SCRIPT, "modes": {"full": SCRIPT}}
-    shown |= {"quantities": {"rms": {"name": SCRIPT, "unit": SCRIPT, "meaning": SCRIPT}}, "labels": {"start": SCRIPT}}
-    run = run_folders.run_folder(tmp_path / "run", model_name=SCRIPT, presentation=shown, **{SCRIPT: SCRIPT})
-    written = page.write(run, title=SCRIPT).read_text(encoding="utf-8")
-    assert "<script" not in written.lower()
-    assert "&lt;script&gt;" in written
+SETS = "document.documentElement.dataset.ran='yes'"
+HOSTILE = f'<script>{SETS}</script>"\'><img src=x onerror="{SETS}"><svg onload="{SETS}">'
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def test_a_study_whose_table_is_full_of_markup_is_shown_as_text(tmp_path):
-    study = run_folders.study_folder(tmp_path / "study")
-    rows = [{"label": SCRIPT, "bits": SCRIPT, SCRIPT: SCRIPT, "validation_loss": 1.0}]
-    assert "<script" not in page.write(study, table=rows).read_text(encoding="utf-8").lower()
+@pytest.fixture(scope="module")
+def hostile_page(tmp_path_factory):
+    """The report of a study whose every text is markup that would leave a mark on the page."""
+    shown = run_folders.presentation(bits=2, method="winq") | {"label": HOSTILE, "modes": {HOSTILE: HOSTILE}}
+    shown |= {"quantities": {"rms": {"name": HOSTILE, "unit": HOSTILE, "meaning": HOSTILE}}, "group": HOSTILE}
+    study = run_folders.Run.create(tmp_path_factory.mktemp("hostile") / f"<img src=x onerror={SETS}>")
+    for name in ("a", "b"):
+        config = {"model_name": HOSTILE, "presentation": shown | {"labels": {"start": HOSTILE}}, HOSTILE: [HOSTILE]}
+        run = run_folders.Run.create(study.folder / name, config)
+        for step in (0, 1):
+            spectrum = run_folders.density()
+            reason = replace(run_folders.UNRESOLVED, reason=HOSTILE)
+            record = run_folders.record(spectrum, step=step, mode=HOSTILE, label="start", negative_share=reason)
+            run.append(replace(record, notes=[HOSTILE], device=HOSTILE, versions={HOSTILE: HOSTILE}), spectrum)
+            run.append_telemetry({"step": step, HOSTILE: step})
+    rows = [{"label": HOSTILE, "bits": HOSTILE, HOSTILE: HOSTILE, "rms_end": replace(run_folders.UNRESOLVED)}]
+    return page.write(study, title=HOSTILE, table=rows)
+
+
+def test_a_run_full_of_markup_is_shown_as_text(hostile_page):
+    text = hostile_page.read_text(encoding="utf-8").lower()
+    assert "<script" not in text
+    assert "<svg" not in text
+    assert "<img src=x" not in text
+    assert text.count("&lt;script&gt;") > 20
+    for source in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", hostile_page.read_text(encoding="utf-8")):
+        assert b"<script" not in base64.b64decode(source).lower()
+
+
+def in_chromium(path, folder):
+    """The page's document after its scripts have run, had it any."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=3000"]
+    command += [f"--user-data-dir={folder}", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"Chromium does not run here: {done.stderr[-200:]}")
+    return done.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_markup_in_a_run_runs_nothing_in_a_browser(hostile_page, tmp_path):
+    trap = tmp_path / "trap.html"
+    trap.write_text(f"<!doctype html><html><body>{HOSTILE}</body></html>")
+    assert "data-ran" in in_chromium(trap, tmp_path / "profile").partition("<body")[0]  # the markup does what it says
+    shown = in_chromium(hostile_page, tmp_path / "profile")
+    assert "data-ran" not in shown.partition("<body")[0]
+    assert "&lt;script&gt;" in shown
+    assert "Spectra in numbers" in shown
+
+
+def test_nothing_puts_markup_into_a_notebook():
+    """Objects are shown by their repr, and figures by matplotlib; what comes to show HTML has to be escaped here."""
+    functions = [(path, node.name) for path, node in nodes() if isinstance(node, ast.FunctionDef)]
+    assert [(path, name) for path, name in functions if name.startswith("_repr_")] == []
+    assert [path for path, name, _ in calls() if name.rpartition(".")[2] in ("HTML", "Markdown", "display")] == []
 
 
 def test_no_network_for_folders_and_files(tmp_path, monkeypatch, capsys):
@@ -117,6 +171,7 @@ def test_no_network_for_folders_and_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     quick = ["--probes", "1", "--steps", "2", "--deflate", "0", "--sequences", "1", "--length", "8", "--device", "cpu"]
     assert spectra(["measure", str(folder), "--text", str(text), "--out", str(tmp_path / "run"), *quick]) == 0
+    monkeypatch.setattr(page, "density_pictures", lambda run: [])
     assert spectra(["report", str(tmp_path / "run")]) == 0
     assert qat(["evaluate", str(folder), "--text", str(text), "--device", "cpu"]) == 0
     assert tried == []

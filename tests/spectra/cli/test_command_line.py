@@ -89,14 +89,12 @@ def test_arguments_that_argparse_refuses_are_code_2(capsys):
     assert main(["--help"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("encoding", "shown"), [("ascii", rb"|\u03bb| caf\udce9"), ("utf-8", b"|\xce\xbb| caf\\udce9")]
-)
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", rb"|\u03bb| y\udce9"), ("utf-8", b"|\xce\xbb| y\\udce9")])
 def test_letters_that_the_terminal_lacks_are_no_error(encoding, shown, monkeypatch):
     printed = io.BytesIO()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding))
-        assert run_command(lambda arguments: print("|λ| caf\udce9", flush=True), name="prog")([]) == 0
+        assert run_command(lambda arguments: print("|λ| y\udce9", flush=True), name="prog")([]) == 0
         assert printed.getvalue().rstrip() == shown
 
 

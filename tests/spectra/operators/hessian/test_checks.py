@@ -376,6 +376,17 @@ def test_a_trained_network_with_a_vanishing_gradient_is_not_refused(steps):
     spectra.HessianOperator(model, [(X, targets)]).preflight()
 
 
+def test_a_saturated_model_has_a_hessian_of_zeros():
+    """Its gradient is zero in every entry, so no entry can be left out of the direction of the differences."""
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1e6, 0.0], [-1e6, 0.0]]))
+    batches = [(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([0, 1]))]
+    with spectra.HessianOperator(model, batches) as op:
+        assert not (op @ torch.ones(6)).any()
+        assert op.checks["product_error"] == 0
+
+
 def test_strict_false_measures_all_the_same_and_says_so():
     op = spectra.HessianOperator(Net(Function.apply), [(X, Y)], strict=False)
     assert (op @ torch.ones(op.shape[0])).any()
