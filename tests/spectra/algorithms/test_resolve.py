@@ -77,6 +77,10 @@ def test_what_fits_in_the_budget_is_exact():
     [
         ({"share": "positive"}, "positive"),
         ({"share": "near_zero"}, "tol"),
+        ({"share": "near_zero", "tol": 0.0}, "positive, got 0.0"),
+        ({"share": "between", "between": (1.0, 1.0)}, "low < high"),
+        ({"budget": 19}, "budget"),
+        ({"half_width": 0.0}, "0.0"),
         ({"share": "between"}, "between"),
         ({"budget": 3}, "budget"),
         ({"half_width": 0.7}, "0.7"),
