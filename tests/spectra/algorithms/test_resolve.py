@@ -101,7 +101,7 @@ def test_an_eighth_of_the_budget_is_spent_before_the_first_look(monkeypatch):
     assert 200 <= estimate.products < 220
 
 
-@pytest.mark.parametrize(("dimension", "half_width"), [(100, 0.05), (1000, 0.01), (10_000, 0.001)])
+@pytest.mark.parametrize(("dimension", "half_width"), [(1, 0.02), (7, 0.05), (100, 0.05), (1000, 0.01), (10_000, 0.001)])
 def test_as_many_probe_vectors_as_the_sampling_variance_asks_for(dimension, half_width):
     """A share of one half has the variance 2 * (1 / 4) / (n + 2) for one probe vector."""
 
