@@ -88,3 +88,19 @@ def test_the_reason_of_an_unresolved_negative_share_says_it():
 def test_a_half_width_that_is_not_positive_is_refused(half_width):
     with pytest.raises(InputError, match="the half-width must be positive"):
         spectra.SpectralDensity.from_eigenvalues(np.ones(3)).decided_signs(half_width)
+
+
+def test_of_zeros_alone_every_sign_is_known():
+    found = spectra.SpectralDensity.from_eigenvalues(np.zeros(5)).decided_signs()
+    assert (found.beyond, found.below.value, found.above.value) == (0, 0, 0)
+    sampled = spectra.slq(spectra.DiagonalOperator(np.zeros(500)), probes=2, steps=5).decided_signs()
+    assert (sampled.beyond, sampled.below.value, sampled.above.value) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("radius", [1.0, 0.5, 7.3])
+def test_thresholds_are_numbers_of_two_digits_up_to_the_largest_size(radius):
+    measure = only_known([-radius, 0.01 * radius], counts=[50, 50], errors=[0.0, 0.2 * radius])
+    found = decided_signs(measure)
+    reach = 0.21 * radius  # from which the second eigenvalue, .01 +- .2, is within the bounds
+    assert reach <= found.beyond <= 1.1 * reach
+    assert float(f"{found.beyond:.1e}") == found.beyond
