@@ -9,9 +9,10 @@ from measures import even_weights, measure_of, only_known
 
 import spectra
 from spectra.backend.errors import InputError
+from spectra.estimates.estimate import Estimate
 from spectra.estimates.origin import Origin
 from spectra.estimates.shares import share_inside
-from spectra.estimates.signs import decided_signs, with_decided_signs
+from spectra.estimates.signs import DecidedSigns, decided_signs, with_decided_signs
 
 
 def heavy_tailed(seed, n=2000):
@@ -104,3 +105,11 @@ def test_thresholds_are_numbers_of_two_digits_up_to_the_largest_size(radius):
     reach = 0.21 * radius  # from which the second eigenvalue, .01 +- .2, is within the bounds
     assert reach <= found.beyond <= 1.1 * reach
     assert float(f"{found.beyond:.1e}") == found.beyond
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.2, "20 %"), (0.1, "10 %"), (0.0996, "10 %"), (0.0123, "1.2 %"), (1.0, "100 %")]
+)
+def test_shares_are_written_in_percent_with_two_digits(share, text):
+    found = DecidedSigns(0.31, Estimate(share, share, share), Estimate(0.5, 0.4, 0.6))
+    assert str(found) == f"beyond +-0.31: {text} below, 50 % above; the rest undecided"

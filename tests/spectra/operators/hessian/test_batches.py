@@ -384,3 +384,17 @@ def test_numbers_in_lists_of_lists_become_tensors_and_others_stay():
     assert torch.equal(with_tensors([[1.5, 2.0], [0.0, 1.0]], torch.float64), torch.tensor([[1.5, 2], [0, 1]]).double())
     assert with_tensors([["a"], ["b"]], torch.float64) == [["a"], ["b"]]
     assert with_tensors([1, "a"], torch.float64) == [1, "a"]
+
+
+def test_generators_are_looked_for_in_so_many_places_and_no_more():
+    """Sixteen members of a list, 64 attributes, and so deep."""
+    many = [random.Random(i) for i in range(80)]
+    assert list(module._generators_in([many])) == many[:16]
+    holder = type("Holder", (), {})()
+    holder.__dict__.update({f"a{i}": generator for i, generator in enumerate(many)})
+    assert list(module._generators_in(holder)) == many[:64]
+    nested = many[0]
+    for _ in range(module.SEARCH_DEPTH - 1):
+        nested = [nested]
+    assert list(module._generators_in(nested)) == many[:1]
+    assert list(module._generators_in([nested])) == []
