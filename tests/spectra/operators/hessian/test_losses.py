@@ -246,6 +246,7 @@ def raising(error):
         (lambda o, t: CROSS_ENTROPY(o, t, reduction="none"), "reduce it to a mean"),
         (lambda o, t: CROSS_ENTROPY(o, t).item(), "got a float"),
         (lambda o, t: None, "NoneType"),
+        (lambda o, t: (CROSS_ENTROPY(o, t), o.square().mean()), "got a tuple"),
         (lambda o, t: CROSS_ENTROPY(o, t) * 1j, "complex"),
         (lambda o, t: functional.mse_loss(o, t[:, None].double()), "broadcast"),
         (raising(ZeroDivisionError("division by zero")), "division by zero"),
