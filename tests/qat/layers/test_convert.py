@@ -326,6 +326,14 @@ def test_refusals_are_one_line_and_leave_the_model_alone(model, options, message
     assert list(model.modules()) == modules
 
 
+def test_a_weight_of_another_type_is_left_with_its_type():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model[1].weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.int8), requires_grad=False)
+    report = qat.quantize_model(model, qat.QuantConfig(bits=4))
+    assert report.swapped == ("0",)
+    assert report.skipped == {"1": "its weight is int8"}
+
+
 def test_quantizing_twice_is_refused():
     model = mlp()
     qat.quantize_model(model, qat.QuantConfig(bits=4))

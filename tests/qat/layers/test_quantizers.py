@@ -9,6 +9,7 @@ from oracles import normal
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 from qat.layers.config import BITS, SUPPORTED_BITS
+from qat.layers.quantizers.base import Quantizer
 from qat.layers.quantizers.registry import QUANTIZERS, make_quantizer
 from qat.layers.quantizers.rounding import SCALE_FLOOR, round_ste, sign, straight_through, trained_scale
 from spectra.backend.errors import InputError
@@ -334,3 +335,11 @@ def test_registry_names_every_scheme_and_refuses_others():
     assert make_quantizer("auto", "1.58").name == "seq"
     with pytest.raises(InputError, match="quantizer must be one of"):
         make_quantizer("nope", 2)
+
+
+@pytest.mark.parametrize("missing", sorted(Quantizer.__abstractmethods__))
+def test_a_quantizer_without_one_of_its_methods_cannot_be_made(missing):
+    assert Quantizer.__abstractmethods__ == {"levels", "initial_scale", "codes", "dequantize", "mask", "__call__"}
+    methods = {name: getattr(QUANTIZERS["seq"], name) for name in Quantizer.__abstractmethods__ - {missing}}
+    with pytest.raises(TypeError, match=missing):
+        type("Incomplete", (Quantizer,), {"name": "seq", **methods})(2)

@@ -33,7 +33,7 @@ def shorten(monkeypatch, op, vectors, host=None):
 
 
 class OnDevice(spectra.LinearOperator):
-    """Says that it is on a GPU, and checks that it gets vectors of its own."""
+    """Says that it is on a GPU."""
 
     def __init__(self, inner):
         self.inner, self.shape, self.dtype = inner, inner.shape, inner.dtype
@@ -144,6 +144,36 @@ def test_a_search_in_host_memory_finds_the_same(monkeypatch):
     assert np.array_equal(got.values, want.values)
     assert torch.equal(got.vectors, want.vectors)
     assert got.products == want.products
+
+
+class OnMeta(spectra.LinearOperator):
+    """Says that it is on a device other than its vectors', and multiplies them where they are."""
+
+    def __init__(self, inner):
+        self.inner, self.shape, self.dtype = inner, inner.shape, inner.dtype
+        self.device = torch.device("meta")
+
+    def _multiply_rows(self, vectors):
+        return self.inner.multiply_rows(vectors)
+
+
+@pytest.mark.parametrize(("room", "device"), [(16, "meta"), (15, "cpu")])
+def test_vectors_from_a_search_on_the_host_go_to_the_device_where_it_has_room(monkeypatch, room, device):
+    """Twice the eight vectors: the move needs both copies."""
+    op = OnMeta(operator(2000))
+    host = HostOperator(op)
+    host._multiply_rows = op._multiply_rows  # without a move to a device that holds no numbers
+    monkeypatch.setattr(topk, "HostOperator", lambda op: host)
+    monkeypatch.setattr(
+        memory, "available", lambda device: room * op.vector_bytes if device.type == "meta" else 1 << 40
+    )
+    pairs = topk._search(op, Basis(8, 40, on_host=True), "LM", 1e-6, 0, max_products=1000, verify=False, start=None)
+    np.testing.assert_allclose(pairs.values, np.sort(OUTLIERS), rtol=1e-6)
+    assert pairs.vectors.device.type == device
+
+
+def test_the_usual_basis():
+    assert [default_basis_size(k) for k in (1, 10, 11, 40)] == [40, 40, 43, 130]
 
 
 def test_vectors_on_the_host_are_multiplied_on_the_device():

@@ -168,3 +168,19 @@ def test_settings_left_out_are_those_of_the_docstring():
     named = {"groups": 5, "probes": 4, "steps": 60, "seed": 0, "deflate": 0}
     found, want = (batch_noise(diagonal, batches, **options) for options in ({}, named))
     assert {key: split.to_dict() for key, split in found.items()} == {k: split.to_dict() for k, split in want.items()}
+
+
+def test_a_record_stores_both_widths_and_the_ends():
+    values = [0.2, 0.5, 0.3, 0.9]
+    left_out = [{"trace": certain(value)} for value in values]
+    split = jackknife({"trace": Estimate(0.4, 0.3, 0.6)}, left_out, [1.0, 2.0, 3.0, 4.0])["trace"]
+    stored = split.to_dict()
+    assert stored == {
+        "probes": pytest.approx(0.15),
+        "batches": split.batch_half_width,
+        "bias": split.bias,
+        "low": split.total.low,
+        "high": split.total.high,
+    }
+    assert stored["low"] < 0.3
+    assert stored["high"] > 0.6

@@ -146,4 +146,14 @@ def test_products_with_errors_beside_rounding_are_left_alone(factor, found):
             return factor * super().rounding()
 
     matrix, _ = kronecker_spectrum(rows=20, columns=16)
-    assert (find_congruence(Inexact(matrix, ((20, 16),))) is not None) is found
+    op = Inexact(matrix, ((20, 16),))
+    assert (find_congruence(op) is not None) is found
+    assert (find_congruence(MeanOperator([Shaped(matrix, ((20, 16),)), op])) is not None) is found
+
+
+def test_products_in_a_lower_precision_are_left_alone():
+    class Lower(Shaped):
+        def precision_error(self):
+            return 1e-6
+
+    assert find_congruence(Lower(kronecker_spectrum(rows=20, columns=16)[0], ((20, 16),))) is None

@@ -113,3 +113,9 @@ def test_a_basis_is_rotated_in_slices_where_memory_holds_no_second_one(monkeypat
         search._rotate_in_place(rotation.numpy())
     torch.testing.assert_close(search._basis[:10], want)
     assert low <= meter.peak <= high
+
+
+def test_a_product_whose_norm_overflows_ends_the_search():
+    op = spectra.DiagonalOperator(np.append(np.arange(99.0), 1e200))
+    with pytest.raises(spectra.NonFiniteError, match="product number 1 of the operator is not finite"):
+        KrylovSearch(op, 40, 1e-6, 0, max_products=50).find(2, "LM")

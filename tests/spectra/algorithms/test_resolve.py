@@ -78,6 +78,10 @@ def test_what_fits_in_the_budget_is_exact():
     [
         ({"share": "positive"}, "positive"),
         ({"share": "near_zero"}, "tol"),
+        ({"share": "near_zero", "tol": 0.0}, "positive, got 0.0"),
+        ({"share": "between", "between": (1.0, 1.0)}, "low < high"),
+        ({"budget": 19}, "budget"),
+        ({"half_width": 0.0}, "0.0"),
         ({"share": "between"}, "between"),
         ({"budget": 3}, "budget"),
         ({"half_width": 0.7}, "0.7"),
@@ -98,7 +102,9 @@ def test_an_eighth_of_the_budget_is_spent_before_the_first_estimate(monkeypatch)
     assert 200 <= estimate.products < 220
 
 
-@pytest.mark.parametrize(("dimension", "half_width"), [(100, 0.05), (1000, 0.01), (10_000, 0.001)])
+@pytest.mark.parametrize(
+    ("dimension", "half_width"), [(1, 0.02), (7, 0.05), (100, 0.05), (1000, 0.01), (10_000, 0.001)]
+)
 def test_as_many_probe_vectors_as_the_sampling_variance_asks_for(dimension, half_width):
     """A share of one half has the variance 2 * (1 / 4) / (n + 2) for one probe vector."""
 
@@ -203,3 +209,12 @@ def test_a_probe_vector_alone_is_reorthogonalized_after_a_change_of_variables(pr
     else:
         gram = results[0].basis @ results[0].basis.T
         torch.testing.assert_close(gram, torch.eye(len(gram), dtype=gram.dtype), atol=1e-7, rtol=0)
+
+
+def test_an_operator_that_is_zero_has_no_negative_eigenvalue():
+    op = spectra.DiagonalOperator(np.zeros(3000))
+    found = spectra.resolve(op, budget=100)
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+    assert found.resolved
+    near = spectra.resolve(op, share="near_zero", tol=1e-3, budget=100)
+    assert (near.value, near.low, near.high) == (1.0, 1.0, 1.0)

@@ -153,10 +153,23 @@ def test_the_seed_decides_and_nothing_global_moves():
     assert np.array_equal(one.vectors, again.vectors)
 
 
-@pytest.mark.parametrize(("k", "which"), [(6, "LM"), (0, "LA"), (-1, "SA"), (2, "XX")])
-def test_bad_requests_are_refused_in_one_line(k, which):
+@pytest.mark.parametrize(
+    ("k", "options"),
+    [
+        (81, {}),
+        (0, {"which": "LA"}),
+        (-1, {"which": "SA"}),
+        (2, {"which": "XX"}),
+        (2, {"tol": 0.0}),
+        (2, {"tol": float("nan")}),
+        (2, {"basis": 3}),
+    ],
+)
+def test_bad_requests_are_refused_in_one_line(k, options):
+    op = spectra.DiagonalOperator(np.arange(80.0))
+    assert spectra.topk(op, 2, basis=4).converged.all()
     with pytest.raises(spectra.InputError) as caught:
-        spectra.topk(spectra.DenseOperator(torch.eye(5, dtype=torch.float64)), k, which=which)
+        spectra.topk(op, k, **options)
     assert "\n" not in str(caught.value)
 
 

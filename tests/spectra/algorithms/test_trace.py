@@ -6,6 +6,9 @@ import torch
 from oracles import matrix_with_spectrum, random_state, same_random_state
 
 import spectra
+from spectra.algorithms import trace as traces
+from spectra.backend.random_vectors import gaussian, probe_vector
+from spectra.estimates.estimate import sampling_interval, student_interval
 
 METHODS = ("hutchinson", "hutch++", "xtrace")
 
@@ -155,3 +158,101 @@ def test_bad_options_are_refused(options):
     with pytest.raises(spectra.InputError) as caught:
         spectra.trace(op, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_hutchinson_takes_the_larger_of_two_deviations():
+    """That of the samples, and that which ||A v||^2 shows of the eigenvalues' variance."""
+    rng = np.random.default_rng(9)
+    for values in (rng.normal(size=60), np.append(rng.normal(size=60), [40.0, -30.0])):
+        op = spectra.DenseOperator(matrix_with_spectrum(values, seed=11))
+        n, larger = len(values), []
+        for seed in range(12):
+            vectors = torch.stack([probe_vector(op, seed=seed, index=i) for i in range(5)])
+            samples = n * ((vectors @ op.matrix) * vectors).sum(1).numpy()
+            variance = float((vectors @ op.matrix).square().sum(1).mean()) - (samples.mean() / n) ** 2
+            deviations = n * np.sqrt(2 * variance / (n + 2)), samples.std(ddof=1)
+            centred = samples - samples.mean()
+            skewness = (centred**3).mean() / (centred**2).mean() ** 1.5
+            want = sampling_interval(samples.mean(), max(deviations) / np.sqrt(5), skewness / np.sqrt(5), freedom=4)
+            found = spectra.trace(op, probes=5, seed=seed)
+            assert (found.value, found.low, found.high) == pytest.approx((want.value, want.low, want.high))
+            larger.append(int(np.argmax(deviations)))
+        assert set(larger) == {0, 1}
+    alone, vector = spectra.trace(op, probes=1, seed=3), probe_vector(op, seed=3, index=0)
+    form, square = float(vector @ op.matrix @ vector), float((op.matrix @ vector).square().sum())
+    half = 1.959964 * n * np.sqrt(2 * (square - form**2) / (n + 2))
+    assert (alone.low, alone.high) == pytest.approx((n * form - half, n * form + half))
+
+
+@pytest.mark.parametrize("probes", [8, 13])
+def test_xtrace_leaves_each_test_vector_out_in_turn(probes):
+    """By the definition, with a range of its own for each of them."""
+    n, count = 40, probes // 2
+    matrix = matrix_with_spectrum(0.8 ** np.arange(n) * np.where(np.arange(n) % 3, 1, -1), seed=12)
+    op = spectra.DenseOperator(matrix)
+    tests = torch.stack([gaussian(op, seed=2, index=i, stream="sketch") for i in range(count)])
+    samples = []
+    for i in range(count):
+        others = torch.cat([tests[:i], tests[i + 1 :]]) @ matrix
+        basis = torch.linalg.qr(others.T)[0]
+        rest = torch.eye(n, dtype=torch.float64) - basis @ basis.T
+        left = rest @ tests[i]
+        remainder = (n - count + 1) * (left @ matrix @ left) / (left @ left)
+        samples.append(float(torch.trace(basis.T @ matrix @ basis) + remainder))
+    want = student_interval(samples)
+    found = spectra.trace(op, method="xtrace", probes=probes, seed=2)
+    assert found.value == pytest.approx(want.value, rel=1e-9)
+    assert found.half_width == pytest.approx(1.5 * want.half_width, rel=1e-9)
+    assert found.products == op.products == 2 * count
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.99, 0.9, 0.6])
+@pytest.mark.parametrize("probes", [12, 30, 60, 130])
+def test_the_range_of_hutch_grows_while_a_block_takes_more_energy_than_products(decay, probes):
+    """Its energy 2 ||A Q^T||_F^2 - ||Q A Q^T||_F^2 block by block, from Q as a whole."""
+    n = 300
+    matrix = matrix_with_spectrum(decay ** np.arange(n), seed=13)
+    basis, captured = traces._dominant_range(spectra.DenseOperator(matrix), probes, 1)
+    block = {12: 1, 30: 2, 60: 5, 130: 10}[probes]
+    assert len(basis) % block == 0
+    torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis), dtype=torch.float64), atol=1e-10, rtol=0)
+    assert captured == pytest.approx(float(torch.trace(basis @ matrix @ basis.T)), rel=1e-9)
+
+    def energy(size):
+        q = basis[:size]
+        return float(2 * (q @ matrix).square().sum() - (q @ matrix @ q.T).square().sum())
+
+    whole = n * float((basis[:block] @ matrix).square().sum()) / block
+
+    def goes_on(size):
+        gain = energy(size) - energy(size - block)
+        return 0.5 * gain * (probes - size) > block * max(whole - energy(size), 0.0)
+
+    assert len(basis) >= 2 * block  # the first block is random, so the second is always taken
+    sizes = range(2 * block, len(basis), block)
+    assert all(goes_on(size) for size in sizes)
+    assert len(basis) + block > probes // 2 or not goes_on(len(basis))
+    if decay == 1.0:
+        assert len(basis) == 2 * block
+    if decay == 0.6:
+        assert len(basis) > 2 * block
+
+
+def test_a_block_that_lacks_rows_is_completed_with_random_ones():
+    op = spectra.DiagonalOperator(np.arange(20.0))
+    rows = torch.linalg.qr(torch.randn(20, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0].T
+    basis, block = rows[:3], rows[3:]
+    assert torch.equal(traces._complete_block(op, block, basis, 2, 0), block)
+    completed = traces._complete_block(op, block, basis, 4, 0)
+    assert completed.shape == (4, 20)
+    everything = torch.cat([basis, completed])
+    torch.testing.assert_close(everything @ everything.T, torch.eye(7, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close((completed @ block.T).square().sum(), torch.tensor(2.0, dtype=torch.float64))
+
+
+def test_products_are_taken_in_blocks_that_fit_in_memory(monkeypatch):
+    op = spectra.DenseOperator(matrix_with_spectrum(np.arange(30.0), seed=14))
+    vectors = torch.randn(11, 30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for block_size in (1, 4, 50):
+        monkeypatch.setattr(traces, "probe_block_size", lambda op, steps, deflated, size=block_size: size)
+        torch.testing.assert_close(traces._multiply(op, vectors), vectors @ op.matrix)

@@ -8,7 +8,7 @@ from measures import even_weights, known_eigenvalues, measure_of, only_known, sp
 
 import spectra
 from spectra.backend.errors import InputError
-from spectra.estimates.band import cumulative_band, simultaneous_error
+from spectra.estimates.band import DECADES, PER_DECADE, cumulative_band, simultaneous_error
 from spectra.estimates.brackets import bracket
 from spectra.estimates.estimate import Estimate, certain
 
@@ -115,6 +115,22 @@ def test_an_exact_spectrum_has_no_width_but_where_an_eigenvalue_has_an_error():
     assert np.array_equal(low, share_below(values, anywhere))
     low, high = cumulative_band(only_known([-1.0, 1.0], counts=[3, 5], errors=[0.5, 0.0])).at(np.array([-1.6, -1, 0]))
     assert (low.tolist(), high.tolist()) == ([0, 0, 0.375], [0, 0.375, 0.375])
+
+
+def test_an_error_that_reaches_across_a_threshold_leaves_both_counts_possible():
+    known = only_known([-1.0, 1.0], counts=[3, 5], errors=[0.5, 0.0])
+    band = cumulative_band(known, known={-1.2: Estimate(0.2, 0.1, 0.3)})
+    low, high = band.at(np.array([-1.6, -1.2, -1.1, -0.4]))
+    assert (low.tolist(), high.tolist()) == ([0, 0.1, 0.1, 0.375], [0, 0.3, 0.375, 0.375])
+
+
+def test_thresholds_lie_at_the_same_number_a_decade():
+    band = cumulative_band(measure_of(VALUES, even_weights(1000), steps=6))
+    sizes = 3.0 * 10.0 ** np.arange(-DECADES, 0.5 / PER_DECADE, 1 / PER_DECADE)
+    assert len(sizes) == DECADES * PER_DECADE + 1
+    for wanted in (-sizes, sizes, [0.0]):
+        nearest = band.thresholds[np.abs(band.thresholds[:, None] - wanted).argmin(axis=0)]
+        np.testing.assert_allclose(nearest, wanted, rtol=1e-9)
 
 
 def test_rounding_moves_eigenvalues_across_a_threshold():

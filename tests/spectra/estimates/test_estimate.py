@@ -52,6 +52,18 @@ def test_one_sample_has_no_bounds():
     assert estimate.high == math.inf
 
 
+def test_what_is_unresolved_says_so_in_text():
+    assert str(ESTIMATE) == "4 [1, 9] (unresolved)"
+    assert str(Estimate(1 / 3, 0.25, 0.5)) == "0.3333 [0.25, 0.5]"
+    assert float(ESTIMATE) == 4.0
+
+
+def test_two_samples_have_an_interval():
+    estimate = student_interval([1.0, 3.0])
+    assert estimate.resolved
+    assert estimate.half_width == pytest.approx(12.7062, rel=1e-4)  # t_1 times sqrt(2) / sqrt(2)
+
+
 def test_students_interval_is_that_of_scipy():
     samples = [3.0, 5.0, 4.0, 9.0]
     low, high = scipy.stats.t.interval(0.95, 3, loc=np.mean(samples), scale=scipy.stats.sem(samples))
@@ -80,6 +92,7 @@ def test_a_margin_is_added_on_both_sides_and_cut():
 
 def test_functions_of_an_estimate_act_on_value_and_ends():
     assert square_root(ESTIMATE) == Estimate(2.0, 1.0, 3.0, False, "why")
+    assert square_root(Estimate(0.25, 0.04, 0.64)) == Estimate(0.5, 0.2, 0.8)
     assert square_root(Estimate(-1.0, -2.0, 4.0)) == Estimate(0.0, 0.0, 2.0)
     assert scaled(ESTIMATE, 2.0) == Estimate(8.0, 2.0, 18.0, False, "why")
     assert negated(ESTIMATE) == Estimate(-4.0, -9.0, -1.0, False, "why")

@@ -9,9 +9,10 @@ from measures import even_weights, measure_of, only_known
 
 import spectra
 from spectra.backend.errors import InputError
+from spectra.estimates.estimate import Estimate
 from spectra.estimates.origin import Origin
 from spectra.estimates.shares import share_inside
-from spectra.estimates.signs import decided_signs, with_decided_signs
+from spectra.estimates.signs import DecidedSigns, decided_signs, with_decided_signs
 
 
 def heavy_tailed(seed, n=2000):
@@ -88,3 +89,27 @@ def test_the_reason_of_an_unresolved_negative_share_says_it():
 def test_a_half_width_that_is_not_positive_is_refused(half_width):
     with pytest.raises(InputError, match="the half-width must be positive"):
         spectra.SpectralDensity.from_eigenvalues(np.ones(3)).decided_signs(half_width)
+
+
+def test_of_zeros_alone_every_sign_is_known():
+    found = spectra.SpectralDensity.from_eigenvalues(np.zeros(5)).decided_signs()
+    assert (found.beyond, found.below.value, found.above.value) == (0, 0, 0)
+    sampled = spectra.slq(spectra.DiagonalOperator(np.zeros(500)), probes=2, steps=5).decided_signs()
+    assert (sampled.beyond, sampled.below.value, sampled.above.value) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("radius", [1.0, 0.5, 7.3])
+def test_thresholds_are_numbers_of_two_digits_up_to_the_largest_size(radius):
+    measure = only_known([-radius, 0.01 * radius], counts=[50, 50], errors=[0.0, 0.2 * radius])
+    found = decided_signs(measure)
+    reach = 0.21 * radius  # from which the second eigenvalue, .01 +- .2, is within the bounds
+    assert reach <= found.beyond <= 1.1 * reach
+    assert float(f"{found.beyond:.1e}") == found.beyond
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.2, "20 %"), (0.1, "10 %"), (0.0996, "10 %"), (0.0123, "1.2 %"), (1.0, "100 %")]
+)
+def test_shares_are_written_in_percent_with_two_digits(share, text):
+    found = DecidedSigns(0.31, Estimate(share, share, share), Estimate(0.5, 0.4, 0.6))
+    assert str(found) == f"beyond +-0.31: {text} below, 50 % above; the rest undecided"

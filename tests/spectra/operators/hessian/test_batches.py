@@ -302,3 +302,99 @@ def test_reading_a_loader_changes_no_random_state():
     second = as_batches(loader)
     assert same(first, second)  # the generators of the loader and of the dataset are where they were
     assert not torch.equal(torch.cat([y for _, y in first]), Y)  # shuffled all the same
+
+
+class Noisy:
+    """A dataset that draws from generators of its own, held in several ways."""
+
+    def __init__(self):
+        state, self.legacy, self.plain = np.random.default_rng(3), np.random.RandomState(4), random.Random(5)
+        self.generators = {"torch": torch.Generator().manual_seed(6)}
+        empty = None
+
+        def draw():
+            return float(state.normal()) + (empty or 0)
+
+        self.draw, self.shake = draw, Shaker().shake
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        drawn = torch.randn(1, generator=self.generators["torch"])
+        return X[index] + self.draw() + self.legacy.normal() + self.plain.random() + self.shake() + drawn, Y[index]
+
+
+class Shaker:
+    def __init__(self):
+        self.state = np.random.default_rng(7)
+
+    def shake(self):
+        return float(self.state.normal())
+
+
+def test_every_kind_of_generator_of_a_dataset_is_put_back():
+    loader = DataLoader(Noisy(), batch_size=2)
+    one, other = as_batches(loader), as_batches(loader)
+    assert same(one, other)
+    plain, _ = next(iter(loader))
+    assert torch.equal(plain, one[0][0])
+    again, _ = next(iter(loader))
+    assert not torch.equal(plain, again)
+
+
+class Frozen(dict):
+    """A mapping that cannot be written to."""
+
+    def __setitem__(self, key, value):
+        raise TypeError("frozen")
+
+
+def test_containers_that_cannot_be_made_again_become_plain_ones():
+    assert type(mapped(torch.Size([2, 3]), lambda t: t)) is torch.Size
+    made = rows_between((torch.Size([2]), X), 0, 2, 6)
+    assert torch.equal(made[1], X[:2])
+    found = mapped(Frozen(x=X), lambda tensor: 2 * tensor)
+    assert torch.equal(found["x"], 2 * X)
+    odd = module.like(torch.Size([1]), ["a", X])
+    assert odd == ("a", X)
+
+
+def test_a_packed_sequence_alone_has_a_row_for_each_sequence():
+    assert rows_in(packed()) == 6
+    assert rows_in(packed(SEQUENCES[:4])) == 4
+    assert rows_in(({"x": X}, packed(SEQUENCES[:2]))) == 2
+
+
+def test_constants_are_the_numbers_that_belong_to_no_row():
+    assert constants_in({"x": X, "scale": 2, "size": torch.tensor(3.0), "part": 0.5, "name": "a"}) == (2.0, 3.0, 0.5)
+    assert constants_in((X, 2.0)) == ()
+
+
+def test_lists_with_an_item_a_row_are_joined():
+    parts = [{"texts": list("ab"), "labels": Y[:2]}, {"texts": list("cde"), "labels": Y[2:5]}]
+    joined = concatenated(parts)
+    assert joined["texts"] == list("abcde")
+    assert torch.equal(joined["labels"], Y[:5])
+    sizes = concatenated([([{"size": 1}], Y[:1]), ([{"size": 2}, {"size": 3}], Y[1:3])])
+    assert [item["size"] for item in sizes[0]] == [1, 2, 3]
+
+
+def test_numbers_in_lists_of_lists_become_tensors_and_others_stay():
+    assert torch.equal(with_tensors([[1.5, 2.0], [0.0, 1.0]], torch.float64), torch.tensor([[1.5, 2], [0, 1]]).double())
+    assert with_tensors([["a"], ["b"]], torch.float64) == [["a"], ["b"]]
+    assert with_tensors([1, "a"], torch.float64) == [1, "a"]
+
+
+def test_generators_are_looked_for_in_so_many_places_and_no_more():
+    """Sixteen members of a list, 64 attributes, and so deep."""
+    many = [random.Random(i) for i in range(80)]
+    assert list(module._generators_in([many])) == many[:16]
+    holder = type("Holder", (), {})()
+    holder.__dict__.update({f"a{i}": generator for i, generator in enumerate(many)})
+    assert list(module._generators_in(holder)) == many[:64]
+    nested = many[0]
+    for _ in range(module.SEARCH_DEPTH - 1):
+        nested = [nested]
+    assert list(module._generators_in(nested)) == many[:1]
+    assert list(module._generators_in([nested])) == []

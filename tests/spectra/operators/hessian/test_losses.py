@@ -13,7 +13,15 @@ from torch.nn import functional
 
 import spectra
 from spectra import InputError
-from spectra.operators.hessian.losses import BatchLoss, counted, counts_for_certain, default_loss, logits_of
+from spectra.operators.hessian.losses import (
+    BatchLoss,
+    _refuse_probabilities,
+    _same,
+    counted,
+    counts_for_certain,
+    default_loss,
+    logits_of,
+)
 
 X = torch.randn(7, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randint(0, 3, (7,), generator=torch.Generator().manual_seed(1))
@@ -238,6 +246,7 @@ def raising(error):
         (lambda o, t: CROSS_ENTROPY(o, t, reduction="none"), "reduce it to a mean"),
         (lambda o, t: CROSS_ENTROPY(o, t).item(), "got a float"),
         (lambda o, t: None, "NoneType"),
+        (lambda o, t: (CROSS_ENTROPY(o, t), o.square().mean()), "got a tuple"),
         (lambda o, t: CROSS_ENTROPY(o, t) * 1j, "complex"),
         (lambda o, t: functional.mse_loss(o, t[:, None].double()), "broadcast"),
         (raising(ZeroDivisionError("division by zero")), "division by zero"),
@@ -349,3 +358,134 @@ def test_a_loss_with_parameters_of_its_own_is_not_changed():
     op @ torch.ones(op.shape[0], dtype=torch.float64)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), MODULE.parameters(), strict=True))
     assert all(p.grad is None and p.requires_grad for p in module.parameters())
+
+
+def test_an_error_of_a_form_that_works_names_the_form():
+    loss = BatchLoss(network(), CROSS_ENTROPY)
+    loss((X, Y))
+    with pytest.raises(
+        InputError, match=r"the loss of b cannot be computed \(loss\(outputs, targets\): .*check that batch"
+    ):
+        loss((X, Y + 7), "b")
+    shifted = BatchLoss(network(), lambda y_true, y_pred: raising(Custom("odd"))(y_pred, y_true))
+    with pytest.raises(InputError, match=r"loss\(targets, outputs\): odd"):
+        shifted((X, Y))
+
+
+def test_a_loss_without_a_graph_is_left_for_the_caller_to_refuse():
+    value = BatchLoss(network(), lambda o, t: CROSS_ENTROPY(o, t).detach())((X, Y))
+    assert not value.requires_grad
+    assert value == CROSS_ENTROPY(network()(X), Y)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "cause"),
+    [
+        (lambda net, x: {"a": net(x)[:, :0], "b": net(x)[:5]}, "5|size|batch"),
+        (lambda net, x: "text", "tensor of outputs is expected from the model, got str"),
+        (lambda net, x: {"text": "a"}, r"got dict with \['text'\]"),
+        (lambda net, x: object(), "got object"),
+    ],
+)
+def test_outputs_for_which_no_loss_can_be_computed(wrap, cause):
+    with pytest.raises(InputError, match=cause) as error:
+        BatchLoss(Returning(wrap), None)((X, Y))
+    assert "\n" not in str(error.value)
+
+
+def test_two_members_that_fit_are_named():
+    model = Returning(lambda net, x: {"a": net(x), "b": net(2 * x), "c": net(3 * x)})
+    with pytest.raises(InputError, match="members 'a' and 'b'"):
+        BatchLoss(model, CROSS_ENTROPY)((X, Y))
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, a, b):
+        return self.net(a + b)
+
+
+def test_members_but_the_last_are_the_inputs_of_a_model_that_takes_them():
+    model = Two()
+    check(model, (X, X.flip(0), Y), None, CROSS_ENTROPY(model.net(X + X.flip(0)), Y))
+    check(model, (X, X.flip(0), Y), CROSS_ENTROPY, CROSS_ENTROPY(model.net(X + X.flip(0)), Y))
+    for batch, words in (((X, X, X, Y), "tuple of 4"), ((X,), "tuple of 1"), (X, "got Tensor that")):
+        with pytest.raises(InputError, match=words):
+            BatchLoss(model, None)(batch)
+
+
+class Clip(nn.Module):
+    """Returns a loss where it is asked to, as contrastive models of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.config = network(), {}
+
+    def forward(self, x, return_loss=None, use_cache=None, return_dict=None, **options):
+        self.options = {"use_cache": use_cache, "return_dict": return_dict, **options}
+        outputs = self.net(x)
+        return {"logits": outputs, "loss": outputs.square().mean() if return_loss else None}
+
+
+def test_a_model_that_returns_no_loss_is_told_how_it_would():
+    with pytest.raises(InputError, match=r"returned no loss for a batch with \['x'\]; add 'return_loss': True"):
+        BatchLoss(Clip(), None)({"x": X})
+    with pytest.raises(InputError, match=r"Own returned no loss .*add 'labels'"):
+        BatchLoss(Own(lambda loss, o: {"logits": o}), None)({"x": X, "labels": Y})
+    with pytest.raises(InputError, match="returned no loss"):
+        BatchLoss(Own(lambda loss, o: (loss, 2 * loss)), None)({"x": X, "labels": Y})
+
+
+def test_text_is_left_out_of_what_a_model_with_a_config_takes():
+    model = Clip()
+    loss = BatchLoss(model, None)
+    value = loss({"x": X, "return_loss": True, "name": "a", "names": ["a", "b"], "extra": T, "numbers": [1, 2]})
+    assert value.item() == pytest.approx(model.net(X).square().mean().item())
+    assert set(model.options) == {"use_cache", "return_dict", "extra", "numbers"}
+    assert model.options["use_cache"] is False
+    assert model.options["return_dict"] is True
+    assert loss.notes == ["members of the batches that the model does not take were left out: name, names"]
+    loss({"x": X, "return_loss": True, "use_cache": True})
+    assert model.options["use_cache"] is True
+
+
+def test_outputs_of_three_axes_of_hugging_face_hold_classes_last():
+    model = Returning(lambda net, x: Logits(net(x)[:, None].expand(-1, 3, -1)))
+    targets = Y[:, None].expand(-1, 3)
+    check(model, (X, targets), None, CROSS_ENTROPY(model.net(X), Y))
+    with pytest.raises(InputError, match="second axis and on the last"):
+        BatchLoss(Returning(lambda net, x: net(x)[:, None].expand(-1, 3, -1)), None)((X, targets))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "probabilities"),
+    [
+        (T.softmax(1), True),
+        (T.softmax(1)[:, :, None].expand(-1, -1, 2), True),
+        (T[:, None].softmax(2).expand(-1, 2, -1), True),
+        (T, False),
+        (T.softmax(0), False),
+        (T.softmax(1) * 1.001, False),
+        (torch.ones(7, 1), False),
+        (torch.empty(0, 3), False),
+    ],
+)
+def test_probabilities_are_told_from_logits(outputs, probabilities):
+    if not probabilities:
+        _refuse_probabilities(outputs, Y)
+        return
+    with pytest.raises(InputError, match="probabilities already"):
+        _refuse_probabilities(outputs, Y)
+    _refuse_probabilities(outputs, T)
+
+
+def test_two_losses_are_the_same_to_six_digits():
+    one = torch.tensor(2.0, dtype=torch.float64)
+    assert _same(one, one * (1 + 9e-7))
+    assert not _same(one, one * (1 + 2e-6))
+    assert _same(torch.tensor(float("nan")), torch.tensor(float("nan")))
+    assert not _same(one, torch.tensor(float("nan")))
+    assert _same(torch.zeros(1), -torch.zeros(1))

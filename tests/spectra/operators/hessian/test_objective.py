@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 import spectra
+from spectra.backend import ranks
+from spectra.operators.hessian import pieces
 
 
 def measure(model, batches, loss=None, **options):
@@ -213,3 +215,163 @@ def test_packed_sequences_weigh_their_rows():
     batches = [(pack_sequence(sequences[:3]), targets[:3]), (pack_sequence(sequences[3:]), targets[3:])]
     for microbatch in (None, 1):
         check(model, batches, want, microbatch=microbatch)
+
+
+LENGTHS = ((7, 7, 7), (4,))  # unequal batches without padding
+
+
+def llama():
+    return tiny_models.causal_lm("llama").eval()
+
+
+def every_label(model, batches):
+    """The mean cross-entropy of logits and labels at the same positions, over all of them."""
+    logits = torch.cat([model(input_ids=batch["input_ids"]).logits.flatten(0, 1) for batch in batches])
+    return functional.cross_entropy(logits, torch.cat([batch["labels"].flatten() for batch in batches]))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda batch: batch["input_ids"],
+        lambda batch: (batch["input_ids"], batch["labels"]),
+        lambda batch: [batch["input_ids"], batch["attention_mask"], batch["labels"]],
+        lambda batch: {"input_ids": batch["input_ids"], "labels": None},
+    ],
+    ids=["ids", "ids and labels", "ids, mask and labels", "no labels"],
+)
+def test_tensors_for_a_language_model_are_its_input_and_its_labels(form):
+    model, batches = llama(), tiny_models.token_batches(LENGTHS)
+    check(model, [form(batch) for batch in batches], tiny_models.language_loss(model, batches), tolerance=1e-6)
+
+
+def test_labels_that_leave_out_a_part_are_still_labels_of_their_input():
+    model, batches = llama(), tiny_models.token_batches(LENGTHS)
+    batches[0]["labels"][1, :4] = -100
+    pairs = [(batch["input_ids"], batch["labels"]) for batch in batches]
+    check(model, pairs, tiny_models.language_loss(model, batches), tolerance=1e-6)
+
+
+def test_labels_that_are_shifted_already_are_not_shifted_again():
+    model, batches = llama(), tiny_models.token_batches(LENGTHS)
+    pairs = []
+    for batch in batches:
+        ids = batch["input_ids"]
+        pairs.append((ids[:, :-1].contiguous(), ids[:, 1:].contiguous()))
+    pairs[0][1][1, :2] = -100
+    shifted = [{"input_ids": ids, "labels": labels} for ids, labels in pairs]
+    check(model, pairs, every_label(model, shifted), tolerance=1e-6)
+
+
+def test_sequences_that_are_neither_labels_nor_shifted_are_refused():
+    ids = torch.arange(2, 14).view(2, 6)
+    for labels in (ids.flip(1), torch.where(ids == 5, 6, ids)):
+        with pytest.raises(
+            spectra.InputError, match=r"batch 1 is a sequence of tensors.*'input_ids' and 'labels'"
+        ) as e:
+            spectra.Objective(llama(), [ids, (ids, labels)])
+        assert "\n" not in str(e.value)
+
+
+def test_a_row_that_was_not_collated_is_a_batch_of_one():
+    model, batches = llama(), tiny_models.token_batches(((6,), (4,)))
+    rows = [{key: value[0] for key, value in batch.items()} for batch in batches]
+    check(model, rows, tiny_models.language_loss(model, batches), tolerance=1e-6)
+
+
+def test_padding_is_no_label_where_labels_are_left_out():
+    model, batches = llama(), tiny_models.token_batches(((6, 3), (4,)))
+    bare = [{"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]} for batch in batches]
+    check(model, bare, tiny_models.language_loss(model, batches), tolerance=1e-6)
+    odd = {**bare[0], "attention_mask": torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()}
+    assert torch.equal(spectra.Objective(model, [odd]).batches[0]["labels"], odd["input_ids"])
+
+
+@pytest.mark.parametrize("microbatch", [None, 1])
+def test_shifted_labels_count_themselves(microbatch):
+    """`shift_labels`, which transformers' losses take in place of labels."""
+    model, batches = llama(), tiny_models.token_batches(LENGTHS)
+    given = []
+    for batch in batches:
+        following = functional.pad(batch["input_ids"][:, 1:], (0, 1), value=-100)
+        following[0, :2] = -100
+        given.append({"input_ids": batch["input_ids"], "shift_labels": following})
+    want = every_label(model, [{"input_ids": b["input_ids"], "labels": b["shift_labels"]} for b in given])
+    check(model, given, want, microbatch=microbatch, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("microbatch", [None, 1])
+def test_a_loss_that_does_not_shift_counts_every_label(microbatch):
+    """The first labels of the rows too, of which one batch has four and the other has one."""
+    model, (batch,) = llama(), tiny_models.token_batches(((9, 2, 2, 2, 2),))
+    batches = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 1), slice(1, 5))]
+
+    def loss(outputs, batch):
+        return functional.cross_entropy(outputs.logits.flatten(0, 1), batch["labels"].flatten())
+
+    want = every_label(model, batches)
+    op = spectra.HessianOperator(model, batches, loss=loss, microbatch=microbatch)
+    assert op.loss() == pytest.approx(want.item(), rel=1e-6)
+    assert relative_error(op.gradient(), dense_gradient(want, list(model.parameters()))) < 1e-6
+    assert pieces.UNSHIFTED in op.notes
+
+
+def test_counting_otherwise_is_for_losses_of_language_models_alone():
+    batches = tiny_models.token_batches(LENGTHS)
+    assert spectra.Objective(llama(), batches).counting_otherwise() is None
+    pairs = tiny_models.classification((3,))
+    assert spectra.Objective(tiny_models.mlp(), pairs, functional.cross_entropy).counting_otherwise() is None
+    found = spectra.Objective(llama(), batches, lambda outputs, batch: 0.0, microbatch=2).counting_otherwise()
+    assert [piece.share for piece in found.pieces] == pytest.approx([14 / 25, 7 / 25, 4 / 25])
+    assert [piece.within for piece in found.pieces] == pytest.approx([2 / 3, 1 / 3, 1])
+    assert found.of_all_ranks().pieces == found.pieces
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"loss": 3.0}, "loss= must be a function, got float"),
+        ({"weight": 3.0}, "weight= must be a function, got float"),
+        ({"weight": lambda batch: -1.0}, "at least 0, got -1"),
+        ({"weight": lambda batch: float("inf")}, "at least 0, got inf"),
+        ({"weight": lambda batch: batch["rows"]}, "weight= failed on a batch"),
+        ({"weight": lambda batch: 0.0}, "weight= gives 0"),
+    ],
+)
+def test_a_loss_or_weight_that_is_none_is_refused(options, words):
+    with pytest.raises(spectra.InputError, match=words) as caught:
+        spectra.Objective(tiny_models.mlp(), tiny_models.classification((3, 2)), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_ranks_share_the_pieces_with_the_largest_first(monkeypatch):
+    objective = spectra.Objective(tiny_models.mlp(), tiny_models.classification((1, 5, 2, 7, 3)))
+    monkeypatch.setattr(ranks, "rank_count", lambda: 2)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(ranks, "items_of_rank", lambda items, rank=rank: items[rank::2])
+        part = objective.of_this_rank()
+        parts.append([round(18 * piece.share) for piece in part.pieces])
+        assert part.of_all_ranks().pieces == objective.pieces
+    assert parts == [[7, 3, 1], [5, 2]]
+    monkeypatch.setattr(ranks, "rank_count", lambda: 6)
+    with pytest.raises(spectra.InputError, match="got 5 for 6 ranks"):
+        objective.of_this_rank()
+    monkeypatch.setattr(ranks, "rank_count", lambda: 5)
+    objective.of_this_rank()
+
+
+def test_weights_of_batches_are_those_given_and_none_is_left_out():
+    objective = spectra.Objective(tiny_models.mlp(), tiny_models.classification((4, 2, 3)), microbatch=3)
+    found = objective.with_batch_shares({0: 0.5, 1: 0.0, 2: 2.0})
+    assert [(piece.index, piece.share) for piece in found.pieces] == [(0, 0.375), (0, 0.125), (2, 2.0)]
+    assert [piece.batch_share for piece in found.pieces] == [0.5, 0.5, 2.0]
+
+
+def test_rows_of_the_largest_piece():
+    batches = tiny_models.classification((2, 6, 3))
+    objective = spectra.Objective(tiny_models.mlp(), batches)
+    some = objective.some_rows(4)
+    assert torch.equal(some.batch[0], batches[1][0][:4])
+    assert some.name == "batch 1, 4 rows"
+    assert torch.equal(objective.some_rows(9).batch[1], batches[1][1])

@@ -388,3 +388,97 @@ def test_sketches_keep_norms_and_differences():
         first, second = comparison._sketched(0.0, one)[1], comparison._sketched(0.0, other)[1]
         assert np.linalg.norm(first) == pytest.approx(one.norm().item(), rel=0.2)
         assert np.linalg.norm(first - second) == pytest.approx((one - other).norm().item(), rel=0.2)
+
+
+class Rows(nn.Module):
+    """(rows, time, 4) -> (rows, time, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x, scale=None):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_sum_over_batches_of_several_shapes_is_told_from_a_mean(reduction):
+    """They cannot be joined: what their thirds add up to tells."""
+    model, g = Rows(), torch.Generator().manual_seed(6)
+    batches = [
+        (torch.randn(rows, time, 4, generator=g), torch.randint(0, 3, (rows, time), generator=g))
+        for rows, time in ((6, 2), (4, 5), (3, 3))
+    ]
+
+    def loss(outputs, targets):
+        return functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction=reduction)
+
+    op = spectra.HessianOperator(model, batches, loss=lambda o, t: loss(o, t))
+    counts = [1.0] * 3 if reduction == "sum" else [targets.numel() / 41 for _, targets in batches]
+    pairs = list(zip(counts, batches, strict=True))
+    want = dense(model, lambda m: sum(count * loss(m(x.double()), y) for count, (x, y) in pairs))
+    assert relative_error(matrix(op), want) < 1e-5
+    assert (pieces.SUMMED in op.notes) is (reduction == "sum")
+
+
+def test_a_sum_divided_by_its_batchs_own_number_is_no_sum():
+    model, g = Rows(), torch.Generator().manual_seed(7)
+    batches = [
+        {
+            "x": torch.randn(4, time, 4, generator=g),
+            "y": torch.randint(0, 3, (4, time), generator=g),
+            "scale": 4.0 * time,
+        }
+        for time in (2, 5)
+    ]
+
+    def loss(model, batch):
+        values = functional.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten(), reduction="sum")
+        return values / batch["scale"]
+
+    op = spectra.HessianOperator(model, batches, loss=loss)
+    op @ torch.ones(op.shape[0])
+    assert pieces.SUMMED not in op.notes
+
+
+def test_dropout_is_switched_off_where_batches_are_compared():
+    x = torch.ones(2, 3, 4, 5)
+    with pieces._WithoutDropout():
+        for function in (functional.dropout, functional.dropout2d, functional.alpha_dropout, torch.dropout):
+            options = {"train": True} if function is torch.dropout else {"training": True}
+            assert torch.equal(function(x, 0.5, **options), x)
+        assert torch.equal(functional.dropout(input=x, p=0.5, training=True), x)
+        q, k, v = torch.randn(3, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+        want = functional.scaled_dot_product_attention(q, k, v)
+        assert torch.equal(functional.scaled_dot_product_attention(q, k, v, dropout_p=0.9), want)
+        assert torch.equal(functional.scaled_dot_product_attention(q, k, v, None, 0.9), want)
+        causal = functional.scaled_dot_product_attention(q, k, v, None, 0.9, True)
+    assert torch.equal(causal, functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+def test_relative_errors_are_relative_to_what_was_added_up():
+    evaluation = pieces._Evaluation
+    parts = [evaluation(3.0, np.array([3.0, 4.0])), evaluation(-1.0, np.array([0.0, -2.0]))]
+    whole = evaluation(1.0, np.array([3.0, 2.0]))
+    exact = evaluation(0.5 * 3.0 + 2.0 * -1.0, np.array([1.5, -2.0]))
+    assert pieces._disagreement(exact, parts, [0.5, 2.0]) == 0.0
+    # gradients: |(3, 2) - (1.5, -2)| of 0.5 * 5 + 2 * 2; losses: |1 + 0.5| of 0.5 * 3 + 2 * 1
+    assert pieces._disagreement(whole, parts, [0.5, 2.0]) == pytest.approx(np.hypot(1.5, 4) / 6.5)
+    assert pieces._disagreement(evaluation(9.0, exact.sketch), parts, [0.5, 2.0]) == pytest.approx(9.5 / 9)
+    assert pieces._relative(1.0, 0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("found", "meant"),
+    [([1.0004, 0.9996], [1, 1]), ([0.3, 0.7004], [0.3 / 1.0004, 0.7004 / 1.0004]), ([0.3, 0.8], [0.3, 0.8])],
+)
+def test_shares_that_are_nearly_what_they_are_meant_to_be(found, meant):
+    np.testing.assert_allclose(pieces._rounded(np.array(found)), meant, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("length", "most", "want"),
+    [(3, 5, [0, 1, 2]), (5, 5, [0, 1, 2, 3, 4]), (9, 3, [0, 4, 8]), (100, 4, [0, 33, 66, 99])],
+)
+def test_some_of_many_are_spread_evenly(length, most, want):
+    assert pieces._spread(length, most) == want
