@@ -165,7 +165,9 @@ def _members(item: Any) -> list[Any]:
     if isinstance(item, types.MethodType):
         return [item.__self__, item.__func__]
     if isinstance(item, types.FunctionType):
-        return [cell.cell_contents for cell in _filled_cells(item)] + list(_globals_of(item).values())
+        defaults = [*(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values()]
+        inside = [cell.cell_contents for cell in _filled_cells(item)]
+        return [*inside, *defaults, *vars(item).values(), *_globals_of(item).values()]
     if isinstance(item, functools.partial):
         return [item.func, *item.args, *item.keywords.values()]
     if isinstance(item, type):
@@ -231,7 +233,8 @@ def _undo(item: Any, budget: int) -> list[Callable[[], Any]]:
         return [functools.partial(item.__setitem__, slice(None), item[:])]
     if isinstance(item, types.FunctionType):
         cells = [functools.partial(setattr, cell, "cell_contents", cell.cell_contents) for cell in _filled_cells(item)]
-        return [*cells, functools.partial(_rebind, item, _globals_of(item))]
+        attributes = functools.partial(_refill, vars(item), dict(vars(item)))
+        return [*cells, attributes, functools.partial(_rebind, item, _globals_of(item))]
     if isinstance(item, type):
         return [functools.partial(_give_back, item, dict(vars(item)))]
     undo: list[Callable[[], Any]] = []
@@ -325,6 +328,8 @@ def _places(item: Any) -> Iterator[tuple[Callable[[Any], Any], Any]]:
             yield functools.partial(setattr, cell, "cell_contents"), cell.cell_contents
         for name, value in _globals_of(item).items():
             yield functools.partial(item.__globals__.__setitem__, name), value
+        for name, value in vars(item).items():
+            yield functools.partial(setattr, item, name), value
         return
     if isinstance(item, type):
         for name, value in vars(item).items():

@@ -123,12 +123,25 @@ def closure():
     return change
 
 
+def defaults():
+    def change(seen=[], *, table={}):  # noqa: B006, the mistake that people make
+        change.calls += 1
+        seen.append(1)
+        table[len(table)] = 1
+
+    change.calls = 0
+    change.change = change
+    change.state = lambda: (list(change.__defaults__[0]), dict(change.__kwdefaults__["table"]), change.calls)
+    return change
+
+
 def bound_weights():
     return types.SimpleNamespace(inner=[{"weights": torch.ones(3)}])
 
 
 KINDS = {
     "closure": closure,
+    "defaults": defaults,
     "slots": Slotted,
     "frozen": Frozen,
     "class": Shared,
