@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from spectra.backend.errors import InputError
+from spectra.backend.ranks import without_collectives
 from spectra.operators.hessian.batches import moved
 from spectra.operators.hessian.isolation import RandomStates, isolated, unwrap
 from spectra.runs.object_state import Holder, kept
@@ -142,8 +143,12 @@ class _TrainersLoss(Holder):
     def __call__(self, model: nn.Module, batch: Any, *, times_items: int = 1) -> torch.Tensor:
         trainer = self.trainer
         inputs = dict(batch) if isinstance(batch, Mapping) else batch
-        with kept(self, budget=BUDGET), _in_mode(_other_modules(trainer, model), model.training):
-            _be_one_process(trainer)
+        with (
+            without_collectives("the Trainer's compute_loss"),
+            kept(self, budget=BUDGET),
+            _in_mode(_other_modules(trainer, model), model.training),
+        ):
+            _be_one_process(trainer, model)
             items = None
             if isinstance(inputs, dict):
                 device = next(model.parameters()).device
@@ -156,13 +161,13 @@ class _TrainersLoss(Holder):
         return value
 
 
-def _be_one_process(trainer: Trainer) -> None:
+def _be_one_process(trainer: Trainer, model: nn.Module) -> None:
     """Let the Trainer be one process on one device that logs nothing, until the caller puts it back."""
     args, attributes = trainer.args, vars(trainer)
     for name, value in dict(attributes).items():  # what is updated in place must not belong to a graph that is kept
         if isinstance(value, torch.Tensor) and value.grad_fn is None and not value.requires_grad:
             attributes[name] = value.clone()
-    attributes["log"] = _log_nothing
+    attributes["log"], attributes["model_wrapped"] = _log_nothing, model
     vars(args)["average_tokens_across_devices"] = False  # asking the other ranks would wait for them
     if args.n_gpu > 1:
         vars(args)["_n_gpu"] = 1
