@@ -131,7 +131,7 @@ def all_gather(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def without_collectives(where: str) -> Iterator[None]:
-    """A context for what one rank computes alone: a collective operation of this thread, which would wait, is refused.
+    """A context for what one rank computes alone: collective operations of this thread, which wait, are refused.
 
     Args:
         where: What calls it, for the message.

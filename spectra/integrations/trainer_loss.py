@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,8 +25,8 @@ OWN_LOSS = "the loss is that of the Trainer's compute_loss"
 SMOOTHED = "the loss is the Trainer's, with label smoothing {}"
 LOSS_FUNCTION = "the loss is that of the Trainer's compute_loss_func"
 ACCUMULATED = (
-    "gradient accumulation: the loss does not depend on num_items_in_batch, so that a training step descends the {} of the "
-    "losses of its {} batches; the loss of the measured batches together is measured"
+    "gradient accumulation: the loss does not depend on num_items_in_batch, so that a training step descends the {} of "
+    "the losses of its {} batches; the loss of the measured batches together is measured"
 )
 BUDGET = 1 << 20  # entries of tensors and arrays that are put back after each call of compute_loss
 
@@ -102,7 +102,8 @@ def notes_of_accumulation(trainer: Trainer, loss: Callable[..., torch.Tensor] | 
     if steps == 1:
         return []
     counted = trainer.compute_loss_func is not None or trainer.model_accepts_loss_kwargs
-    if loss is None and counted or isinstance(loss, _TrainersLoss) and loss.depends_on_items(batch):
+    divided = loss.depends_on_items(batch) if isinstance(loss, _TrainersLoss) else counted
+    if divided:
         return []
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # which older versions of transformers do not have
     has_items = isinstance(batch, Mapping) and "labels" in batch
@@ -130,7 +131,7 @@ class _TrainersLoss(Holder):
 
     def depends_on_items(self, batch: Any) -> bool:
         """Whether the loss of a batch changes with the number of items that the Trainer says it has."""
-        model = unwrap(self.trainer.model)
+        model = unwrap(cast(nn.Module, self.trainer.model))
         device = next(model.parameters()).device
         with isolated(model), torch.no_grad():
             states = RandomStates(device)

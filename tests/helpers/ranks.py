@@ -45,7 +45,9 @@ def alone():
                 lambda: torch.distributed.all_gather_object([None, None], 1),
                 lambda: wrapped(ones.expand(3, 2)),  # which sends its buffers
             ):
-                with pytest.raises(spectra.InputError, match="the loss calls torch.distributed.*one rank measures alone"):
+                with pytest.raises(
+                    spectra.InputError, match=r"the loss calls torch\.distributed.*one rank measures alone"
+                ):
                     call()
                 refused.append(call)
             thread = threading.Thread(target=torch.distributed.all_reduce, args=(ones,))
@@ -73,7 +75,11 @@ def trained(out):
     rows = torch.randint(2, tiny_models.VOCABULARY, (16, 8), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row.clone()} for row in rows]
     found, records = {}, {}
-    for name, kind in (("stock", transformers.Trainer), ("own", Own), ("gathers", type("G", (Own,), {"gathers": True}))):
+    for name, kind in (
+        ("stock", transformers.Trainer),
+        ("own", Own),
+        ("gathers", type("G", (Own,), {"gathers": True})),
+    ):
         for watched in (False, True):
             transformers.set_seed(3)
             model = tiny_models.causal_lm("llama", dtype=torch.float32)
@@ -96,7 +102,8 @@ def trained(out):
 
 def main(task, out):
     if task == "trainer":
-        return trained(Path(out))
+        trained(Path(out))
+        return
     distributed.start(device="cpu", minutes=0.5)
     if task == "die":
         op = spectra.DiagonalOperator(np.arange(1.0, 2000.0))

@@ -147,7 +147,7 @@ class Meter:
 class Busy(transformers.Trainer):
     """compute_loss draws from generators of its own, counts in objects and globals, and reads plain iterators."""
 
-    kept = []
+    kept = []  # noqa: RUF012, the mistake that people make
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -254,6 +254,7 @@ def test_what_is_measured_under_accumulation_is_said(tmp_path, kind, steps):
 
 def test_the_sum_that_is_said_is_what_a_step_descends(tmp_path):
     """The gradient of a step over two batches is twice that of their mean loss, where compute_loss is a mean."""
+
     class Seen(transformers.TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **_):
             self.gradient = self.gradient if state.global_step else [p.grad.clone() for p in model.parameters()]
@@ -491,7 +492,13 @@ def test_a_second_training_counts_on(tmp_path, other_process):
         trainer.train()
     assert sum("its step 0" in str(warning.message) for warning in caught) == len(caught) == 1
     records = spectra.Run(tmp_path / "spectra").records
-    assert [(record.step, record.label) for record in records] == [(0, "start"), (2, ""), (3, "end"), (4, ""), (6, "end")]
+    assert [(record.step, record.label) for record in records] == [
+        (0, "start"),
+        (2, ""),
+        (3, "end"),
+        (4, ""),
+        (6, "end"),
+    ]
     assert [any("its step 0" in note for note in record.notes) for record in records] == [False] * 3 + [True] * 2
     fresh = spectra.HessianOperator(trainer.model, callback.probe.batches, params="*mlp*")
     assert records[-1].loss == fresh.loss()
@@ -583,7 +590,10 @@ def test_a_probe_that_cannot_be_made(tmp_path, strict):
             trainer.train()
     assert trainer.state.global_step == 3
     records = spectra.Run(tmp_path / "spectra").records
-    assert [(record.step, record.status, record.label) for record in records] == [(0, "failed", "start"), (3, "failed", "start")]
+    assert [(record.step, record.status, record.label) for record in records] == [
+        (0, "failed", "start"),
+        (3, "failed", "start"),
+    ]
     assert "no parameter matches" in records[0].reason
     trainer_of(tmp_path, callback=watch()).train()  # with other settings: nothing was measured with those
     assert [record.step for record in spectra.Run(tmp_path / "spectra").measured] == [0, 2, 3]

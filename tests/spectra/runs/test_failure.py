@@ -15,7 +15,11 @@ from spectra.runs.settings import MeasurementSettings
 
 KINDS = {
     "mistake": (InputError("expected this,\n got that"), "expected this, got that", ""),
-    "device": (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "OutOfMemoryError: CUDA out of memory", failure.MEMORY),
+    "device": (
+        torch.OutOfMemoryError("CUDA out of memory.\nmore"),
+        "OutOfMemoryError: CUDA out of memory",
+        failure.MEMORY,
+    ),
     "host": (MemoryError(), "MemoryError", failure.MEMORY),
     "host torch": (RuntimeError("not enough memory: x"), "RuntimeError: not enough memory: x", failure.MEMORY),
     "disk": (OSError(28, "No space"), "OSError: [Errno 28] No space", failure.DISK),

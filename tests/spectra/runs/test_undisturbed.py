@@ -175,7 +175,9 @@ class CountingLoss:
         module_log.append(self.calls)
         self.numpy.random()
         value = functional.cross_entropy(outputs, targets)
-        add = next(getattr(self.container, name) for name in ("append", "add", "update") if hasattr(self.container, name))
+        add = next(
+            getattr(self.container, name) for name in ("append", "add", "update") if hasattr(self.container, name)
+        )
         add({self.calls: value.item()} if isinstance(self.container, dict) else value.item())
         return value
 
