@@ -10,8 +10,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import functools
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,11 @@ from torch import distributed
 from spectra.backend.errors import InputError, first_line
 
 SPREADS = ("none", "probes", "batches")
+COLLECTIVES = ("all_reduce", "all_reduce_coalesced", "all_gather", "all_gather_coalesced", "all_gather_into_tensor")
+COLLECTIVES += ("all_gather_object", "all_to_all", "all_to_all_single", "barrier", "monitored_barrier", "broadcast")
+COLLECTIVES += ("broadcast_object_list", "_broadcast_coalesced", "gather", "gather_object", "reduce", "reduce_scatter")
+COLLECTIVES += ("reduce_scatter_tensor", "scatter", "scatter_object_list", "send", "recv", "isend", "irecv")
+COLLECTIVES += ("send_object_list", "recv_object_list", "batch_isend_irecv")
 T = TypeVar("T")
 
 
@@ -120,6 +127,41 @@ def all_gather(value: Any) -> list[Any]:
     with _rank_errors("gathering results"):
         distributed.all_gather_object(values, value)
     return values
+
+
+@contextlib.contextmanager
+def without_collectives(where: str) -> Iterator[None]:
+    """A context for what one rank computes alone: collective operations of this thread, which wait, are refused.
+
+    Args:
+        where: What calls it, for the message.
+    """
+    if rank_count() == 1:
+        yield
+        return
+    thread, before = threading.get_ident(), {name: getattr(distributed, name, None) for name in COLLECTIVES}
+
+    def refusing(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def refuse(*arguments: Any, **options: Any) -> Any:
+            if threading.get_ident() != thread:
+                return call(*arguments, **options)
+            raise InputError(
+                f"{where} calls torch.distributed.{name}, which waits for the other ranks, and "
+                "one rank measures alone: measure with a loss= without it"
+            )
+
+        return refuse
+
+    try:
+        for name, call in before.items():
+            if call is not None:
+                setattr(distributed, name, refusing(name, call))
+        yield
+    finally:
+        for name, call in before.items():
+            if call is not None:
+                setattr(distributed, name, call)
 
 
 @contextlib.contextmanager

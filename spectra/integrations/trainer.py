@@ -89,6 +89,7 @@ class SpectrumCallback(TrainerCallback):
         self._drawn: tuple[Any, ...] = ()  # what the batches of the last training were drawn from, they and their notes
         self._model: weakref.ref[nn.Module] | None = None  # that was trained last
         self._out = ""
+        self._in_training = False
         self._first = 0  # the training step of the run at which this training starts
         self._reached = 0  # the last training step of the run
 
@@ -97,6 +98,7 @@ class SpectrumCallback(TrainerCallback):
     ) -> None:
         """Make the probe and measure the model as it is."""
         self._release()
+        self._in_training = True
         if not state.is_world_process_zero:
             return
         trainer, model = self.trainer or calling_trainer(self), unwrap(kwargs["model"])
@@ -122,6 +124,8 @@ class SpectrumCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure if it is time; the last training step is left to `on_train_end`."""
+        if not self._in_training:  # added by another callback when the training had begun
+            self.on_train_begin(args, state, control, **kwargs)
         self._reached = self._first + state.global_step
         if self.probe is not None and state.global_step < state.max_steps:
             with self._ending_no_training():
@@ -131,6 +135,7 @@ class SpectrumCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the trained model, unless its last training step was measured, and let others write to the run."""
+        self._in_training = False
         if self.probe is None:
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:

@@ -109,20 +109,23 @@ def _taken(items: Iterable[Any], count: int) -> list[Any]:
 
 def _of_rows(loader: DataLoader, indices: Any) -> Any:
     """The batch of some indices; of one index where the loader does not batch."""
-    dataset, collate = loader.dataset, loader.collate_fn
+    dataset: Any = loader.dataset
+    collate: Any = loader.collate_fn
     if loader.batch_sampler is None:
         return collate(dataset[indices])
-    if callable(many := getattr(dataset, "__getitems__", None)):
+    many: Any = getattr(dataset, "__getitems__", None)
+    if callable(many):
         return collate(many(list(indices)))
     return collate([dataset[index] for index in indices])
 
 
 def _of_rows_in_turn(loader: DataLoader, count: int) -> list[Any]:
     """The batches of a data set that is iterated."""
+    dataset: Any = loader.dataset
     if loader.batch_size is None:  # the data set yields whole batches
-        return [loader.collate_fn(item) for item in _taken(loader.dataset, count)]
+        return [loader.collate_fn(item) for item in _taken(dataset, count)]
     size = loader.batch_size
-    rows = _taken(loader.dataset, count * size)
+    rows = _taken(dataset, count * size)
     chunks = (rows[start : start + size] for start in range(0, len(rows), size))
     return [loader.collate_fn(chunk) for chunk in chunks if len(chunk) == size or not loader.drop_last]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from spectra.backend.errors import InputError
+from spectra.backend.ranks import without_collectives
 from spectra.operators.hessian.batches import moved
 from spectra.operators.hessian.isolation import RandomStates, isolated, unwrap
 from spectra.runs.object_state import Holder, kept
@@ -24,8 +25,8 @@ OWN_LOSS = "the loss is that of the Trainer's compute_loss"
 SMOOTHED = "the loss is the Trainer's, with label smoothing {}"
 LOSS_FUNCTION = "the loss is that of the Trainer's compute_loss_func"
 ACCUMULATED = (
-    "gradient accumulation: the loss does not depend on num_items_in_batch, so that a training step descends the {} of the "
-    "losses of its {} batches; the loss of the measured batches together is measured"
+    "gradient accumulation: the loss does not depend on num_items_in_batch, so that a training step descends the {} of "
+    "the losses of its {} batches; the loss of the measured batches together is measured"
 )
 BUDGET = 1 << 20  # entries of tensors and arrays that are put back after each call of compute_loss
 
@@ -101,7 +102,8 @@ def notes_of_accumulation(trainer: Trainer, loss: Callable[..., torch.Tensor] | 
     if steps == 1:
         return []
     counted = trainer.compute_loss_func is not None or trainer.model_accepts_loss_kwargs
-    if (loss is None and counted) or (isinstance(loss, _TrainersLoss) and loss.depends_on_items(batch)):
+    divided = loss.depends_on_items(batch) if isinstance(loss, _TrainersLoss) else counted
+    if divided:
         return []
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # which older versions of transformers do not have
     has_items = isinstance(batch, Mapping) and "labels" in batch
@@ -129,7 +131,7 @@ class _TrainersLoss(Holder):
 
     def depends_on_items(self, batch: Any) -> bool:
         """Whether the loss of a batch changes with the number of items that the Trainer says it has."""
-        model = unwrap(self.trainer.model)
+        model = unwrap(cast(nn.Module, self.trainer.model))
         device = next(model.parameters()).device
         with isolated(model), torch.no_grad():
             states = RandomStates(device)
@@ -142,8 +144,12 @@ class _TrainersLoss(Holder):
     def __call__(self, model: nn.Module, batch: Any, *, times_items: int = 1) -> torch.Tensor:
         trainer = self.trainer
         inputs = dict(batch) if isinstance(batch, Mapping) else batch
-        with kept(self, budget=BUDGET), _in_mode(_other_modules(trainer, model), model.training):
-            _be_one_process(trainer)
+        with (
+            without_collectives("the Trainer's compute_loss"),
+            kept(self, budget=BUDGET),
+            _in_mode(_other_modules(trainer, model), model.training),
+        ):
+            _be_one_process(trainer, model)
             items = None
             if isinstance(inputs, dict):
                 device = next(model.parameters()).device
@@ -156,13 +162,13 @@ class _TrainersLoss(Holder):
         return value
 
 
-def _be_one_process(trainer: Trainer) -> None:
+def _be_one_process(trainer: Trainer, model: nn.Module) -> None:
     """Let the Trainer be one process on one device that logs nothing, until the caller puts it back."""
     args, attributes = trainer.args, vars(trainer)
     for name, value in dict(attributes).items():  # what is updated in place must not belong to a graph that is kept
         if isinstance(value, torch.Tensor) and value.grad_fn is None and not value.requires_grad:
             attributes[name] = value.clone()
-    attributes["log"] = _log_nothing
+    attributes["log"], attributes["model_wrapped"] = _log_nothing, model
     vars(args)["average_tokens_across_devices"] = False  # asking the other ranks would wait for them
     if args.n_gpu > 1:
         vars(args)["_n_gpu"] = 1

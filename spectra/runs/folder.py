@@ -117,14 +117,14 @@ class Run:
         if not is_recorded(folder):
             return cls.create(folder, config)
         run = cls(folder)
-        config = plain(dict(config or {}))
+        settings: dict[str, Any] = plain(dict(config or {}))
         if run.records and not run.measured and not run.telemetry and not is_written_here(run.folder):
             lock = WriterLock(run.folder)
-            _write_config(run.folder, config)
+            _write_config(run.folder, settings)
             return cls._writing(run.folder, lock)
-        names = {*config, *run.config}
+        names = {*settings, *run.config}
         ignored = set() if only_compared is None else names - set(only_compared)
-        refuse_differences(run, config, {*NOT_COMPARED, *not_compared, *ignored})
+        refuse_differences(run, settings, {*NOT_COMPARED, *not_compared, *ignored})
         return cls._writing(run.folder, WriterLock(run.folder))
 
     @classmethod

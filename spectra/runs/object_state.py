@@ -1,9 +1,9 @@
 """Putting objects back: what a call changes in attributes, containers, tensors, generators and globals is undone.
 
-A walk follows attributes, members of containers, closures, and the globals that functions of the user name. It stops at
-modules, which are the task of the operator, at code of libraries, and at objects that threads or processes work on: these
-change while a measurement runs. An iterator cannot be put back; while state is kept, another stands in its place, which
-is a copy where one can be made, and refuses to be read where none can.
+A walk follows attributes, members of containers, closures, and the globals that functions of the user name. It stops
+at modules, which are the task of the operator, at code of libraries, and at objects that threads or processes work on:
+these change while a measurement runs. An iterator cannot be put back; while state is kept, another stands in its place,
+which is a copy where one can be made, and refuses to be read where none can.
 """
 
 from __future__ import annotations
@@ -165,7 +165,9 @@ def _members(item: Any) -> list[Any]:
     if isinstance(item, types.MethodType):
         return [item.__self__, item.__func__]
     if isinstance(item, types.FunctionType):
-        return [cell.cell_contents for cell in _filled_cells(item)] + list(_globals_of(item).values())
+        defaults = [*(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values()]
+        inside = [cell.cell_contents for cell in _filled_cells(item)]
+        return [*inside, *defaults, *vars(item).values(), *_globals_of(item).values()]
     if isinstance(item, functools.partial):
         return [item.func, *item.args, *item.keywords.values()]
     if isinstance(item, type):
@@ -231,11 +233,12 @@ def _undo(item: Any, budget: int) -> list[Callable[[], Any]]:
         return [functools.partial(item.__setitem__, slice(None), item[:])]
     if isinstance(item, types.FunctionType):
         cells = [functools.partial(setattr, cell, "cell_contents", cell.cell_contents) for cell in _filled_cells(item)]
-        return [*cells, functools.partial(_rebind, item, _globals_of(item))]
+        attributes = functools.partial(_refill, vars(item), dict(vars(item)))
+        return [*cells, attributes, functools.partial(_rebind, item, _globals_of(item))]
     if isinstance(item, type):
         return [functools.partial(_give_back, item, dict(vars(item)))]
     undo: list[Callable[[], Any]] = []
-    kind = next((kind for kind in MUTABLE if isinstance(item, kind)), None)
+    kind: Any = next((kind for kind in MUTABLE if isinstance(item, kind)), None)
     if kind is not None:
         if len(item) > budget:
             undo.append(functools.partial(_shorten, item, len(item)))
@@ -317,7 +320,7 @@ def _is_read_once(value: Any) -> bool:
 
 
 def _places(item: Any) -> Iterator[tuple[Callable[[Any], Any], Any]]:
-    """Where an object holds others and can hold another in their place: a function that puts it there, and the value."""
+    """Where an object holds others, and another could stand: a function that puts it there, and what is there."""
     if isinstance(item, NUMBERS):
         return
     if isinstance(item, types.FunctionType):
@@ -325,6 +328,8 @@ def _places(item: Any) -> Iterator[tuple[Callable[[Any], Any], Any]]:
             yield functools.partial(setattr, cell, "cell_contents"), cell.cell_contents
         for name, value in _globals_of(item).items():
             yield functools.partial(item.__globals__.__setitem__, name), value
+        for name, value in vars(item).items():
+            yield functools.partial(setattr, item, name), value
         return
     if isinstance(item, type):
         for name, value in vars(item).items():
@@ -333,10 +338,12 @@ def _places(item: Any) -> Iterator[tuple[Callable[[Any], Any], Any]]:
     if isinstance(item, dict | list) and len(item) <= MOST_MEMBERS:
         for key, value in item.items() if isinstance(item, dict) else enumerate(item):
             yield functools.partial(item.__setitem__, key), value
-    table = getattr(item, "__dict__", None)
+    table: Any = getattr(item, "__dict__", None)
     for name, value in attributes_of(item).items():
-        in_table = type(table) is dict and name in table
-        yield functools.partial(*(table.__setitem__,) if in_table else (object.__setattr__, item), name), value
+        if type(table) is dict and name in table:
+            yield functools.partial(table.__setitem__, name), value
+        else:
+            yield functools.partial(object.__setattr__, item, name), value
 
 
 def _stand_in(iterator: Any) -> Any:

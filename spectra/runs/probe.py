@@ -340,9 +340,10 @@ class SpectrumProbe:
         return record
 
     def _warn(self, message: str, reason: str | None = None) -> None:
-        """Warn once for each reason. Where warnings are errors, nothing is raised: the training is to go on."""
-        if (reason or message) not in self._warned:
-            self._warned.add(reason or message)
+        """Warn once for each reason, whatever numbers are in it. Where warnings are errors, nothing is raised."""
+        reason = re.sub(r"[-+.\d]*\d", "0", reason or message)
+        if reason not in self._warned:
+            self._warned.add(reason)
             with contextlib.suppress(Warning):
                 warnings.warn(message, stacklevel=2)
 

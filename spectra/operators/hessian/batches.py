@@ -279,7 +279,8 @@ def _members_by_name(value: Any) -> list[tuple[Any, Any]] | None:
     if isinstance(value, tuple | list) or (isinstance(value, np.ndarray) and value.dtype == object and value.ndim):
         return list(enumerate(value))
     if _is_dataclass(value):
-        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        fields = dataclasses.fields(value)  # pyright: ignore[reportArgumentType]
+        return [(field.name, getattr(value, field.name)) for field in fields]
     if isinstance(value, str | bytes | int | float | complex | np.generic | type | types.ModuleType):
         return None
     if isinstance(value, types.FunctionType | types.MethodType | types.BuiltinFunctionType):

@@ -163,10 +163,8 @@ class BatchLoss:
         raise self._failed(batch, name, failures) from (failures[0][1] if failures else None)
 
     def _chosen(self, usable: list[tuple[_Form, torch.Tensor]]) -> tuple[_Form, torch.Tensor]:
-        """The only form, or the one that the name of the loss function's first parameter decides for."""
-        first = next((parameter.name for parameter in _parameters_of(self.loss)), "")
-        wanted = "model" if first in NAMES_OF_MODELS else "outputs" if first in NAMES_OF_OUTPUTS else ""
-        kept = [(form, value) for form, value in usable if form.first == wanted] or usable
+        """The only form, or the one that the name of the loss function's first parameter speaks for."""
+        kept = [(form, value) for form, value in usable if form.first == self._named_first()] or usable
         form, value = kept[0]
         others = [other.name for other, found in kept[1:] if not _same(found, value)]
         if others:
@@ -176,6 +174,11 @@ class BatchLoss:
             )
         return form, value
 
+    def _named_first(self) -> str:
+        """What the name of the loss function's first parameter says that it is: "model", "outputs" or nothing."""
+        first = next((parameter.name for parameter in _parameters_of(self.loss)), "")
+        return "model" if first in NAMES_OF_MODELS else "outputs" if first in NAMES_OF_OUTPUTS else ""
+
     def _failed(self, batch: Any, name: str, failures: list[tuple[_Form, Exception]]) -> InputError:
         """The error that says in one line why no form worked."""
         if not failures:
@@ -183,8 +186,10 @@ class BatchLoss:
                 f"a loss function of (outputs, targets) or (model, batch) is expected, got {_name_of(self.loss)} that "
                 "takes another number of arguments"
             )
-        if isinstance(failures[0][1], InputError):
-            return failures[0][1]
+        named = [error for form, error in failures if form.first == self._named_first()]
+        for error in (*named, failures[0][1]):
+            if isinstance(error, InputError):
+                return error
         tried = "; ".join(f"{form.name}: {_reason(error)}" for form, error in failures)
         own = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         others = sorted({str(t.dtype) for t in tensors_of(batch) if t.is_floating_point() and t.dtype != own})

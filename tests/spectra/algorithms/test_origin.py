@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import warnings
 
 import numpy as np
@@ -164,7 +165,7 @@ def test_training_and_evaluation_mode_are_not_compared():
     net = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 1))
     evaluation, training = density(of=net), density(of=net, training=True)
     assert (evaluation.origin.training, training.origin.training) == ("evaluation", "training")
-    with pytest.raises(spectra.InputError, match="one in evaluation and one in training mode: .* training="):
+    with pytest.raises(spectra.InputError, match=r"one in evaluation and one in training mode: .* training="):
         spectra.compare(evaluation, training)
     spectra.compare(training, density(of=net, training=True))
 
@@ -179,8 +180,7 @@ def test_different_hessians_are_said():
         op = qat.hessian_operator(net, batch(), name.split(",")[0], loss=nn.MSELoss(), draws=2, **options)
         found[name] = spectra.slq(op, probes=2, steps=4)
         assert found[name].origin.mode == name
-    names = list(modes)
-    for one, other in zip(names, names[1:], strict=False):
+    for one, other in itertools.pairwise(modes):
         with pytest.warns(UserWarning, match=f"different Hessians, '{one}' and '{other}'"):
             spectra.compare(found[one], found[other])
     with warnings.catch_warnings():

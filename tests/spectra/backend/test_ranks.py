@@ -38,6 +38,12 @@ def test_two_ranks_give_what_one_gives_and_write_one_run(tmp_path):
     assert record.estimates["rms"].resolved
 
 
+@pytest.mark.parametrize("task", ["alone", "trainer"])
+def test_a_rank_that_measures_alone_waits_for_no_other(tmp_path, task):
+    done = torchrun(task, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_a_rank_that_dies_ends_the_run(tmp_path):
     done = torchrun("die", tmp_path)
     assert done.returncode != 0

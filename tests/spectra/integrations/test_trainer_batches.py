@@ -251,7 +251,7 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_drawn_from_is_refused(kind):
     loader = REFUSED[kind]()
-    with pytest.raises(spectra.InputError, match="pass batches=|batches= that read") as caught:
+    with pytest.raises(spectra.InputError, match=r"pass batches=|batches= that read") as caught:
         first_batches(loader, 2)
     assert "\n" not in str(caught.value)
     if kind in ("generator", "iterator"):

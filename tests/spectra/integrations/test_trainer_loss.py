@@ -147,7 +147,7 @@ class Meter:
 class Busy(transformers.Trainer):
     """compute_loss draws from generators of its own, counts in objects and globals, and reads plain iterators."""
 
-    kept = []
+    kept = []  # noqa: RUF012, the mistake that people make
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)

@@ -59,7 +59,7 @@ class Shared:
     """Counts on its class."""
 
     total = 0
-    seen = []
+    seen = []  # noqa: RUF012, the mistake that people make
 
     def change(self):
         Shared.total += 1
@@ -123,12 +123,25 @@ def closure():
     return change
 
 
+def defaults():
+    def change(seen=[], *, table={}):  # noqa: B006, the mistake that people make
+        change.calls += 1
+        seen.append(1)
+        table[len(table)] = 1
+
+    change.calls = 0
+    change.change = change
+    change.state = lambda: (list(change.__defaults__[0]), dict(change.__kwdefaults__["table"]), change.calls)
+    return change
+
+
 def bound_weights():
     return types.SimpleNamespace(inner=[{"weights": torch.ones(3)}])
 
 
 KINDS = {
     "closure": closure,
+    "defaults": defaults,
     "slots": Slotted,
     "frozen": Frozen,
     "class": Shared,
@@ -162,13 +175,15 @@ KINDS = {
     "torch generator": lambda: Holding(
         torch.Generator().manual_seed(0), lambda x: torch.rand(2, generator=x), lambda x: x.get_state().tolist()
     ),
-    "numpy generator": lambda: Holding(np.random.default_rng(0), lambda x: x.random(), lambda x: str(x.bit_generator.state)),
+    "numpy generator": lambda: Holding(
+        np.random.default_rng(0), lambda x: x.random(), lambda x: str(x.bit_generator.state)
+    ),
     "numpy bits": lambda: Holding(np.random.PCG64(0), lambda x: x.random_raw(), lambda x: str(x.state)),
     "numpy random state": lambda: Holding(
-        np.random.RandomState(0), lambda x: x.rand(), lambda x: x.get_state()[1].tolist() + [x.get_state()[2]]
+        np.random.RandomState(0), lambda x: x.rand(), lambda x: [*x.get_state()[1].tolist(), x.get_state()[2]]
     ),
     "python generator": lambda: Holding(random.Random(0), lambda x: x.random(), lambda x: x.getstate()),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -188,10 +203,15 @@ def test_what_is_changed_is_put_back(kind):
 
 def test_everything_is_put_back_also_where_the_call_raises():
     item, other = KINDS["list"](), KINDS["numpy"]()
-    with pytest.raises(KeyError), kept(item, other):
-        item.change()
-        other.change()
-        raise KeyError
+
+    def call():
+        with kept(item, other):
+            item.change()
+            other.change()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        call()
     assert (item.state(), other.state()) == ([1], [1, 1, 1])
 
 
@@ -201,9 +221,14 @@ def test_what_cannot_be_put_back_keeps_nothing_else_from_it():
             raise OSError("no")
 
     first, last = KINDS["list"](), KINDS["dict"]()
-    with pytest.raises(OSError, match="no"), kept(first, Stubborn(), last):
-        first.change()
-        last.change()
+
+    def call():
+        with kept(first, Stubborn(), last):
+            first.change()
+            last.change()
+
+    with pytest.raises(OSError, match="no"):
+        call()
     assert (first.state(), last.state()) == ([1], {"a": 1})
 
 
@@ -333,14 +358,14 @@ PLACES = {
 
 
 def read(place):
+    """The next item of the iterator that an owner holds somewhere inside."""
     if callable(place):
         return place()
     while not hasattr(place, "__next__"):
-        place = (
-            next(iter((vars(place) if isinstance(place, types.SimpleNamespace) else place).values()))
-            if not (isinstance(place, list))
-            else place[0]
+        members = (
+            place if isinstance(place, list) else place.values() if isinstance(place, dict) else vars(place).values()
         )
+        (place,) = members
     return next(place)
 
 
