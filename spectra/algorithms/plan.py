@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
+
 from spectra.algorithms.basis_size import Basis, choose_basis
 from spectra.algorithms.block_size import VECTORS_PER_PROBE, probe_block_size
+from spectra.algorithms.kronecker import KroneckerTransform, blocks_of
 from spectra.algorithms.lanczos import choose_reorthogonalization
 from spectra.algorithms.topk import default_basis_size
 from spectra.backend.errors import InputError
@@ -14,6 +17,9 @@ from spectra.backend.errors import InputError
 if TYPE_CHECKING:
     from spectra.operators.hessian.operator import HessianOperator
 
+PARTS = ("graphs", "product", "recurrence", "deflation", "search", "count")  # that the plan lists
+COUNT_VECTORS = 8  # of a count: the three of a recurrence, and those that the change of variables passes through
+SEARCHED_FACTORS = 3  # sets of factors in float64 during the search: the best, the current and the next ones
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -43,6 +49,7 @@ class MemoryPlan:
         together: How many probe vectors are advanced at once.
         basis: How many Krylov basis vectors the search holds at once; fewer than usual where memory is short.
         host: Bytes of the search in host memory, where the device has too little memory for it.
+        count: Bytes of the change of variables and of the recurrence after it, from which the negative share is read.
     """
 
     graphs: int
@@ -56,14 +63,15 @@ class MemoryPlan:
     together: int
     basis: int = 0
     host: int = 0
+    count: int = 0
 
     @property
     def peak(self) -> int:
-        """The largest number of bytes in use at once; the search for eigenvectors ends before the recurrences begin."""
-        return self.graphs + self.product + max(self.search, self.deflation + self.recurrence)
+        """The largest number of bytes in use at once; search, recurrences and count come one after another."""
+        return self.graphs + self.product + max(self.search, self.deflation + self.recurrence, self.count)
 
     def __str__(self) -> str:
-        parts = {name: getattr(self, name) for name in ("graphs", "product", "recurrence", "deflation", "search")}
+        parts = {name: getattr(self, name) for name in PARTS}
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         graphs = "all graphs kept" if self.kept == self.pieces else f"{self.kept} of {self.pieces} graphs kept"
         search = f", {self.basis} Krylov basis vectors" if self.basis else ""
@@ -75,7 +83,13 @@ class MemoryPlan:
 
 
 def plan(
-    op: HessianOperator, *, probes: int = 10, steps: int = 100, deflate: int = 0, reorthogonalize: str = "auto"
+    op: HessianOperator,
+    *,
+    probes: int = 10,
+    steps: int = 100,
+    deflate: int = 0,
+    reorthogonalize: str = "auto",
+    count_products: int = 0,
 ) -> MemoryPlan:
     """How much memory `slq(op, ...)` will take with these arguments.
 
@@ -88,6 +102,8 @@ def plan(
         steps: How many Lanczos steps.
         deflate: How many eigenvalues to deflate.
         reorthogonalize: "auto", "full" or "none", as in `spectra.slq`.
+        count_products: The largest number of products for a count after a change of variables
+            (`spectra.count_below`); 0 for none.
 
     Returns:
         The `MemoryPlan`; print it for one line of text.
@@ -127,7 +143,16 @@ def plan(
         together=together,
         basis=basis.size,
         host=search if basis.on_host else 0,
+        count=_count_bytes(op, count_products) if count_products else 0,
     )
+
+
+def _count_bytes(op: HessianOperator, products: int) -> int:
+    """Bytes of the factors of P, those in float64 of the search too, and of the recurrence of P^T A P."""
+    factors = KroneckerTransform.identity(blocks_of(op.space.shapes), torch.device("meta"))
+    entries = sum(factor.numel() for factor in (*factors.left, *factors.right))
+    basis_size = products if choose_reorthogonalization(op, products, "auto") == "full" else 0
+    return entries * (SEARCHED_FACTORS * 8 + op.dtype.itemsize) + (COUNT_VECTORS + basis_size) * op.vector_bytes
 
 
 def format_bytes(size: int) -> str:

@@ -67,6 +67,12 @@ class Quantity:
 
 
 QUANTITIES = {
+    "negative_share": Quantity(
+        "negative share",
+        meaning="how many of all eigenvalues lie below zero",
+        kind=Kind.COUNTED_SHARE,
+        read=lambda density, _: density.negative_share(),
+    ),
     "lambda_max": Quantity(
         "largest eigenvalue",
         EIGENVALUE_UNIT,
@@ -115,12 +121,6 @@ QUANTITIES = {
         kind=Kind.WEIGHTED_SHARE,
         power=1,
         read=lambda density, _: density.negative_magnitude_share(),
-    ),
-    "negative_share": Quantity(
-        "negative share",
-        meaning="how many of all eigenvalues lie below zero",
-        kind=Kind.COUNTED_SHARE,
-        read=lambda density, _: density.negative_share(),
     ),
     "near_zero_share": Quantity(
         "near-zero share",

@@ -37,6 +37,17 @@ def test_the_plan_holds_what_is_held(case, graph, measured):
     assert plan.rows == graph.get("microbatch", 8)
 
 
+def test_the_plan_holds_a_count(case):
+    op = operator(case)
+    plan = spectra.plan(op, probes=1, steps=4, count_products=120)
+    assert plan.count > 0
+    assert "count" in str(plan)
+    op.close()
+    with AllocationMeter() as meter:
+        spectra.slq(op, probes=1, steps=4, congruence=True, count_products=120)
+    assert 0.7 * plan.peak < meter.peak < 1.15 * plan.peak
+
+
 def test_the_footprint_of_a_few_rows_predicts_that_of_all(case):
     op = operator(case)
     graphs, footprint = op._graphs, op.footprint()
