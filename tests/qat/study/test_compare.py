@@ -62,6 +62,7 @@ def tiny(llama, out, **changes):
         "probes": 2,
         "lanczos_steps": 6,
         "deflate": 0,
+        "count_products": 0,
         "measure_sequences": 1,
     }
     return StudyConfig(**given | changes)
@@ -329,6 +330,7 @@ def test_the_default_model_is_trained_on_the_given_text_before_it_is_quantized(t
         train=TrainConfig(steps=1, batch_size=2),
         **ROUGH,
         deflate=0,
+        count_products=0,
         measure_sequences=1,
         device="cpu",
     )
