@@ -21,7 +21,20 @@ TRAINING = [
 ARGUMENTS = {
     "study": ["qat", "compare", "--bits", "2", *TRAINING],
     "training": ["qat", "train", "--bits", "2", *TRAINING],
-    "measurement": ["spectra", "measure", "--probes", "2", "--steps", "60", "--deflate", "4", "--device", "cpu", "--count-products", "0"],
+    "measurement": [
+        "spectra",
+        "measure",
+        "--probes",
+        "2",
+        "--steps",
+        "60",
+        "--deflate",
+        "4",
+        "--device",
+        "cpu",
+        "--count-products",
+        "0",
+    ],
 }
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs the signals of POSIX")
 
