@@ -388,6 +388,29 @@ def test_one_training_leaves_a_model_that_computes_with_the_quantized_weights(ll
     assert snapshot(tmp_path / "out").keys() == before.keys()
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_a_training_without_its_model_is_not_finished(llama, tmp_path, monkeypatch):
+    """Interrupted after the last record, and before the model is saved: the same command trains again."""
+    config = tiny(llama, tmp_path / "out", bits=(2,), methods=("baseline",), steps=1, **ROUGH)
+
+    def interrupt(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "_save_model", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="0 of 1 runs are finished"):
+            study.train_one(config, say=lambda line: None)
+    left = tmp_path / "out" / ".model-killed"
+    left.mkdir()
+    study.train_one(config, say=lambda line: None)
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+    assert not left.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "_write_report", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="1 of 1 runs are finished"):
+            study.train_one(config, say=lambda line: None)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
