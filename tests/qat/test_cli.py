@@ -19,7 +19,7 @@ from spectra.views import page
 
 QUICK = [
     *("--steps", "2", "--batch-size", "2", "--length", "8", "--probes", "1", "--lanczos-steps", "3", "--deflate", "0"),
-    *("--measure-sequences", "1", "--validation-sequences", "8", "--device", "cpu"),
+    *("--count-products", "0", "--measure-sequences", "1", "--validation-sequences", "8", "--device", "cpu"),
 ]
 
 

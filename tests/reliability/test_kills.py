@@ -16,12 +16,25 @@ from spectra.runs.folder import is_recorded
 SEED = 13
 TRAINING = [
     *("--steps", "4", "--batch-size", "2", "--length", "8", "--probes", "1", "--lanczos-steps", "3", "--deflate", "0"),
-    *("--measure-sequences", "1", "--validation-sequences", "4", "--device", "cpu"),
+    *("--count-products", "0", "--measure-sequences", "1", "--validation-sequences", "4", "--device", "cpu"),
 ]
 ARGUMENTS = {
     "study": ["qat", "compare", "--bits", "2", *TRAINING],
     "training": ["qat", "train", "--bits", "2", *TRAINING],
-    "measurement": ["spectra", "measure", "--probes", "2", "--steps", "60", "--deflate", "4", "--device", "cpu"],
+    "measurement": [
+        "spectra",
+        "measure",
+        "--probes",
+        "2",
+        "--steps",
+        "60",
+        "--deflate",
+        "4",
+        "--device",
+        "cpu",
+        "--count-products",
+        "0",
+    ],
 }
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs the signals of POSIX")
 

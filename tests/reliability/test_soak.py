@@ -29,7 +29,8 @@ def soak(measurements, folder, *, warm_up):
     model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
     batches = [(torch.randn(8, 6), torch.randint(0, 3, (8,)))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with spectra.SpectrumProbe(model, batches, every=1, out=folder, probes=2, steps=8, deflate=2) as probe:
+    settings = {"probes": 2, "steps": 8, "deflate": 2, "count_products": 0}
+    with spectra.SpectrumProbe(model, batches, every=1, out=folder, **settings) as probe:
         for step in range(measurements):
             nn.functional.cross_entropy(model(batches[0][0]), batches[0][1]).backward()
             optimizer.step()

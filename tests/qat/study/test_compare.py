@@ -62,6 +62,7 @@ def tiny(llama, out, **changes):
         "probes": 2,
         "lanczos_steps": 6,
         "deflate": 0,
+        "count_products": 0,
         "measure_sequences": 1,
     }
     return StudyConfig(**given | changes)
@@ -329,6 +330,7 @@ def test_the_default_model_is_trained_on_the_given_text_before_it_is_quantized(t
         train=TrainConfig(steps=1, batch_size=2),
         **ROUGH,
         deflate=0,
+        count_products=0,
         measure_sequences=1,
         device="cpu",
     )
@@ -384,6 +386,29 @@ def test_one_training_leaves_a_model_that_computes_with_the_quantized_weights(ll
     shutil.rmtree(tmp_path / "out" / "model")
     assert study.train_one(config, say=lambda line: None) == row
     assert snapshot(tmp_path / "out").keys() == before.keys()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_training_without_its_model_is_not_finished(llama, tmp_path, monkeypatch):
+    """Interrupted after the last record, and before the model is saved: the same command trains again."""
+    config = tiny(llama, tmp_path / "out", bits=(2,), methods=("baseline",), steps=1, **ROUGH)
+
+    def interrupt(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "_save_model", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="0 of 1 runs are finished"):
+            study.train_one(config, say=lambda line: None)
+    left = tmp_path / "out" / ".model-killed"
+    left.mkdir()
+    study.train_one(config, say=lambda line: None)
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+    assert not left.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "_write_report", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="1 of 1 runs are finished"):
+            study.train_one(config, say=lambda line: None)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ def text(tmp_path):
 
 
 def measure(model, text, out, *more):
-    return main(["measure", str(model), "--text", str(text), "--out", str(out), "--probes", "2", "--steps", "6", *more])
+    quick = ["--probes", "2", "--steps", "6", "--count-products", "0"]  # options that follow take their place
+    return main(["measure", str(model), "--text", str(text), "--out", str(out), *quick, *more])
 
 
 def refused(capsys, code):
@@ -43,7 +44,8 @@ def refused(capsys, code):
 
 def test_measure_leaves_a_run_and_prints_its_estimates(model, text, tmp_path, capsys):
     out = tmp_path / "run"
-    assert measure(model, text, out, "--sequences", "3", "--seed", "5", "--params", "*mlp*", "*norm*") == 0
+    quick = ["--sequences", "3", "--count-products", "100"]
+    assert measure(model, text, out, *quick, "--seed", "5", "--params", "*mlp*", "*norm*") == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     run = Run(out)
