@@ -183,6 +183,14 @@ def test_the_mean_over_batches_is_measured_and_said(loss, training):
     assert any("plain mean over the 2 batches" in note for note in op.notes) is not ordinary
 
 
+def test_one_batch_beside_others_that_count_nothing_is_measured_as_it_is():
+    model, empty = network(), (X[:0], Y[:0])
+    for batches in ([BATCHES[0]], [empty, BATCHES[0]], [BATCHES[0], empty]):
+        op = spectra.HessianOperator(model, batches, loss=contrastive)
+        assert relative_error(matrix(op), dense(model, lambda m: contrastive(m(X[:4].double()), Y[:4]))) < 1e-5
+        assert not op.notes
+
+
 @pytest.mark.parametrize(("loss", "training"), [(contrastive, False), (None, True)])
 def test_microbatches_that_change_the_loss_are_refused(loss, training):
     op = spectra.HessianOperator(network(norm=True), (X, Y), loss=loss, training=training, microbatch=4)
@@ -482,3 +490,35 @@ def test_shares_that_are_nearly_what_they_are_meant_to_be(found, meant):
 )
 def test_some_of_many_are_spread_evenly(length, most, want):
     assert pieces._spread(length, most) == want
+
+
+def test_shares_are_found_where_no_others_fit():
+    """The weights of the classes in each batch; for a batch that is given twice any split of its share fits."""
+    graphs = spectra.HessianOperator(network().double(), [(x.double(), y) for x, y in BATCHES], loss=weighted)._graphs
+    graphs.prepare()
+    comparison = pieces._Comparison(graphs)
+    whole, parts = pieces._together(graphs.objective, [0, 1]), [comparison.batch_as_piece(index) for index in (0, 1)]
+    wanted = np.array([float(WEIGHTS[y].sum()) for _, y in BATCHES])
+    np.testing.assert_allclose(comparison.shares(whole, parts), wanted / wanted.sum(), rtol=1e-5)
+    twice = pieces._together(graphs.objective, [0, 0, 1])
+    assert comparison.shares(twice, [parts[0], parts[0], parts[1]]) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "linked"),
+    [
+        ([[0.25, 0.75], [0.6, 0.4]], {0: 1 / 6, 1: 1 / 2, 2: 1 / 3}),
+        ([[0.25, 0.75], [1.0, 0.0]], {0: 0.25, 1: 0.75, 2: 0.0}),
+        ([[0.25, 0.75], [0.0, 1.0]], None),
+        ([[0.25, 0.75], [0.6, 0.5]], None),
+        ([[0.25, 0.75], None], None),
+        ([[1.0, 1.0], [1.0, 1.0]], {0: 1.0, 1: 1.0, 2: 1.0}),
+        ([[0.4, 0.8]], {0: 0.4, 1: 0.8}),
+    ],
+)
+def test_shares_of_groups_are_linked_by_the_batch_that_two_have(found, linked):
+    graphs = spectra.HessianOperator(network(), [(X[i : i + 4], Y[i : i + 4]) for i in (0, 4, 8)])._graphs
+    comparison, answers = pieces._Comparison(graphs), iter(found)
+    comparison.shares = lambda whole, parts: next(answers)
+    got = pieces._shares_of_groups(comparison, [[0, 1], [1, 2]][: len(found)])
+    assert got == (linked if linked is None else pytest.approx(linked))
