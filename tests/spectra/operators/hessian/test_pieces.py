@@ -522,3 +522,23 @@ def test_shares_of_groups_are_linked_by_the_batch_that_two_have(found, linked):
     comparison.shares = lambda whole, parts: next(answers)
     got = pieces._shares_of_groups(comparison, [[0, 1], [1, 2]][: len(found)])
     assert got == (linked if linked is None else pytest.approx(linked))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "most_rows", "groups"),
+    [
+        (1, 100, [[0, 1], [1, 2], [2, 3], [3, 4]]),  # two parameters: two batches at a time
+        (12, 100, [[0, 1, 2], [2, 3, 4]]),  # twelve: a quarter of them
+        (40, 100, [[0, 1, 2, 3, 4]]),
+        (40, 7, [[0, 1, 2], [2, 3, 4]]),  # of two rows each
+        (40, 4, [[0, 1], [1, 2], [2, 3], [3, 4]]),
+        (40, 3, []),
+    ],
+)
+def test_groups_have_few_rows_and_fewer_batches_than_parameters(inputs, most_rows, groups):
+    model = nn.Linear(inputs, 1, bias=inputs == 1)
+    batches = [(torch.ones(2, inputs), torch.ones(2, 1))] * 5
+    comparison = pieces._Comparison(spectra.HessianOperator(model, batches)._graphs)
+    comparison.most_rows = most_rows
+    assert list(pieces._groups(comparison, range(5))) == groups
+    assert list(pieces._groups(comparison, [2])) == []
