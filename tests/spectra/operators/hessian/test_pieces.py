@@ -16,6 +16,7 @@ import spectra
 from spectra import InputError
 from spectra.operators.hessian import pieces
 from spectra.operators.hessian.graphs import GraphStore
+from spectra.operators.hessian.objective import Piece
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([1, 2, 0, 1, 1, 1, 2, 0, 2, 0, 2, 0])  # whose class weights are not proportional to rows
@@ -100,6 +101,8 @@ def test_a_sum_adds_up_over_batches(loss, microbatch):
     op = spectra.HessianOperator(model, BATCHES, loss=loss, microbatch=microbatch)
     want = dense(model, lambda m: functional.cross_entropy(m(X.double()), Y, reduction="sum"))
     assert relative_error(matrix(op), want) < 1e-5
+    assert (pieces.SUMMED in op.notes) is not isinstance(loss, nn.Module)  # whose reduction says so
+    assert pieces.BY_THE_LOSS not in op.notes or microbatch is not None
 
 
 def test_a_sum_over_the_same_batch_twice():
@@ -502,6 +505,9 @@ def test_shares_are_found_where_no_others_fit():
     np.testing.assert_allclose(comparison.shares(whole, parts), wanted / wanted.sum(), rtol=1e-5)
     twice = pieces._together(graphs.objective, [0, 0, 1])
     assert comparison.shares(twice, [parts[0], parts[0], parts[1]]) is None
+    nearly = Piece((BATCHES[0][0].double() + 1e-6 * torch.arange(4), BATCHES[0][1]), 1.0, "nearly the first")
+    three = Piece(tuple(map(torch.cat, zip(parts[0].batch, nearly.batch, parts[1].batch, strict=True))), 1.0, "all")
+    assert comparison.shares(three, [parts[0], nearly, parts[1]]) is None  # rounding may have made them differ
 
 
 @pytest.mark.parametrize(
