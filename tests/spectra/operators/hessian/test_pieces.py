@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import spectra
 from spectra import InputError
+from spectra.backend import ranks
 from spectra.operators.hessian import pieces
 from spectra.operators.hessian.graphs import GraphStore
 from spectra.operators.hessian.objective import Piece
@@ -548,3 +549,19 @@ def test_groups_have_few_rows_and_fewer_batches_than_parameters(inputs, most_row
     comparison.most_rows = most_rows
     assert list(pieces._groups(comparison, range(5))) == groups
     assert list(pieces._groups(comparison, [2])) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("loss", [None, weighted])
+def test_each_rank_gets_its_part_of_the_shares_of_all(monkeypatch, rank, loss):
+    graphs = spectra.HessianOperator(network().double(), [(x.double(), y) for x, y in BATCHES], loss=loss)._graphs
+    graphs.prepare()
+    monkeypatch.setattr(ranks, "rank_count", lambda: 2)
+    monkeypatch.setattr(ranks, "items_of_rank", lambda items: items[rank::2])
+    graphs.objective, graphs.over_ranks = graphs.objective.of_this_rank(), True
+    settled, _, note = pieces.settle_shares(graphs)
+    counts = [float(WEIGHTS[y].sum()) if loss else float(len(y)) for _, y in BATCHES]
+    wanted = sorted(((count / sum(counts), index) for index, count in enumerate(counts)), reverse=True)[rank]
+    assert [(piece.share, piece.index) for piece in settled.pieces] == [(pytest.approx(wanted[0]), wanted[1])]
+    assert note == (pieces.BY_THE_LOSS if loss else "")
+    assert graphs.over_ranks
