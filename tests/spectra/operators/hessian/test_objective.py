@@ -192,6 +192,13 @@ def test_cutting_pieces_in_two_keeps_their_share_whatever_the_weight_says():
     assert [piece.batch_share for piece in again.pieces] == pytest.approx([0.5] * 6)
 
 
+def test_parts_of_a_piece_share_its_weight_by_what_they_count():
+    objective = spectra.Objective(tiny_models.mlp(), tiny_models.classification((7, 3))).halved()
+    assert objective.rows == [4, 3, 3]
+    assert [piece.share for piece in objective.pieces] == pytest.approx([0.4, 0.3, 0.3])
+    assert [piece.within for piece in objective.pieces] == pytest.approx([4 / 7, 3 / 7, 1])
+
+
 def test_a_batch_that_counts_nothing_is_left_out():
     model, batches = tiny_models.mlp(), tiny_models.classification((6, 3))
     inputs, targets = tiny_models.whole(batches)
