@@ -1,17 +1,20 @@
 """Mutants of a source file: an operator or a comparison turned, a condition negated, a constant changed by one.
 
-Cosmic Ray makes the changes. Of its operators these are left out: those that hardly a test could miss, such as `<<` for
-`+`, and those inside annotations and signatures, which no number depends on.
+Cosmic Ray makes the changes. Left out are those that hardly a test could miss, such as `<<` for `+`, and those that no
+number depends on: inside annotations, the markers of a signature, and what asserts something of the program itself
+(`strict=` of zip, `frozen=` of a dataclass).
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
@@ -41,8 +44,13 @@ class Mutant:
     code: str
 
     @property
+    def name(self) -> str:
+        """What tells the mutant from others, of other versions of its file too."""
+        return hashlib.sha256(f"{self.file} {self.code}".encode()).hexdigest()[:16]
+
+    @property
     def change(self) -> tuple[str, str, str]:
-        """What tells the mutant from others, wherever its lines move to."""
+        """What it changes, wherever the line moves to."""
         return self.file, self.before, self.after
 
 
@@ -54,10 +62,18 @@ def sites(source: str) -> list[tuple[str, int, int]]:
         operator, occurrence = get_operator(name)(), 0
         for node in nodes:
             for start, _ in operator.mutation_positions(node):
-                if node.parent.type not in ("parameters", "lambdef") and not any(a <= start < b for a, b in ignored):
+                if not _is_no_number(node) and not any(a <= start < b for a, b in ignored):
                     found.append((name, occurrence, start[0]))
                 occurrence += 1
     return found
+
+
+def _is_no_number(node: Any) -> bool:
+    """Whether it is a marker in a signature, or the value of `strict=` or `frozen=`."""
+    parent = node.parent
+    if parent is not None and parent.type == "argument":
+        return parent.children[0].get_code().strip() in ("strict", "frozen")
+    return parent is not None and parent.type in ("parameters", "lambdef")
 
 
 def _annotations(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:

@@ -156,6 +156,9 @@ class Runner:
 
     Args:
         jobs: How many processes at a time.
+
+    Attributes:
+        tree: A copy that stays as it is.
     """
 
     def __init__(self, jobs: int):
@@ -163,20 +166,37 @@ class Runner:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
         self._trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        self.tree = self._copy("unchanged")
         for job in range(jobs):
-            tree = self._folder / str(job)
-            for name in COPIED:
-                copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-                options = {"ignore": shutil.ignore_patterns("__pycache__")} if (ROOT / name).is_dir() else {}
-                tree.mkdir(exist_ok=True)
-                copy(ROOT / name, tree / name, **options)
-            self._trees.put(tree)
+            self._trees.put(self._copy(str(job)))
+
+    def _copy(self, name: str) -> Path:
+        tree = self._folder / name
+        tree.mkdir()
+        for part in map(ROOT.joinpath, COPIED):
+            if part.is_dir():
+                shutil.copytree(part, tree / part.name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(part, tree)
+        return tree
 
     def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def paths(self, patterns: list[str]) -> list[str]:
+        """The files that match, relative to the project."""
+        found = {path for pattern in patterns for path in self.tree.glob(pattern)}
+        return sorted(str(path.relative_to(self.tree)) for path in found)
+
+    def state(self, *patterns: str) -> str:
+        """A short name of the contents of these files, and of all that tests import."""
+        found = hashlib.sha256()
+        for path in self.paths(["spectra/**/*.py", "qat/**/*.py", "tests/helpers/*.py", *patterns]):
+            found.update(path.encode() + (self.tree / path).read_bytes())
+        return found.hexdigest()[:16]
 
     def trace(self, test_file: str, files: list[str]) -> dict[str, Any]:
         """Which lines the tests of a file reach."""
@@ -215,20 +235,11 @@ class Runner:
             self._trees.put(tree)
 
 
-def digest(*patterns: str) -> str:
-    """A short name of the contents of files."""
-    found = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern)}):
-        found.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    return found.hexdigest()[:16]
-
-
 def reached(runner: Runner, jobs: int, tests: list[str], files: list[str], folder: Path) -> Reached:
     """Run each test file as it is, where that was not done before, and gather what the tests reach."""
-    sources = digest("spectra/**/*.py", "qat/**/*.py", "tests/helpers/*.py")
 
     def of_file(test_file: str) -> dict[str, Any]:
-        kept = folder / f"reached-{Path(test_file).stem}-{sources}-{digest(test_file)}.json"
+        kept = folder / f"reached-{Path(test_file).stem}-{runner.state(test_file)}.json"
         if not kept.exists():
             print(f"running {test_file} as it is", flush=True)
             kept.write_text(json.dumps(runner.trace(test_file, files)))
@@ -270,7 +281,35 @@ def table(rows: list[dict[str, Any]], equivalent: dict[tuple[str, str, str], str
     return "\n".join([*lines, "", *(["Survivors:", "", *survivors, ""] if survivors else [])])
 
 
-def main(arguments: list[str] | None = None) -> None:
+class Results:
+    """Outcomes of mutants, kept in a file as they come.
+
+    Args:
+        path: The file, one outcome a line.
+        state: A name of the sources and tests; survivors of others are tried again.
+    """
+
+    def __init__(self, path: Path, state: str):
+        self._path, self._state = path, state
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self._known = {row["mutant"]: row for row in rows if row["caught"] or row["state"] == state}
+
+    def known(self, mutant: Mutant) -> dict[str, Any] | None:
+        """The outcome, where it is known already."""
+        return self._known.get(mutant.name)
+
+    def add(self, mutant: Mutant, caught: str, tests: int) -> dict[str, Any]:
+        """Keep the outcome, and print it."""
+        row = {"file": mutant.file, "line": mutant.line, "before": mutant.before, "after": mutant.after}
+        row |= {"caught": caught, "tests": tests, "mutant": mutant.name, "state": self._state}
+        with self._path.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+        print(f"{mutant.file}:{mutant.line}: {mutant.before} -> {mutant.after}: {caught or 'SURVIVED'}", flush=True)
+        return row
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The options of the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, default=300, help="number of mutants; 0 for all (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
@@ -280,44 +319,31 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of the neighbours' tests, each (%(default)s)")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "mutation", help="what is kept between runs")
     parser.add_argument("--out", type=Path, help="file for the table")
-    options = parser.parse_args(arguments)
-    files, tests = (
-        sorted({str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)})
-        for patterns in (options.files, options.tests)
-    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parsed(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the copies are removed
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
-    drawn = sample(ROOT, files, options.sample, options.seed)
-    kept, state = options.folder / "results.jsonl", digest("tests/**/*.py")
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    sources = {file: ((ROOT / file).read_text(), digest(file)) for file in files}
-    known = {
-        (row["file"], row["line"], row["after"], row["source"]): row
-        for row in rows
-        if row["caught"] or row["state"] == state
-    }
     with Runner(options.jobs) as runner:
+        files, tests = runner.paths(options.files), runner.paths(options.tests)
+        drawn = sample(runner.tree, files, options.sample, options.seed)
         found = reached(runner, options.jobs, tests, files, options.folder)
+        results = Results(options.folder / "results.jsonl", runner.state(*options.tests))
 
         def outcome(mutant: Mutant) -> dict[str, Any]:
-            source, name = sources[mutant.file]
-            before = known.get((mutant.file, mutant.line, mutant.after, name))
-            if before:
-                return before
-            stages = found.tests(mutant, source, options.seconds)
-            caught = runner.catch(mutant, stages)
-            row = {"file": mutant.file, "line": mutant.line, "before": mutant.before, "after": mutant.after}
-            row |= {"caught": caught, "tests": len(stages[0]) + len(stages[1]), "source": name, "state": state}
-            with kept.open("a") as out:
-                out.write(json.dumps(row) + "\n")
-            print(f"{mutant.file}:{mutant.line}: {mutant.before} -> {mutant.after}: {caught or 'SURVIVED'}", flush=True)
-            return row
+            known = results.known(mutant)
+            if known is None:
+                stages = found.tests(mutant, (runner.tree / mutant.file).read_text(), options.seconds)
+                known = results.add(mutant, runner.catch(mutant, stages), sum(map(len, stages)))
+            return known
 
         with ThreadPoolExecutor(options.jobs) as pool:
             rows = list(pool.map(outcome, drawn))
     version = subprocess.run(["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    title = f"Mutants caught, sample of {len(rows)} with seed {options.seed}, commit {version}"
-    text = table(rows, equivalents(), title)
+    text = table(rows, equivalents(), f"Mutants caught, a sample of {len(rows)} with seed {options.seed}, at {version}")
     print(text)
     if options.out:
         options.out.write_text(text)

@@ -91,7 +91,8 @@ def settle_shares(graphs: GraphStore) -> tuple[Objective, float, str]:
 
 
 def _settled(graphs: GraphStore, objective: Objective) -> tuple[Objective, float, str]:
-    if len(objective.batches) == 1 and len(objective.pieces) == 1:
+    first = objective.pieces[0]
+    if len(objective.pieces) == 1 and first.batch is objective.batches[first.index]:  # the others count nothing
         return objective, 0.0, ""
     with _comparable(graphs):
         found, refusal = None, None

@@ -186,6 +186,17 @@ def test_cutting_pieces_in_two_keeps_their_share_whatever_the_weight_says():
     halved = objective.halved()
     assert max(halved.rows) == 3
     assert [piece.share for piece in halved.pieces] == pytest.approx([0.25, 0.25, 0.5])
+    assert [piece.within for piece in halved.pieces] == pytest.approx([0.5, 0.5, 1])
+    again = halved.halved()
+    assert [piece.within for piece in again.pieces] == pytest.approx([0.25] * 4 + [0.5] * 2)
+    assert [piece.batch_share for piece in again.pieces] == pytest.approx([0.5] * 6)
+
+
+def test_parts_of_a_piece_share_its_weight_by_what_they_count():
+    objective = spectra.Objective(tiny_models.mlp(), tiny_models.classification((7, 3))).halved()
+    assert objective.rows == [4, 3, 3]
+    assert [piece.share for piece in objective.pieces] == pytest.approx([0.4, 0.3, 0.3])
+    assert [piece.within for piece in objective.pieces] == pytest.approx([4 / 7, 3 / 7, 1])
 
 
 def test_a_batch_that_counts_nothing_is_left_out():
@@ -314,6 +325,11 @@ def test_a_loss_that_does_not_shift_counts_every_label(microbatch):
     assert op.loss() == pytest.approx(want.item(), rel=1e-6)
     assert relative_error(op.gradient(), dense_gradient(want, list(model.parameters()))) < 1e-6
     assert pieces.UNSHIFTED in op.notes
+    graphs = spectra.HessianOperator(model, batches, loss=loss, microbatch=microbatch)._graphs
+    graphs.prepare()
+    _, error, note = pieces.settle_shares(graphs)
+    assert note == pieces.UNSHIFTED
+    assert pieces.SUM_TOLERANCE < error < 1  # that of counts after a shift
 
 
 def test_counting_otherwise_is_for_losses_of_language_models_alone():
@@ -375,3 +391,24 @@ def test_rows_of_the_largest_piece():
     assert torch.equal(some.batch[0], batches[1][0][:4])
     assert some.name == "batch 1, 4 rows"
     assert torch.equal(objective.some_rows(9).batch[1], batches[1][1])
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+@pytest.mark.parametrize("place", ["weights", "batch"])
+def test_a_loss_that_is_not_finite_is_put_down_to_weights_or_batch(place, microbatch):
+    model, batches = tiny_models.mlp(), tiny_models.regression((3, 4))
+    if place == "weights":
+        with torch.no_grad():
+            model[2].weight[0, 0] = float("nan")
+    else:
+        batches[1][1][3, 0] = float("nan")
+    objective = spectra.Objective(model, batches, functional.mse_loss, microbatch=microbatch)
+    broken = objective.pieces[0 if place == "weights" else -1]
+    with pytest.raises(spectra.NonFiniteError) as caught:
+        objective.forward(broken, torch.device("cpu"))
+    message = str(caught.value)
+    where = "batch 0" if place == "weights" else "batch 1"
+    assert f"the loss of {where}" in message
+    assert ("parameter '2.weight' holds NaN" in message) == (place == "weights")
+    assert ("every weight is finite: check that batch" in message) == (place == "batch")
+    assert ("leave out microbatch=" in message) == (place == "batch" and microbatch is not None)

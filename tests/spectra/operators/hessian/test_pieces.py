@@ -14,8 +14,10 @@ from torch.nn import functional
 
 import spectra
 from spectra import InputError
+from spectra.backend import ranks
 from spectra.operators.hessian import pieces
 from spectra.operators.hessian.graphs import GraphStore
+from spectra.operators.hessian.objective import Piece
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([1, 2, 0, 1, 1, 1, 2, 0, 2, 0, 2, 0])  # whose class weights are not proportional to rows
@@ -100,6 +102,8 @@ def test_a_sum_adds_up_over_batches(loss, microbatch):
     op = spectra.HessianOperator(model, BATCHES, loss=loss, microbatch=microbatch)
     want = dense(model, lambda m: functional.cross_entropy(m(X.double()), Y, reduction="sum"))
     assert relative_error(matrix(op), want) < 1e-5
+    assert (pieces.SUMMED in op.notes) is not isinstance(loss, nn.Module)  # whose reduction says so
+    assert pieces.BY_THE_LOSS not in op.notes or microbatch is not None
 
 
 def test_a_sum_over_the_same_batch_twice():
@@ -181,6 +185,14 @@ def test_the_mean_over_batches_is_measured_and_said(loss, training):
     want = (lambda m: loss(m(X.double()), Y)) if ordinary else halves(loss)
     assert relative_error(matrix(op), dense(model, want, training=training)) < 1e-5
     assert any("plain mean over the 2 batches" in note for note in op.notes) is not ordinary
+
+
+def test_one_batch_beside_others_that_count_nothing_is_measured_as_it_is():
+    model, empty = network(), (X[:0], Y[:0])
+    for batches in ([BATCHES[0]], [empty, BATCHES[0]], [BATCHES[0], empty]):
+        op = spectra.HessianOperator(model, batches, loss=contrastive)
+        assert relative_error(matrix(op), dense(model, lambda m: contrastive(m(X[:4].double()), Y[:4]))) < 1e-5
+        assert not op.notes
 
 
 @pytest.mark.parametrize(("loss", "training"), [(contrastive, False), (None, True)])
@@ -482,3 +494,74 @@ def test_shares_that_are_nearly_what_they_are_meant_to_be(found, meant):
 )
 def test_some_of_many_are_spread_evenly(length, most, want):
     assert pieces._spread(length, most) == want
+
+
+def test_shares_are_found_where_no_others_fit():
+    """The weights of the classes in each batch; for a batch that is given twice any split of its share fits."""
+    graphs = spectra.HessianOperator(network().double(), [(x.double(), y) for x, y in BATCHES], loss=weighted)._graphs
+    graphs.prepare()
+    comparison = pieces._Comparison(graphs)
+    whole, parts = pieces._together(graphs.objective, [0, 1]), [comparison.batch_as_piece(index) for index in (0, 1)]
+    wanted = np.array([float(WEIGHTS[y].sum()) for _, y in BATCHES])
+    np.testing.assert_allclose(comparison.shares(whole, parts), wanted / wanted.sum(), rtol=1e-5)
+    twice = pieces._together(graphs.objective, [0, 0, 1])
+    assert comparison.shares(twice, [parts[0], parts[0], parts[1]]) is None
+    nearly = Piece((BATCHES[0][0].double() + 1e-6 * torch.arange(4), BATCHES[0][1]), 1.0, "nearly the first")
+    three = Piece(tuple(map(torch.cat, zip(parts[0].batch, nearly.batch, parts[1].batch, strict=True))), 1.0, "all")
+    assert comparison.shares(three, [parts[0], nearly, parts[1]]) is None  # rounding may have made them differ
+
+
+@pytest.mark.parametrize(
+    ("found", "linked"),
+    [
+        ([[0.25, 0.75], [0.6, 0.4]], {0: 1 / 6, 1: 1 / 2, 2: 1 / 3}),
+        ([[0.25, 0.75], [1.0, 0.0]], {0: 0.25, 1: 0.75, 2: 0.0}),
+        ([[0.25, 0.75], [0.0, 1.0]], None),
+        ([[0.25, 0.75], [0.6, 0.5]], None),
+        ([[0.25, 0.75], None], None),
+        ([[1.0, 1.0], [1.0, 1.0]], {0: 1.0, 1: 1.0, 2: 1.0}),
+        ([[0.4, 0.8]], {0: 0.4, 1: 0.8}),
+    ],
+)
+def test_shares_of_groups_are_linked_by_the_batch_that_two_have(found, linked):
+    graphs = spectra.HessianOperator(network(), [(X[i : i + 4], Y[i : i + 4]) for i in (0, 4, 8)])._graphs
+    comparison, answers = pieces._Comparison(graphs), iter(found)
+    comparison.shares = lambda whole, parts: next(answers)
+    got = pieces._shares_of_groups(comparison, [[0, 1], [1, 2]][: len(found)])
+    assert got == (linked if linked is None else pytest.approx(linked))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "most_rows", "groups"),
+    [
+        (1, 100, [[0, 1], [1, 2], [2, 3], [3, 4]]),  # two parameters: two batches at a time
+        (12, 100, [[0, 1, 2], [2, 3, 4]]),  # twelve: a quarter of them
+        (40, 100, [[0, 1, 2, 3, 4]]),
+        (40, 7, [[0, 1, 2], [2, 3, 4]]),  # of two rows each
+        (40, 4, [[0, 1], [1, 2], [2, 3], [3, 4]]),
+        (40, 3, []),
+    ],
+)
+def test_groups_have_few_rows_and_fewer_batches_than_parameters(inputs, most_rows, groups):
+    model = nn.Linear(inputs, 1, bias=inputs == 1)
+    batches = [(torch.ones(2, inputs), torch.ones(2, 1))] * 5
+    comparison = pieces._Comparison(spectra.HessianOperator(model, batches)._graphs)
+    comparison.most_rows = most_rows
+    assert list(pieces._groups(comparison, range(5))) == groups
+    assert list(pieces._groups(comparison, [2])) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("loss", [None, weighted])
+def test_each_rank_gets_its_part_of_the_shares_of_all(monkeypatch, rank, loss):
+    graphs = spectra.HessianOperator(network().double(), [(x.double(), y) for x, y in BATCHES], loss=loss)._graphs
+    graphs.prepare()
+    monkeypatch.setattr(ranks, "rank_count", lambda: 2)
+    monkeypatch.setattr(ranks, "items_of_rank", lambda items: items[rank::2])
+    graphs.objective, graphs.over_ranks = graphs.objective.of_this_rank(), True
+    settled, _, note = pieces.settle_shares(graphs)
+    counts = [float(WEIGHTS[y].sum()) if loss else float(len(y)) for _, y in BATCHES]
+    wanted = sorted(((count / sum(counts), index) for index, count in enumerate(counts)), reverse=True)[rank]
+    assert [(piece.share, piece.index) for piece in settled.pieces] == [(pytest.approx(wanted[0]), wanted[1])]
+    assert note == (pieces.BY_THE_LOSS if loss else "")
+    assert graphs.over_ranks
