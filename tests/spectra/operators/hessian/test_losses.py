@@ -349,3 +349,15 @@ def test_a_loss_with_parameters_of_its_own_is_not_changed():
     op @ torch.ones(op.shape[0], dtype=torch.float64)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), MODULE.parameters(), strict=True))
     assert all(p.grad is None and p.requires_grad for p in module.parameters())
+
+
+def test_the_refusal_of_the_form_that_the_first_name_speaks_for_comes_alone():
+    """Of a loss that is written as (model, batch), what other forms raise is of no interest."""
+
+    def loss(model, batch):
+        model.modules()
+        raise spectra.InputError("this loss cannot be measured")
+
+    op = spectra.HessianOperator(torch.nn.Linear(3, 2), [{"x": torch.ones(2, 3)}], loss=loss)
+    with pytest.raises(spectra.InputError, match=r"^this loss cannot be measured$"):
+        op.loss()
