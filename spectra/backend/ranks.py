@@ -134,7 +134,7 @@ def without_collectives(where: str) -> Iterator[None]:
     """A context for what one rank computes alone: collective operations of this thread, which wait, are refused.
 
     Args:
-        where: What calls it, for the message.
+        where: What calls them, for the message.
     """
     if rank_count() == 1:
         yield
@@ -147,8 +147,8 @@ def without_collectives(where: str) -> Iterator[None]:
             if threading.get_ident() != thread:
                 return call(*arguments, **options)
             raise InputError(
-                f"{where} calls torch.distributed.{name}, which waits for the other ranks, and "
-                "one rank measures alone: measure with a loss= without it"
+                f"{where} calls torch.distributed.{name}, which waits for the other ranks, but one rank measures "
+                "alone: measure with a loss= without it"
             )
 
         return refuse

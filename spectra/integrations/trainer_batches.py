@@ -113,9 +113,8 @@ def _of_rows(loader: DataLoader, indices: Any) -> Any:
     collate: Any = loader.collate_fn
     if loader.batch_sampler is None:
         return collate(dataset[indices])
-    many: Any = getattr(dataset, "__getitems__", None)
-    if callable(many):
-        return collate(many(list(indices)))
+    if hasattr(dataset, "__getitems__"):
+        return collate(dataset.__getitems__(list(indices)))
     return collate([dataset[index] for index in indices])
 
 

@@ -489,3 +489,15 @@ def test_two_losses_are_the_same_to_six_digits():
     assert _same(torch.tensor(float("nan")), torch.tensor(float("nan")))
     assert not _same(one, torch.tensor(float("nan")))
     assert _same(torch.zeros(1), -torch.zeros(1))
+
+
+def test_the_refusal_of_the_form_that_the_first_name_speaks_for_comes_alone():
+    """Of a loss that is written as (model, batch), what other forms raise is of no interest."""
+
+    def loss(model, batch):
+        model.modules()
+        raise spectra.InputError("this loss cannot be measured")
+
+    op = spectra.HessianOperator(torch.nn.Linear(3, 2), [{"x": torch.ones(2, 3)}], loss=loss)
+    with pytest.raises(spectra.InputError, match=r"^this loss cannot be measured$"):
+        op.loss()
