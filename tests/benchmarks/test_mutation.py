@@ -66,7 +66,7 @@ def test_the_lines_whose_tests_see_a_change():
 
 
 def test_own_tests_go_first_and_the_quickest_of_the_neighbours():
-    names = ["tests/test_a.py::slow", "tests/test_a.py::quick", "tests/test_b.py::x", "tests/test_c.py::y"]
+    names = ["there/test_a.py::slow", "there/test_a.py::quick", "there/test_b.py::x", "there/test_c.py::y"]
     seconds = dict(zip(names, (9.0, 1.0, 3.0, 2.0), strict=True))
     found = mutation.Reached(seconds, {"a.py": {5: {*names[:3]}, 6: {*names}}})
     mutant = mutants.Mutant("a.py", 6, "", "", "")

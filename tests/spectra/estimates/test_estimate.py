@@ -53,8 +53,8 @@ def test_one_sample_has_no_bounds():
 
 
 def test_what_is_unresolved_says_so_in_text():
-    assert str(ESTIMATE) == "4 [1, 9] (unresolved)"
-    assert str(Estimate(1 / 3, 0.25, 0.5)) == "0.3333 [0.25, 0.5]"
+    assert str(ESTIMATE) == "4.0 [1.0, 9.0] (unresolved)"
+    assert str(Estimate(1 / 3, 0.25, 0.5)) == "0.33 [0.25, 0.50]"
     assert float(ESTIMATE) == 4.0
 
 

@@ -65,7 +65,7 @@ def test_why_there_is_no_probe_is_recorded_once_for_each_mode(tmp_path):
 
 
 def test_the_run_of_the_same_training_gets_the_record_and_others_do_not(tmp_path):
-    config = {**MeasurementSettings().to_config(), "model": "Net", "batches": "abc"}
+    config = {**MeasurementSettings(probes=4).to_config(), "model": "Net", "batches": "abc"}
     with Run.create(tmp_path, config) as run:
         run.append(run_folders.record(run_folders.density()))
     unmade(tmp_path, "other settings", probes=5)

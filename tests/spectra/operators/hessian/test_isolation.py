@@ -180,6 +180,7 @@ def test_a_gradient_that_is_not_finite_names_batch_and_parameter():
 @pytest.mark.parametrize("options", [{}, {"precision": "float64"}, {"graph": "rebuild"}], ids=str)
 def test_the_autocast_of_a_model_that_accelerate_prepared_is_not_measured(options):
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of other tests in this process
     plain, prepared = (tiny_models.mlp().float() for _ in range(2))
     batches = [tuple(t.float() for t in batch) for batch in tiny_models.regression((9,))]
     prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(prepared)

@@ -332,12 +332,12 @@ def test_a_loss_that_does_not_shift_counts_every_label(microbatch):
     assert pieces.SUM_TOLERANCE < error < 1  # that of counts after a shift
 
 
-def test_counting_otherwise_is_for_losses_of_language_models_alone():
+def test_counting_unshifted_is_for_losses_of_language_models_alone():
     batches = tiny_models.token_batches(LENGTHS)
-    assert spectra.Objective(llama(), batches).counting_otherwise() is None
+    assert spectra.Objective(llama(), batches).counting_unshifted() is None
     pairs = tiny_models.classification((3,))
-    assert spectra.Objective(tiny_models.mlp(), pairs, functional.cross_entropy).counting_otherwise() is None
-    found = spectra.Objective(llama(), batches, lambda outputs, batch: 0.0, microbatch=2).counting_otherwise()
+    assert spectra.Objective(tiny_models.mlp(), pairs, functional.cross_entropy).counting_unshifted() is None
+    found = spectra.Objective(llama(), batches, lambda outputs, batch: 0.0, microbatch=2).counting_unshifted()
     assert [piece.share for piece in found.pieces] == pytest.approx([14 / 25, 7 / 25, 4 / 25])
     assert [piece.within for piece in found.pieces] == pytest.approx([2 / 3, 1 / 3, 1])
     assert found.of_all_ranks().pieces == found.pieces

@@ -493,7 +493,7 @@ def test_shares_that_are_nearly_what_they_are_meant_to_be(found, meant):
     [(3, 5, [0, 1, 2]), (5, 5, [0, 1, 2, 3, 4]), (9, 3, [0, 4, 8]), (100, 4, [0, 33, 66, 99])],
 )
 def test_some_of_many_are_spread_evenly(length, most, want):
-    assert pieces._spread(length, most) == want
+    assert pieces._evenly_spaced(length, most) == want
 
 
 def test_shares_are_found_where_no_others_fit():
