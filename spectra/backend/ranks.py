@@ -13,6 +13,7 @@ import datetime
 import functools
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ COLLECTIVES += ("all_gather_object", "all_to_all", "all_to_all_single", "barrier
 COLLECTIVES += ("broadcast_object_list", "_broadcast_coalesced", "gather", "gather_object", "reduce", "reduce_scatter")
 COLLECTIVES += ("reduce_scatter_tensor", "scatter", "scatter_object_list", "send", "recv", "isend", "irecv")
 COLLECTIVES += ("send_object_list", "recv_object_list", "batch_isend_irecv")
+GLOO_REST = 0.1  # seconds in which the threads of gloo finish their work
 T = TypeVar("T")
 
 
@@ -56,14 +58,22 @@ def start(*, device: str | None = None, minutes: float = 30.0) -> torch.device:
     if not distributed.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
-        atexit.register(stop)  # gloo aborts (exit code 134) where its threads outlive the interpreter
+        atexit.register(stop)
     return chosen
 
 
 def stop() -> None:
-    """Leave the process group; does nothing where there is none."""
+    """Leave the process group; does nothing where there is none.
+
+    gloo aborts the process (exit code 134) if one of its threads needs the interpreter after its end. Destroying the
+    group joins these threads, except where another object, such as a DistributedDataParallel model, holds the group.
+    Therefore a short wait lets them finish the last collective operation.
+    """
     if distributed.is_initialized():
+        is_gloo = distributed.get_backend() == "gloo"
         distributed.destroy_process_group()
+        if is_gloo:
+            time.sleep(GLOO_REST)
 
 
 def rank() -> int:

@@ -143,7 +143,7 @@ def test_a_quantized_language_model_keeps_its_inertia():
 def test_products_with_errors_beside_rounding_are_left_alone(factor, found):
     class Inexact(Shaped):
         def rounding(self):
-            return factor * super().rounding()
+            return factor * spectra.LinearOperator.rounding(self)
 
     matrix, _ = kronecker_spectrum(rows=20, columns=16)
     op = Inexact(matrix, ((20, 16),))

@@ -42,7 +42,10 @@ MEASURED = {
         {"share": spectra.resolve(op, share="near_zero", tol=NEAR * scale, budget=100)}
     ),
     "compare": lambda op, scale: {
-        key: (change.ratio.value, change.ratio.low, change.ratio.high, str(change.ratio.resolved))
+        key: (
+            *(pytest.approx(number, rel=1e-12) for number in (change.ratio.value, change.ratio.low, change.ratio.high)),
+            change.ratio.resolved,
+        )
         for key, change in spectra.compare(
             spectra.slq(op, probes=3, steps=20),
             spectra.slq(spectra.DenseOperator(op.matrix * 1.5), probes=3, steps=20),

@@ -375,7 +375,7 @@ def test_plot_and_report_refuse_what_is_no_run(tmp_path, capsys):
     assert "holds no config.json" in refused(capsys, main(["report", str(tmp_path)]))
     run = run_folders.run_folder(tmp_path / "a")
     capsys.readouterr()
-    assert "choose among lambda_max" in refused(capsys, main(["plot", str(run.folder), "--quantity", "nope"]))
+    assert "choose among negative_share" in refused(capsys, main(["plot", str(run.folder), "--quantity", "nope"]))
     assert "one of the modes full" in refused(capsys, main(["plot", str(run.folder), "--mode", "ste"]))
     bad = str(tmp_path / "x.gif")
     assert "ending in .png, .svg, .pdf" in refused(capsys, main(["plot", str(run.folder), "--out", bad]))

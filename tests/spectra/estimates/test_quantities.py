@@ -10,6 +10,7 @@ from spectra.estimates.quantities import ESTIMATES, QUANTITIES, Kind, describe, 
 
 VALUES = np.array([-2.0, -0.5, 0.0, 0.0, 1e-3, 0.25, 1.0, 4.0])
 TRUTH = {
+    "negative_share": 2 / 8,
     "lambda_max": 4.0,
     "lambda_min": -2.0,
     "rms": math.sqrt(np.mean(VALUES**2)),
@@ -17,7 +18,6 @@ TRUTH = {
     "trace": VALUES.sum(),
     "negative_energy_share": 4.25 / np.sum(VALUES**2),
     "negative_magnitude_share": 2.5 / np.sum(np.abs(VALUES)),
-    "negative_share": 2 / 8,
     "near_zero_share": 3 / 8,
 }
 

@@ -62,7 +62,7 @@ def test_a_quantity_in_both_is_taken_from_the_longer_series(run):
 
 
 def test_a_quantity_that_is_not_there_is_answered_with_those_that_are(run):
-    with pytest.raises(InputError, match=r"has no 'nope': choose among lambda_max, .*training_loss.*custom"):
+    with pytest.raises(InputError, match=r"has no 'nope': choose among negative_share, .*training_loss.*custom"):
         series(run, "nope")
     assert set(ESTIMATES) <= set(available(run))
     assert "step" not in available(run)
