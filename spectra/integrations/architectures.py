@@ -91,7 +91,7 @@ def without_a_loss(config: Any, name: str) -> InputError:
     found = architecture_of(config)
     what = f"a {found}" if found else f"of the family {getattr(config, 'model_type', '')!r} and names no class"
     return InputError(
-        f"{name} is {what}, which has no loss that could be guessed (known: causal and masked language models, sequence "
-        "and image classifiers): give its loss with --loss module:function, or measure it in Python with "
+        f"{name} is {what}, which has no loss that could be guessed (known: causal and masked language models, "
+        "sequence and image classifiers): give its loss with --loss module:function, or measure it in Python with "
         "spectra.HessianOperator(model, batches, loss=...)"
     )

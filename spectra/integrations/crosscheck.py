@@ -237,6 +237,13 @@ def _eigenvalue(place: int) -> str:
 class _Theirs:
     """PyHessian on a copy of the model.
 
+    Args:
+        model: The model, without wrappers.
+        batches: A list of batches.
+        loss: The loss function, None for the model's own.
+        names: The names of the parameters to measure.
+        asked: The arguments of `crosscheck` that are numbers.
+
     Attributes:
         numbers: Its numbers by quantity; one is missing where it failed.
         costs: What each part cost.
@@ -380,11 +387,10 @@ class _LossOfBatch(nn.Module):
 
 @contextlib.contextmanager
 def _torch_eig() -> Iterator[bool]:
-    """Supply torch.eig where torch has none or one that only raises: eigenvalues (m, 2) as real and imaginary parts, and
-    vectors in columns. Yields whether it was supplied.
-    """
+    """Supply torch.eig where torch has none that works; yields whether it was supplied."""
 
     def eig(matrix: torch.Tensor, eigenvectors: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eigenvalues (m, 2), real and imaginary parts, and vectors in columns."""
         values, vectors = torch.linalg.eig(matrix)
         return torch.view_as_real(values), vectors.real
 

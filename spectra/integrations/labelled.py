@@ -137,8 +137,8 @@ def _labels_of_rows(config: Any, labels: Sequence[Any]) -> torch.Tensor:
     if unknown:
         known = ", ".join(list(map(str, config.label2id))[:LISTED])
         raise InputError(
-            f"label {unknown[0]!r} is none of the model's {config.num_labels} classes ({known}...): give their names, or "
-            f"numbers from 0 to {config.num_labels - 1}"
+            f"label {unknown[0]!r} is none of the model's {config.num_labels} classes ({known}...): give their names, "
+            f"or numbers from 0 to {config.num_labels - 1}"
         )
     return torch.tensor([numbers[str(label)] for label in labels])
 
@@ -167,8 +167,8 @@ def image_batches(
         Batches with `pixel_values` and `labels`, (batch_size,).
 
     Raises:
-        InputError: There are no folders or fewer images, a folder is none of the model's classes, a file is no image, or
-            the image processor cannot be loaded.
+        InputError: There are no folders or fewer images, a folder is none of the model's classes, a file is no image,
+            or the image processor cannot be loaded.
     """
     need("PIL")
     from PIL import Image

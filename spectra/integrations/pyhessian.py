@@ -28,7 +28,7 @@ from spectra.operators.hessian.operator import HessianOperator
 MOST_SEED = 2**62
 
 
-class hessian:  # noqa: N801, PyHessian's own name
+class hessian:
     """PyHessian's `hessian`, with its arguments, its methods and the shapes of its results, on this engine.
 
     PyHessian is that of Yao, Gholami, Keutzer and Mahoney (arXiv 1912.07145); the calls are those of version 0.1. What
@@ -38,7 +38,8 @@ class hessian:  # noqa: N801, PyHessian's own name
     What differs, because it is a fault there:
 
     * Nothing is left in the model: neither evaluation mode, which PyHessian sets and keeps, nor gradients, whose graph
-      it leaves in `.grad`. The loss is still measured in evaluation mode.
+      it leaves in `.grad`. There a second object made with `data` adds its gradient to the first's, and its products
+      are twice too large. The loss is still measured in evaluation mode.
     * Several batches count by their targets, as the loss over all of them would; PyHessian counts rows. The loader is
       read once, so every product sees the same batches, also with shuffling and augmentation.
     * `trace` has an interval that decides when to stop. PyHessian stops where its running mean moves little from one
@@ -49,8 +50,8 @@ class hessian:  # noqa: N801, PyHessian's own name
       ascending order; PyHessian's are in none.
     * A change of the weights is noticed. PyHessian, with `data`, keeps the gradient of when it was made.
 
-    Random vectors follow from `torch.manual_seed`, and another call draws others, as with PyHessian. They are uniform on
-    the unit sphere instead of random signs, so that intervals hold whatever the eigenvectors are.
+    Random vectors follow from `torch.manual_seed`, and another call draws others, as with PyHessian. They are uniform
+    on the unit sphere instead of random signs, so that intervals hold whatever the eigenvectors are.
 
     Args:
         model: The model. All parameters that require a gradient are measured.
@@ -103,7 +104,7 @@ class hessian:  # noqa: N801, PyHessian's own name
         _say_where(self.device, cuda)
 
     @property
-    def gradsH(self) -> list[torch.Tensor]:  # noqa: N802, PyHessian's own name
+    def gradsH(self) -> list[torch.Tensor]:
         """The gradient, a tensor for each parameter. Unlike PyHessian's it holds no graph to differentiate."""
         return list(self.operator.space.unflatten(self.operator.gradient()))
 
@@ -205,7 +206,7 @@ def normalization(v: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def get_esd_plot(eigenvalues: Sequence[Sequence[float]], weights: Sequence[Sequence[float]]) -> Any:
-    """Draw what `density` returned, on a logarithmic axis. That of PyHessian's density_plot.py, which its repository has.
+    """Draw what `density` returned, on a logarithmic axis. That of density_plot.py in PyHessian's repository.
 
     Each node is a Gaussian as wide as half the distance between its neighbours, which is what the recurrence resolves;
     PyHessian's all have the variance 1e-5 times the width of the spectrum. `spectra.plots.density(comp.last_density)`

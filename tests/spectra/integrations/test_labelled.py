@@ -64,7 +64,7 @@ def test_rows_become_padded_batches_whose_loss_is_the_mean_over_rows():
 
 def test_labels_may_be_names_numbers_or_values():
     tokenizer = saved_encoders.tokenizer()
-    rows = [("abc", "def", "dog"), ("abd", None, "0"), ("abe", None, 2)]
+    rows = [("abc", "def", "dog"), ("bcd", None, "0"), ("cde", None, 2)]
     (batch,) = labelled_batches(classifier(**NAMES), tokenizer, rows, sequences=3)
     assert batch["labels"].tolist() == [1, 0, 2]
     assert batch["input_ids"][0].tolist().count(tokenizer.sep_token_id) == 2
@@ -84,7 +84,7 @@ def test_rows_that_do_not_fit_the_model_are_refused():
         with pytest.raises(InputError, match=words):
             labelled_batches(model, tokenizer, rows, **{"sequences": 1, **options})
     tokenizer.pad_token = None
-    with pytest.raises(InputError, match="no padding token.*--batch-size 1"):
+    with pytest.raises(InputError, match=r"no padding token.*--batch-size 1"):
         labelled_batches(classifier(), tokenizer, [("a", None, 0)], sequences=1)
     (batch,) = labelled_batches(classifier(), tokenizer, [("a", None, 0)], sequences=1, batch_size=1)
     assert batch["input_ids"].shape == (1, 3)
@@ -140,5 +140,5 @@ def test_folders_and_files_that_cannot_be_used_are_refused(vit, tmp_path):
         assert "\n" not in str(refused.value)
     with pytest.raises(InputError, match="99 images are asked for and there are 12"):
         image_batches(model, name, saved_encoders.write_images(tmp_path / "few"), images=99)
-    with pytest.raises(InputError, match="expected an image processor in .* holds none of its files"):
+    with pytest.raises(InputError, match=r"expected an image processor in .* holds none of its files"):
         image_batches(model, str(saved_models.save(tmp_path / "lm")), tmp_path / "few", images=2)

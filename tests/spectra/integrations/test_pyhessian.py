@@ -232,6 +232,21 @@ def test_the_model_is_left_as_it_was():
     assert not gradient.requires_grad
 
 
+def test_a_second_object_on_the_same_model_measures_the_same():
+    """PyHessian's adds its gradient to the one that the first left, and multiplies by twice the Hessian."""
+    pyhessian = pytest.importorskip("pyhessian")
+    model, batches = classifier()
+    other = copy.deepcopy(model)
+    truth = max(np.linalg.eigvalsh(dense(model, batches).numpy()), key=abs)
+    theirs = [pyhessian.hessian(other, nn.CrossEntropyLoss(), data=batches[0], cuda=False) for _ in range(2)]
+    assert theirs[1].eigenvalues(tol=1e-6, maxIter=400)[0][0] == pytest.approx(2 * truth, rel=1e-3)
+    ours = [on_cpu(model, nn.CrossEntropyLoss(), data=batches[0]) for _ in range(2)]
+    for found in ours:
+        assert found.eigenvalues(tol=1e-4)[0][0] == pytest.approx(truth, rel=1e-5)
+    for parameter in other.parameters():
+        parameter.grad = None  # PyHessian leaves a cycle with the graph
+
+
 def test_random_vectors_follow_torchs_seed_and_differ_from_call_to_call():
     model, batches = classifier()
     found = on_cpu(model, nn.CrossEntropyLoss(), data=batches[0])
