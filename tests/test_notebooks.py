@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom in a fresh kernel, offline, and is stored without outputs or with small ones."""
+"""Every notebook runs from top to bottom in a fresh kernel, offline, with small stored outputs or none."""
 
 import os
 import re
@@ -14,7 +14,6 @@ SECONDS = 60  # of this kernel's own computing, so that other work on the machin
 MOST_SECONDS = 300  # by the clock, for all of that other work
 INTERVAL = re.compile(r"-?\d[\w.+-]* \[-?\d[\w.+-]*, -?\d[\w.+-]*\]")
 MOST_BYTES = 150_000  # of a notebook with its outputs
-NOTEBOOK_OF = {}  # the path of each notebook that was run, by its id
 CLOCK = "import time; print(time.process_time())"
 
 
@@ -24,7 +23,7 @@ def read(path):
 
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
 def executed(request, tmp_path_factory):
-    """A notebook after it ran, with what it printed and how many seconds its kernel computed."""
+    """A notebook after it ran, with how many seconds its kernel computed, and its path."""
     notebook = read(request.param)
     notebook.cells.append(nbformat.v4.new_code_cell(CLOCK))
     folder = tmp_path_factory.mktemp("notebook")
@@ -38,8 +37,7 @@ def executed(request, tmp_path_factory):
     client.execute(env=environment)
     print(f"{request.param.name}: {time.perf_counter() - started:.0f} s")
     clock = notebook.cells.pop()
-    NOTEBOOK_OF[id(notebook)] = request.param
-    return notebook, float(clock.outputs[0].text)
+    return notebook, float(clock.outputs[0].text), request.param
 
 
 def test_there_is_a_quickstart():
@@ -67,8 +65,8 @@ def test_it_is_stored_without_outputs_or_with_small_ones(path):
 
 def test_what_is_stored_is_what_its_cells_show(executed):
     """The same kinds of output from the same cells; numbers may differ on another machine."""
-    notebook, _ = executed
-    stored = [cell for cell in read(NOTEBOOK_OF[id(notebook)]).cells if cell.cell_type == "code"]
+    notebook, _, path = executed
+    stored = [cell for cell in read(path).cells if cell.cell_type == "code"]
     if not any(cell.outputs for cell in stored):
         pytest.skip("stored without outputs")
     shown = [kinds(cell) for cell in notebook.cells if cell.cell_type == "code"]
@@ -76,7 +74,7 @@ def test_what_is_stored_is_what_its_cells_show(executed):
 
 
 def test_it_runs_and_shows_figures_and_intervals(executed):
-    notebook, _ = executed
+    notebook, _, _ = executed
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     figures = [output for output in outputs if "image/png" in output.get("data", {})]
     printed = "".join(output.text for output in outputs if output.get("name") == "stdout")

@@ -90,6 +90,7 @@ def _lines(found: CrossCheck) -> list[str]:
         mark = "" if each.spectra.resolved else " (unresolved)"
         rows.append((each.quantity, f"{each.pyhessian:.5g}", value, f"[{low}, {high}]{mark}", each.verdict))
     costs = [("", "PyHessian", "products", "spectra", "products")]
-    for task, both in found.costs.items():
-        costs.append((task, *(cell for cost in both for cell in (f"{cost.seconds:.3g} s", f"{cost.products}"))))
+    for task, (theirs, ours) in found.costs.items():
+        times = [f"{cost.seconds:.3g} s" for cost in (theirs, ours)]
+        costs.append((task, times[0], str(theirs.products), times[1], str(ours.products)))
     return [*aligned(rows, "<>><<"), "", *aligned(costs, "<>>>>")]

@@ -115,7 +115,8 @@ def load(options: argparse.Namespace) -> Inputs:
     if rows is not None:
         return Inputs(model, labelled.labelled_batches(model, tokenizer, rows, length=options.length, **sizes), loss)
     if kind is architectures.MASKED:
-        facts = {"mask_share": options.mask_share or masked.SHARE, "mask_seed": options.mask_seed or 0}
+        share, seed = options.mask_share, options.mask_seed
+        facts = {"mask_share": masked.SHARE if share is None else share, "mask_seed": 0 if seed is None else seed}
         batches, note = masked.masked_batches(
             model,
             tokenizer,

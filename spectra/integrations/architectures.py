@@ -56,7 +56,8 @@ def kind_of(config: Any) -> Kind:
     for head, kind in HEADS.items():
         if name.endswith(head):
             return kind
-    if name.endswith(("ForCausalLM", "LMHeadModel")) or name in CAUSAL_CLASSES.values():
+    brings_its_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if brings_its_own or name.endswith(("ForCausalLM", "LMHeadModel")) or name in CAUSAL_CLASSES.values():
         return CAUSAL
     if name in MASKED_CLASSES.values() and not getattr(config, "is_encoder_decoder", False):
         return MASKED

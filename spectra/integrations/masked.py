@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -53,7 +53,8 @@ def masked_batches(
         InputError: As `sequence_batches`; or the tokenizer has no mask token, the share is not between 0 and 1, or a
             sequence holds nothing but special tokens.
     """
-    if tokenizer.mask_token_id is None:
+    mask: Any = tokenizer.mask_token_id
+    if mask is None:
         raise InputError(
             "the tokenizer has no mask token: give a masked language model together with its own tokenizer"
         )
@@ -72,7 +73,7 @@ def masked_batches(
     generator = torch.Generator().manual_seed(seed)
     labels = torch.stack([_labels(row, set(tokenizer.all_special_ids), share, generator) for row in rows])
     chosen = labels != IGNORED
-    inputs, hidden, replaced = _hidden(rows, chosen, tokenizer.mask_token_id, _vocabulary(model), generator)
+    inputs, hidden, replaced = _hidden(rows, chosen, mask, _vocabulary(model), generator)
     total = int(chosen.sum())
     note = (
         f"masked-token loss of {total} of {rows.numel()} tokens (seed {seed}): {hidden} replaced by "

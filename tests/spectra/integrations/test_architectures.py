@@ -41,6 +41,13 @@ def test_the_kind_follows_from_the_class_that_the_config_names(family, architect
     assert kind_of(config(family, architecture)) is kind
 
 
+def test_code_that_a_model_brings_may_say_that_it_is_a_language_model():
+    own = config("llama", "OwnModel")
+    assert kind_of(own) is OTHER
+    own.auto_map = {"AutoModelForCausalLM": "own.Model"}
+    assert kind_of(own) is CAUSAL
+
+
 @pytest.mark.parametrize(
     ("head", "words"),
     [
