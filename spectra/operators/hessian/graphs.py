@@ -139,6 +139,9 @@ class GraphStore:
 
         Args:
             notes: See `notes` of the store.
+
+        Returns:
+            The store.
         """
         return GraphStore(
             self.model,
