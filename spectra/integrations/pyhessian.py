@@ -48,7 +48,7 @@ class hessian:
       not converged. Two eigenvalues of the same magnitude and opposite signs do not mislead it.
     * `density` works with today's torch, from which the function that PyHessian calls, torch.eig, is gone. Nodes are in
       ascending order; PyHessian's are in none.
-    * A change of the weights is noticed. PyHessian, with `data`, keeps the gradient of when it was made.
+    * A change of the weights is noticed. PyHessian, with `data`, keeps the graph of when it was made.
 
     Random vectors follow from `torch.manual_seed`, and another call draws others, as with PyHessian. They are uniform
     on the unit sphere instead of random signs, so that intervals hold whatever the eigenvectors are.

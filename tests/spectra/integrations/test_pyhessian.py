@@ -258,13 +258,18 @@ def test_random_vectors_follow_torchs_seed_and_differ_from_call_to_call():
     assert abs(np.subtract(*runs[0])).max() > 0.1
 
 
-def test_changed_weights_are_measured_anew():
+@pytest.mark.parametrize("in_place", [True, False])
+def test_changed_weights_are_measured_anew(in_place):
+    """Where PyHessian raises an error of autograd, or with `.data` goes on with the weights before."""
     model, batches = classifier()
     found = on_cpu(model, nn.CrossEntropyLoss(), data=batches[0])
     found.eigenvalues()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(0.5)
+            if in_place:
+                parameter.mul_(0.5)
+            else:
+                parameter.data = parameter.data * 0.5
     (value,), _ = found.eigenvalues(tol=1e-4)
     assert value == pytest.approx(max(np.linalg.eigvalsh(dense(model, batches).numpy()), key=abs), rel=1e-5)
 
