@@ -57,7 +57,7 @@ def test_rows_become_padded_batches_whose_loss_is_the_mean_over_rows():
     losses = []
     for text, _, label in rows[::2]:  # one by one, without padding
         logits = model(**tokenizer(text, return_tensors="pt")).logits[0].double()
-        losses.append(float(torch.logsumexp(logits, 0) - logits[label]))
+        losses.append((torch.logsumexp(logits, 0) - logits[label]).item())
     with HessianOperator(model, batches) as op:
         assert op.loss() == pytest.approx(np.mean(losses), rel=1e-5)
 
