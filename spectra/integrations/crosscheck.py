@@ -307,11 +307,12 @@ class _Theirs:
         samples = self._timed("trace", lambda: found.trace(maxIter=asked.max_iterations, tol=asked.tol))
         if samples is None:
             return
-        self.numbers["trace"] = mean = float(np.mean(samples))
+        self.numbers["trace"] = float(np.mean(samples))
         if len(samples) == asked.max_iterations:
             return
         error = f"; their standard error is {np.std(samples, ddof=1) / len(samples) ** 0.5:.2g}"
-        cause = "a running mean below zero" if mean < 0 else f"its running mean moved by less than {asked.tol:g}"
+        below = len(samples) > 1 and np.mean(samples[:-1]) < 0  # its rule divides by the mean before, with its sign
+        cause = "a running mean below zero" if below else f"its running mean moved by less than {asked.tol:g}"
         self.notes.append(
             f"PyHessian's trace ended after {len(samples)} of {asked.max_iterations} samples ({cause})"
             + (error if len(samples) > 1 else "")

@@ -99,6 +99,19 @@ def test_a_stall_and_an_iteration_that_ran_out_are_reported():
     assert "outside" in largest.verdict
 
 
+@pytest.mark.parametrize(
+    ("samples", "cause"), [([-1.0, 5.0], "a running mean below zero"), ([5.0, 5.001], "moved by less than 0.001")]
+)
+def test_why_a_trace_ended_is_told_from_the_mean_before(samples, cause, monkeypatch):
+    import importlib
+
+    package = importlib.import_module("pyhessian.hessian")
+    monkeypatch.setattr(package.hessian, "trace", lambda *arguments, **options: samples)
+    found = crosscheck(Quadratic(torch.linspace(1, 2, 100)), BATCH, first, params="theta", steps=5, probes=1)
+    (note,) = [note for note in found.notes if "trace ended" in note]
+    assert f"after 2 of 100 samples ({cause if 'below' in cause else 'its running mean ' + cause})" in note
+
+
 def test_batches_that_count_other_than_by_rows_are_reported():
     model = tiny_models.causal_lm("llama-tied", dtype=torch.float32)
     batches = tiny_models.token_batches(((8, 8, 8), (3,)))
