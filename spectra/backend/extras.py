@@ -14,6 +14,7 @@ EXTRA_OF = {
     "tokenizers": "qat",
     "datasets": "qat",
     "pyhessian": "pyhessian",
+    "pytorch_lightning": "lightning",
 }
 
 
