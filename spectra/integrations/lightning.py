@@ -110,10 +110,10 @@ class SpectrumLightningCallback(_callback_class()):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the probe and measure the module as it is."""
         self._release()
-        self._reached = trainer.global_step
+        self._reached, folder = trainer.global_step, trainer.log_dir  # which all ranks have to ask for
         if not trainer.is_global_zero:
             return
-        out = str(self.out) if self.out is not None else os.path.join(trainer.log_dir or ".", "spectra")
+        out = str(self.out) if self.out is not None else os.path.join(folder or ".", "spectra")
         module = unwrap(pl_module)
         with self._ending_no_training(), randomness_kept():
             try:

@@ -118,10 +118,10 @@ def _logging_nothing(module: Any) -> Iterator[None]:
     """Put stand-ins in the place of the module's log methods and of its Trainer's loggers."""
     attributes, trainer = vars(module), module._trainer
     before = {name: attributes[name] for name in SILENCED if name in attributes}
-    loggers = [] if trainer is None else trainer.loggers
+    loggers = trainer.loggers if trainer is not None else []
     try:
         attributes.update(dict.fromkeys(SILENCED, _log_nothing))
-        if loggers:
+        if trainer is not None and loggers:
             package = type(trainer).__module__.partition(".trainer")[0]
             stand_in = importlib.import_module(f"{package}.loggers.logger").DummyLogger
             trainer.loggers = [stand_in() for _ in loggers]
@@ -130,7 +130,7 @@ def _logging_nothing(module: Any) -> Iterator[None]:
         for name in SILENCED:
             attributes.pop(name, None)
         attributes.update(before)
-        if loggers:
+        if trainer is not None and loggers:
             trainer.loggers = loggers
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 NAMES = {"loss": "loss", "grad_norm": "gradient_norm"}  # in the log of a Trainer, and what signals call them
 
@@ -73,6 +73,8 @@ class TrainerLog:
 def _close_reports_after(trainer: Trainer, callback: TrainerCallback) -> None:
     """Move transformers' reporting callbacks behind another callback, in their order."""
     handler, kinds = trainer.callback_handler, tuple(INTEGRATION_TO_CALLBACK.values())
+    if callback not in handler.callbacks:  # called by a callback that holds it
+        return
     before = handler.callbacks[: handler.callbacks.index(callback)]
     reports: list[Any] = [each for each in before if isinstance(each, kinds)]
     if reports:  # a new list: an event is going through the old one

@@ -171,7 +171,7 @@ def _check_every(every: Any) -> int | float:
 
 def _check_at(at: Any) -> tuple[int | float, ...]:
     """The training steps and fractions in order, each once. Raises InputError for what is neither."""
-    values = list(at) if isinstance(at, Iterable) and not isinstance(at, str | bytes) else [at]
+    values: list[Any] = list(at) if isinstance(at, Iterable) and not isinstance(at, str | bytes) else [at]
     for value in values:
         number = _number(value)
         if not (0 < number < 1 or (number.is_integer() and number >= 0)):

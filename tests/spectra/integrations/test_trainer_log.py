@@ -135,6 +135,31 @@ def test_a_trainers_own_log_is_passed_over(tmp_path):
     assert logs[True] == logs[False] == [2, 2, 1]
 
 
+def test_a_callback_that_another_one_calls(tmp_path):
+    """It is not in the Trainer's list, and logs all the same."""
+
+    class Calling(TrainerCallback):
+        def __init__(self):
+            self.inner = None
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.inner.on_train_begin(args, state, control, **kwargs)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.inner.on_step_begin(args, state, control, **kwargs)
+            self.inner.on_step_end(args, state, control, **kwargs)
+
+    class Late(transformers.Trainer):
+        def train(self, *args, **kwargs):
+            calling.inner.trainer = self
+            return super().train(*args, **kwargs)
+
+    calling = Calling()
+    calling.inner = spectra.SpectrumCallback(every=2, strict=True, **OPTIONS)
+    trainer = trained(tmp_path, calling, trainer_class=Late)
+    assert [entry["step"] for entry in spectra_in(trainer.state.log_history)][1:] == [2, 4]
+
+
 def test_a_log_of_ones_own(tmp_path):
     logged = {}
     callback = spectra.SpectrumCallback(every=2, log=lambda values, step: logged.update({step: values}), **OPTIONS)
