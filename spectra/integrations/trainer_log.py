@@ -42,7 +42,7 @@ class TrainerLog:
             return
         state, control = self.trainer.state, self.trainer.control
         now = [entry for entry in state.log_history if entry.get("step") == state.global_step]
-        if any(values.keys() <= entry.keys() for entry in now):
+        if any(values.items() <= entry.items() for entry in now):
             return
         wanted = control.should_log
         Trainer.log(self.trainer, dict(values))

@@ -50,7 +50,7 @@ from spectra.runs.kept import model_kept, randomness_kept, without_optimizer_ste
 from spectra.runs.object_state import held, kept, modules_in
 from spectra.runs.provenance import device_name, fingerprint, fingerprint_of_weights, versions
 from spectra.runs.record import SpectrumRecord
-from spectra.runs.scalars import scalars
+from spectra.runs.scalars import PREFIX, scalars
 from spectra.runs.schedule import Overhead, Schedule
 from spectra.runs.settings import DEFLATED, MeasurementSettings
 from spectra.runs.signals import HISTORY, Signal, in_words
@@ -104,6 +104,7 @@ class SpectrumProbe:
             "spectra/rms_low" and "spectra/rms_high", and the mode in them where several are measured. Of an unresolved
             quantity the ends of its interval alone are logged. Random numbers that it draws are put back; what it
             raises is a warning.
+        log_prefix: What these names begin with, for trainings with several probes.
         out: A run folder to make, or to go on with (`spectra.Run`). None: records are kept in memory.
         modes: Which Hessians to measure, {name: builder}. A builder is called as builder(model, batches, params=,
             loss=, microbatch=), with engine=, precision=, spread= and training= where they are set, and returns an
@@ -146,6 +147,7 @@ class SpectrumProbe:
         schedule: Schedule | None = None,
         total_steps: int | None = None,
         log: Callable[[dict[str, float], int], Any] | None = None,
+        log_prefix: str = PREFIX,
         out: str | os.PathLike[str] | None = None,
         modes: Mapping[str, OperatorBuilder] | None = None,
         params: Selection = None,
@@ -168,7 +170,10 @@ class SpectrumProbe:
         self.total_steps = _check_length(total_steps, self.schedule)
         if log is not None and not callable(log):
             raise InputError(f"log must be a function (scalars, step), got {type(log).__name__}")
-        self.model, self.strict, self.training, self.log = model, strict, training, log
+        if not isinstance(log_prefix, str) or not log_prefix.strip("/"):
+            raise InputError(f'log_prefix must be a name such as "{PREFIX}", got {log_prefix!r}')
+        self.model, self.strict, self.training = model, strict, training
+        self.log, self.log_prefix = log, log_prefix.strip("/")
         own = hessian_mode(unwrap(model))
         self.modes = _check_modes({own: HessianOperator} if modes is None else modes, training=training)
         self.notes = [STRAIGHT_THROUGH] if modes is None and own == "ste" else []
@@ -396,10 +401,9 @@ class SpectrumProbe:
         """Hand the numbers of the records to `log`. What it raises is a warning, unless `strict`."""
         if self.log is None or (self.settings.spread != "none" and ranks.rank() != 0):
             return
-        several = len(self.modes) > 1
-        values: dict[str, float] = {}
+        several, values = len(self.modes) > 1, {}
         for record in records:
-            values |= scalars(record, several_modes=several, occasions=OCCASIONS)
+            values |= scalars(record, prefix=self.log_prefix, several_modes=several, occasions=OCCASIONS)
         if not values:
             return
         try:

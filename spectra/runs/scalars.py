@@ -10,7 +10,7 @@ PREFIX = "spectra"
 
 
 def scalars(
-    record: SpectrumRecord, *, several_modes: bool = False, occasions: tuple[str, ...] = ("",)
+    record: SpectrumRecord, *, prefix: str = PREFIX, several_modes: bool = False, occasions: tuple[str, ...] = ("",)
 ) -> dict[str, float]:
     """Write the numbers of a record as a dictionary of scalars.
 
@@ -20,6 +20,7 @@ def scalars(
 
     Args:
         record: The record.
+        prefix: What every name begins with.
         several_modes: Whether the mode stands in the names, as in "spectra/ste/rms".
         occasions: Labels that do not stand in the names. Any other does, as in "spectra/before-reset/rms".
 
@@ -28,11 +29,11 @@ def scalars(
     """
     if not record.is_measured:
         return {}
-    parts = [PREFIX, record.mode if several_modes else "", "" if record.label in occasions else record.label]
-    prefix = "/".join(part for part in parts if part)
+    parts = [prefix, record.mode if several_modes else "", "" if record.label in occasions else record.label]
+    begin = "/".join(part for part in parts if part)
     values: dict[str, float] = {"loss": record.loss, "gradient_norm": record.gradient_norm, **record.extras}
     for name, estimate in record.estimates.items():
         values |= {name: estimate.value} if estimate.resolved else {}
         values |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
     values["seconds"] = record.seconds
-    return {f"{prefix}/{name}": float(value) for name, value in values.items() if math.isfinite(value)}
+    return {f"{begin}/{name}": float(value) for name, value in values.items() if math.isfinite(value)}

@@ -135,6 +135,16 @@ def test_a_trainers_own_log_is_passed_over(tmp_path):
     assert logs[True] == logs[False] == [2, 2, 1]
 
 
+def test_two_callbacks_are_told_apart_by_their_prefix(tmp_path):
+    one = spectra.SpectrumCallback(every=2, strict=True, **OPTIONS)
+    options = {**OPTIONS, "params": "*attn*", "log_prefix": "spectra/attention"}
+    other = spectra.SpectrumCallback(every=4, out=tmp_path / "b", strict=True, **options)
+    history = trained(tmp_path / "a", one, other).state.log_history
+    for callback, prefix in ((one, "spectra"), (other, "spectra/attention")):
+        read = [(entry["step"], entry[f"{prefix}/rms_high"]) for entry in history if f"{prefix}/rms_high" in entry]
+        assert read == [(record.step, record.estimates["rms"].high) for record in callback.probe.records]
+
+
 def test_a_callback_that_another_one_calls(tmp_path):
     """It is not in the Trainer's list, and logs all the same."""
 

@@ -56,6 +56,7 @@ NUMBERS = {
         ({}, {}, "spectra"),
         ({"label": "start"}, {"occasions": ("", "start")}, "spectra"),
         ({"label": "before-reset"}, {}, "spectra/before-reset"),
+        ({}, {"prefix": "mlp"}, "mlp"),
         ({}, {"several_modes": True}, "spectra/ste"),
         ({"label": "before-reset"}, {"several_modes": True}, "spectra/ste/before-reset"),
     ],
@@ -113,3 +114,5 @@ def test_a_log_ends_no_training_and_draws_no_numbers():
         numbers(log=log, strict=True)
     with pytest.raises(InputError, match="log must be a function"):
         numbers(log="tensorboard")
+    with pytest.raises(InputError, match="log_prefix must be a name"):
+        numbers(log_prefix="")
