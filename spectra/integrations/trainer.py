@@ -199,7 +199,7 @@ class SpectrumCallback(TrainerCallback):
             if own and trainer is not None:
                 notes += notes_of_accumulation(trainer, options["loss"], batches[0])
         options["log"] = self._logger if self.log is None else self.log
-        options = {"schedule": self.schedule, "total_steps": total_steps, **options}
+        options = {"schedule": self.schedule, "total_steps": total_steps or None, **options}
         probe = SpectrumProbe(model, batches, out=self._out, **options)
         probe.notes += notes
         return probe

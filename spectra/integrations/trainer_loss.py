@@ -19,8 +19,8 @@ from spectra.operators.hessian.isolation import RandomStates, isolated, unwrap
 from spectra.runs.object_state import Holder, kept
 
 NOT_FOUND = (
-    "the Trainer was not found, so the model's own loss is measured, whatever loss is trained: pass "
-    "SpectrumCallback(trainer=trainer)"
+    "the Trainer was not found, so the model's own loss is measured, whatever loss is trained, and its log "
+    "gets no spectra: pass SpectrumCallback(trainer=trainer)"
 )
 OWN_LOSS = "the loss is that of the Trainer's compute_loss"
 SMOOTHED = "the loss is the Trainer's, with label smoothing {}"
