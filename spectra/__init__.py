@@ -32,6 +32,8 @@ from spectra.operators.hessian.parameters import ParameterSpace
 from spectra.runs.folder import Run
 from spectra.runs.probe import SpectrumProbe
 from spectra.runs.record import SpectrumRecord
+from spectra.runs.schedule import Schedule
+from spectra.runs.signals import GradientNormJump, LossPlateau
 
 if TYPE_CHECKING:
     from spectra.integrations.trainer import SpectrumCallback
@@ -49,9 +51,11 @@ __all__ = [
     "DiagonalOperator",
     "Eigenpairs",
     "Estimate",
+    "GradientNormJump",
     "HessianOperator",
     "InputError",
     "LinearOperator",
+    "LossPlateau",
     "MeanOperator",
     "MemoryPlan",
     "NoiseSplit",
@@ -59,6 +63,7 @@ __all__ = [
     "Objective",
     "ParameterSpace",
     "Run",
+    "Schedule",
     "SpectralDensity",
     "SpectrumCallback",
     "SpectrumProbe",

@@ -15,6 +15,7 @@ EXTRA_OF = {
     "tokenizers": "qat",
     "datasets": "qat",
     "pyhessian": "pyhessian",
+    "pytorch_lightning": "lightning",
 }
 
 
