@@ -22,7 +22,8 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 import spectra
-from spectra.views.densities import Curve, curves_of, draw_densities
+from spectra.views.curves import Curve, curves_of
+from spectra.views.densities import draw_densities
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "speed" / "results"
