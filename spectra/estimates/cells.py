@@ -8,6 +8,7 @@ import numpy as np
 
 from spectra.estimates.density import SpectralDensity
 from spectra.estimates.estimate import CONFIDENCE
+from spectra.estimates.sharp_band import sharp_band
 
 RESOLVED_RATIO = 2.5  # of the upper to the lower bound of the mass in a cell, up to which the mass is known
 MOST_MASS = 0.5  # of all eigenvalues in a cell: the shape inside a cell with more is not known
@@ -64,7 +65,7 @@ def density_cells(
 ) -> DensityCells:
     """Merge the cells between edges until the mass in each is known, where that is possible.
 
-    The mass of [a, b) lies between low(b) - high(a) and high(b) - low(a) for the bounds of `SpectralDensity.band`,
+    The mass of [a, b) lies between low(b) - high(a) and high(b) - low(a) for the bounds of `sharp_band`,
     which hold for all thresholds at once. So the cells may be chosen after the bounds are known. Of all ways to merge
     neighbours, the one is taken that balances narrow cells against narrow bounds on their mass.
 
@@ -81,8 +82,7 @@ def density_cells(
     zeros = density.zero_share()
     positions = edges if positions is None else positions
     if zeros < 1:
-        others = density.without_known_zeros() if zeros else density
-        below, up_to = others.band(level, thresholds=edges, tails=True).at(edges)
+        below, up_to = sharp_band(density, level=level, thresholds=edges, zeros=False).at(edges)
     else:
         below = up_to = np.zeros(len(edges))
     # the bounds of the mass between edge i and edge j, in row i and column j

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spectra.estimates.estimate import RESOLVED_HALF_WIDTH
+from spectra.estimates.sharp_band import sharp_band
 from spectra.views.axis import EigenvalueAxis, eigenvalue_axis
 from spectra.views.curves import Curve
 from spectra.views.legends import curve_legend
@@ -49,7 +50,7 @@ def draw_bands(
 def _draw_band(ax: Axes, curve: Curve, axis: EigenvalueAxis, *, level: float, position: int, count: int) -> None:
     """The band of one spectrum: filled, with its edges, hatched if the curve asks for it, and with its middle line."""
     points = axis.between(axis.low, axis.high, POINTS)
-    band = curve.density.band(level, thresholds=points, tails=True)
+    band = sharp_band(curve.density, level=level, thresholds=points)
     points = np.unique(np.concatenate([points, band.thresholds.clip(axis.low, axis.high)]))
     low, high = band.at(points)
     opacity = curve.opacity * (0.28 if count <= FEW else 0.12)

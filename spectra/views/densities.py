@@ -138,7 +138,15 @@ def _name_masses(ax: Axes, curve: Curve, cells: DensityCells, axis: EigenvalueAx
 
 
 def mass_in_words(low: float, high: float, n: int) -> str:
-    """Bounds on a share of n eigenvalues in words: in per cent, or as a number where they are few.
+    """Bounds on a share of eigenvalues in words: in per cent, or as a number where they are few.
+
+    Args:
+        low: The lower bound of the share.
+        high: The upper bound.
+        n: The number of all eigenvalues.
+
+    Returns:
+        The words, rounded outward.
 
     Example:
         >>> mass_in_words(0.62, 0.91, 1000), mass_in_words(0.0, 0.003, 1000), mass_in_words(0.002, 0.002, 1000)

@@ -17,9 +17,11 @@ from spectra.views.style import (
     AXIS_COLOUR,
     HATCHES,
     MARKERS,
+    NARROW,
     PALETTE,
     TEXT_COLOUR,
     add_legend,
+    inches,
     literal,
     tidy,
 )
@@ -27,9 +29,11 @@ from spectra.views.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PART_OF_LOSS = 0.5  # of the loss, which the quadratic term of the steepest direction changes at the end of the range
+PART_OF_LOSS = 0.1  # of the loss, which the quadratic term of the steepest direction changes at the end of the range
 PART_OF_WEIGHTS = 0.1  # of the norm of the weights: no direction is followed further by default
-MOST_LAYERS = 40  # bars; more layers than that are merged by their outermost names
+MOST_LAYERS = 40  # bars; more layers than that, or than fit, are merged by their outermost names
+ROW = 8.5  # points; the height of a bar with its name
+LONGEST_NAME = 26  # characters of a layer's name beside narrow axes
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def loss_along(op: HessianOperator, direction: Direction, distances: np.ndarray)
 
 
 def default_radius(op: HessianOperator, directions: Sequence[Direction]) -> float:
-    """How far the directions are followed: until the steepest one's quadratic term is half of the loss.
+    """How far the directions are followed: until the steepest one's quadratic term is a tenth of the loss.
 
     At most a tenth of the norm of the weights.
     """
@@ -162,18 +166,21 @@ def draw_loss_along(ax: Axes, found: Sequence[tuple[Direction, LossAlong]], *, l
 # Which layers an eigenvector moves.
 
 
-def weights_by_layer(op: HessianOperator, directions: Sequence[Direction]) -> tuple[list[str], np.ndarray, np.ndarray]:
+def weights_by_layer(
+    op: HessianOperator, directions: Sequence[Direction], *, most: int = MOST_LAYERS
+) -> tuple[list[str], np.ndarray, np.ndarray]:
     """The part of each unit vector's squared norm that lies in each layer.
 
     Args:
         op: The Hessian.
         directions: The unit vectors.
+        most: How many layers are told apart; more are merged by their outer names.
 
     Returns:
         The layers in the order of the model, (l,); the parts (l, k), whose columns sum to 1; and the part of the
         parameters that each layer has, (l,).
     """
-    owners = _layers(op.space.names)
+    owners = _layers(op.space.names, most)
     names = list(dict.fromkeys(owners))
     parts, sizes = np.zeros((len(names), len(directions))), np.zeros(len(names))
     for column, direction in enumerate(directions):
@@ -184,15 +191,25 @@ def weights_by_layer(op: HessianOperator, directions: Sequence[Direction]) -> tu
     return names, parts / parts.sum(axis=0), sizes / sizes.sum()
 
 
-def _layers(names: Sequence[str]) -> list[str]:
+def _layers(names: Sequence[str], most: int = MOST_LAYERS) -> list[str]:
     """The layer that each parameter belongs to: its module, or a module around it where these are too many."""
     owners = [name.rpartition(".")[0] or name for name in names]
-    while len(set(owners)) > MOST_LAYERS:
+    while len(set(owners)) > most:
         longest = max(owner.count(".") for owner in owners)
         if longest == 0:
             break
         owners = [owner.rpartition(".")[0] if owner.count(".") == longest else owner for owner in owners]
     return owners
+
+
+def most_layers(ax: Axes) -> int:
+    """How many layers have room for their names beside axes."""
+    return min(max(int(72 * inches(ax)[1] / ROW), 4), MOST_LAYERS)
+
+
+def _shortened(name: str) -> str:
+    """The end of a long name."""
+    return name if len(name) <= LONGEST_NAME else "…" + name[1 - LONGEST_NAME :]
 
 
 def draw_weights(
@@ -215,12 +232,13 @@ def draw_weights(
         offset = (column - (parts.shape[1] - 1) / 2) * height
         handles.append(ax.barh(places + offset, parts[:, column], height, label=label, edgecolor="white", **looks))
     (mark,) = ax.plot(sizes, places, "|", color=TEXT_COLOUR, markersize=11, markeredgewidth=1.4)
-    ax.set_yticks(places, [literal(name) for name in names])
+    narrow = inches(ax)[0] < NARROW
+    ax.set_yticks(places, [literal(_shortened(name) if narrow else name) for name in names])
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlim(0, min(1.0, 1.08 * max(float(parts.max()), float(sizes.max()))))
     ax.set_xlabel("part of the squared norm")
     tidy(ax)
     ax.grid(False, axis="y")
-    if len(names) > 16:
+    if len(names) * ROW * 1.5 > 72 * inches(ax)[1]:
         ax.tick_params(axis="y", labelsize=6.5)
     add_legend(ax, [*handles, mark], [*labels, "part of the parameters"], legend)

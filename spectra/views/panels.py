@@ -47,27 +47,30 @@ def figure_of(runs: Sequence[Run], kind: str, *, mode: str | None = None, steps:
     found = [single for single in as_runs(list(runs)) if _has_spectra(single, mode)]
     if not found:
         curves_of(list(runs), mode=mode, steps=steps)  # says what is missing
-    groups = {literal(run.presentation.label): [run] for run in found} if kind == "ridge" else grouped(found)
+    groups = [(literal(run.presentation.label), [run]) for run in found] if kind == "ridge" else grouped(found)
     if len(groups) == 1 or len(groups) > MOST_PANELS:
         if kind == "ridge" and len(groups) > 1:
             raise InputError(f"at most {MOST_PANELS} runs have ridges side by side, got {len(groups)}: name fewer")
-        groups = {"": found}
+        groups = [("", found)]
     figure, axes = new_figure(len(groups), share_y=kind != "ridge")
-    panels = [
-        (ax, curves_of(members, mode=mode, steps=steps)) for ax, members in zip(axes, groups.values(), strict=True)
-    ]
+    panels = [(ax, curves_of(members, mode=mode, steps=steps)) for ax, (_, members) in zip(axes, groups, strict=True)]
     every = [curve for _, curves in panels for curve in curves]
     if kind == "density":
         draw_densities(panels, level=CONFIDENCE)
     elif kind == "ridge":
         draw_ridges(panels, level=CONFIDENCE, scale="auto")
+    shared = eigenvalue_axis(every, "symlog")
+    ranges = []
     for ax, curves in panels:
         if kind == "cumulative":
-            axis = eigenvalue_axis(every, "symlog")
-            draw_bands(ax, curves, level=CONFIDENCE, axis=axis, scale="symlog", legend="auto")
+            draw_bands(ax, curves, level=CONFIDENCE, axis=shared, scale="symlog", legend="auto")
         elif kind == "tails":
             draw_tails(ax, curves, level=CONFIDENCE, side="both", legend="auto")
-    for ax, name in zip(axes, groups, strict=True):
+            ranges.append((ax.get_xlim(), ax.get_ylim()))
+    if ranges:
+        axes[0].set_xlim(min(x[0] for x, _ in ranges), max(x[1] for x, _ in ranges))
+        axes[0].set_ylim(min(y[0] for _, y in ranges), max(y[1] for _, y in ranges))
+    for ax, (name, _) in zip(axes, groups, strict=True):
         ax.set_title(wrapped(name, TITLE_WIDTH), fontsize=11, loc="left")
         if kind != "ridge":
             ax.label_outer()
@@ -75,18 +78,18 @@ def figure_of(runs: Sequence[Run], kind: str, *, mode: str | None = None, steps:
     return figure
 
 
-def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each group by its name, with the runs that all are compared with in every group."""
+def grouped(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """Each group's name and runs, with the runs that all are compared with in every group."""
     references = [run for run in runs if run.presentation.reference]
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if not run.presentation.reference:
             groups.setdefault(literal(run.presentation.group), []).append(run)
     if not groups:
-        return {"": list(runs)}
+        return [("", list(runs))]
     if all(len(members) == 1 for members in groups.values()):
-        return {"": list(runs)}
-    return {name: members + references for name, members in groups.items()}
+        return [("", list(runs))]
+    return [(name, members + references) for name, members in groups.items()]
 
 
 def _has_spectra(run: Run, mode: str | None) -> bool:

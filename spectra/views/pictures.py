@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from spectra.views.style import TITLE_WIDTH, literal, new_figure, note, wrapped
 from spectra.views.wording import describe, listed, sentence_case, unfinished_words
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 OF_A_MODE = (*ESTIMATES, "zero_share", "loss", "gradient_norm")  # other quantities do not depend on the mode
@@ -114,10 +116,8 @@ def _side_by_side(name: str, runs: list[Run], mode: str | None) -> Picture:
     draw_densities(
         [(ax, curves_of(single, mode=mode)) for ax, single in zip(axes, runs, strict=True)], level=CONFIDENCE
     )
-    for ax, single in zip(axes, runs, strict=True):
-        title = wrapped(literal(single.presentation.label), TITLE_WIDTH) if len(runs) > 1 else ""
-        lines = filter(None, (title, unfinished_words([single])))
-        ax.set_title("\n".join(lines), fontsize=11, loc="left")
+    _title(axes, runs)
+    for ax in axes:
         ax.label_outer()
     names = listed(single.presentation.label for single in runs)
     along = " along the training" if any(len(select(single, mode=mode)) > 1 for single in runs) else ""
@@ -142,6 +142,14 @@ def _ridges(name: str, runs: list[Run], mode: str | None) -> Picture:
     names = listed(single.presentation.label for single in having)
     caption = f"Density of eigenvalues of {names}, a row for each training step, {_mode_in_words(having, mode)}."
     return Picture(name, figure, caption, f"{caption} {_ends_in_words(having, mode)}")
+
+
+def _title(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
+    """The name of each run above its panel where there are several, and what is missing of it."""
+    for ax, single in zip(axes, runs, strict=True):
+        title = wrapped(literal(single.presentation.label), TITLE_WIDTH) if len(runs) > 1 else ""
+        lines = filter(None, (title, unfinished_words([single])))
+        ax.set_title("\n".join(lines), fontsize=11, loc="left")
 
 
 def _last_spectra(runs: list[Run], mode: str | None, study: Run) -> Picture:

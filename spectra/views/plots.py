@@ -28,6 +28,7 @@ from spectra.views.directions import (
     directions_of,
     draw_loss_along,
     draw_weights,
+    most_layers,
     weights_by_layer,
 )
 from spectra.views.directions import loss_along as loss_on_line
@@ -257,7 +258,7 @@ def loss_along(
             drawn; or a vector (n,), or vectors in the columns of (n, k).
         ax: Where to draw; by default on a new figure.
         radius: How far the vectors are followed to both sides, in units of the parameters. By default until the
-            quadratic term of the steepest one is half of the loss, at most a tenth of the norm of the weights.
+            quadratic term of the steepest one is a tenth of the loss, at most a tenth of the norm of the weights.
         points: How many losses are computed along each vector.
         labels: A label for each vector.
         legend: See `cumulative`.
@@ -292,7 +293,7 @@ def weight_by_layer(
     """Draw how much of each vector lies in each layer: the part of its squared norm.
 
     A tick marks the part of the parameters that a layer has, which is the part that a random vector would have there.
-    Of more than 40 layers, the innermost are merged.
+    Of more than 40 layers, or than have room, the innermost are merged.
 
     Args:
         op: The Hessian, which knows the names of the parameters.
@@ -308,8 +309,8 @@ def weight_by_layer(
         InputError: The operator is not that of a model, or the vectors do not fit it.
     """
     directions = _directions(op, vectors, labels)
-    names, parts, sizes = weights_by_layer(op, directions)
     with _axes(ax) as ax:
+        names, parts, sizes = weights_by_layer(op, directions, most=most_layers(ax))
         draw_weights(ax, names, parts, sizes, [direction.label for direction in directions], legend=legend)
     return ax
 

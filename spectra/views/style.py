@@ -156,7 +156,7 @@ def tidy(ax: Axes) -> None:
     ax.spines[["left", "bottom"]].set_color(AXIS_COLOUR)
     ax.grid(True, which="major", color=GRID_COLOUR, linewidth=0.6, alpha=0.7)
     ax.set_axisbelow(True)
-    width, height = _inches(ax)
+    width, height = inches(ax)
     size = 9 if width >= NARROW else 7.5
     ax.tick_params(colors=TEXT_COLOUR, labelsize=size, which="both")
     ax.tick_params(which="minor", length=2, color="#bbbbbb")
@@ -166,7 +166,7 @@ def tidy(ax: Axes) -> None:
         label.set_text("\n".join(wrap(label.get_text(), max(letters, 10), break_long_words=False)))
 
 
-def _inches(ax: Axes) -> tuple[float, float]:
+def inches(ax: Axes) -> tuple[float, float]:
     """Width and height of axes as far as the figure has laid them out."""
     figure = ax.figure
     box = ax.get_position()
@@ -218,14 +218,14 @@ def add_legend(ax: Axes, handles: list[Any], labels: list[str], place: str = "au
     if place == "none" or not handles:
         return
     if place == "auto":
-        place = "outside" if _inches(ax)[0] >= NARROW and len(handles) > 1 else "inside"
+        place = "outside" if inches(ax)[0] >= NARROW and len(handles) > 1 else "inside"
     labels = [wrapped(label, LEGEND_WIDTH) for label in labels]
     if place == "outside":
         ax.legend(handles, labels, frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
         return
     inside = {"frameon": True, "framealpha": 0.8, "edgecolor": "none", "borderpad": 0.2, "labelspacing": 0.25}
     ax.legend(
-        handles, labels, fontsize=8 if _inches(ax)[0] >= NARROW else 6.5, loc="best", handlelength=1.8, **inside
+        handles, labels, fontsize=8 if inches(ax)[0] >= NARROW else 6.5, loc="best", handlelength=1.8, **inside
     ).set_zorder(10)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from spectra.backend.errors import InputError
 from spectra.estimates.cells import RESOLVED_RATIO
 from spectra.estimates.quantities import EIGENVALUE_UNIT
+from spectra.estimates.sharp_band import sharp_band
 from spectra.views.axis import ends_of
 from spectra.views.curves import Curve
 from spectra.views.legends import curve_legend
@@ -58,7 +59,7 @@ def tail_of(curve: Curve, *, above: bool, level: float) -> Tail:
     if end <= 0:
         return Tail(np.zeros(0), np.zeros(0), np.zeros(0), n)
     spaced = max(high_end, -low_end) * np.logspace(-DECADES, 0, DECADES * PER_DECADE + 1)
-    band = curve.density.band(level, thresholds=np.concatenate([-spaced, spaced]), tails=True)
+    band = sharp_band(curve.density, level=level, thresholds=np.concatenate([-spaced, spaced]))
     corners = band.thresholds if above else -band.thresholds
     corners = corners[(corners > 0) & (corners <= end)]
     sizes = np.unique(np.concatenate([corners, np.nextafter(corners, 0), np.nextafter(corners, np.inf)]))

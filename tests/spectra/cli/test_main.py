@@ -127,7 +127,6 @@ def test_options_of_plot_that_contradict_each_other_are_refused(tmp_path, capsys
         (["--quantity", "rms", "--step", "0"], "leave one out"),
         (["--step", "first"], "expected training steps, 'last' or 'all' after --step, got first"),
         (["--step", "7"], "has no spectrum of step 7: choose among 0, 10, 20"),
-        (["--kind", "pie"], "invalid choice"),
     ):
         assert words in refused(capsys, main(["plot", run, *options]))
 

@@ -8,7 +8,7 @@ def test_the_figures_of_a_study_by_name(tmp_path):
     study = run_folders.study_folder(tmp_path / "study")
     open_before = plt.get_fignums()
     got = figures(study)
-    assert list(got)[0] == "cumulative"
+    assert next(iter(got)) == "cumulative"
     assert [ax.get_title(loc="left") for ax in got["cumulative"].axes] == ["1-bit", "2-bit"]
     assert len(got["tails"].axes) == 2
     wanted = {
