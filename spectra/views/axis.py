@@ -41,8 +41,8 @@ class EigenvalueAxis:
 
     def between(self, low: float, high: float, points: int) -> np.ndarray:
         """Points from one value to another, evenly spaced as the axis shows them, (points,)."""
-        ends = self.positions(np.array([low, high]))
-        middle = np.linspace(*ends, points)
+        first, last = self.positions(np.array([low, high])).tolist()
+        middle = np.linspace(first, last, points)
         values = middle if self.threshold is None else self.threshold * np.sinh(middle)
         values[0], values[-1] = low, high
         return values

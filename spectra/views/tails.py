@@ -110,7 +110,8 @@ def _line_entry(label: str, line: str) -> Any:
     """An entry that says what a line stands for."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=TEXT_COLOUR, linewidth=1.2, linestyle=line, label=label)
+    looks: dict[str, Any] = {"color": TEXT_COLOUR, "linewidth": 1.2, "linestyle": line}
+    return Line2D([], [], label=label, **looks)
 
 
 def _sides(curve: Curve, side: str, *, alone: bool) -> list[tuple[Curve, bool]]:

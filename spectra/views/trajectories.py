@@ -198,7 +198,8 @@ def _add_legend(ax: Axes, drawn: Sequence[tuple[Run, Series]], *, unresolved: bo
     """A legend with the names of the runs and the meaning of a hollow marker, if there are two entries or more."""
     from matplotlib.lines import Line2D
 
-    handles, labels = ax.get_legend_handles_labels()
+    found, labels = ax.get_legend_handles_labels()
+    handles: list[Any] = list(found)
     markers = [run_marks(run, position)[0] for position, (run, _) in enumerate(drawn)]
     measured = [line.measured for _, line in drawn]
     for position, (handle, marker) in enumerate(zip(handles, markers, strict=True)):
