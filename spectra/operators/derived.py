@@ -42,6 +42,12 @@ class MeanOperator(LinearOperator):
             total += operator.multiply_rows(vectors)
         return total / len(self.operators)
 
+    def in_float64(self) -> MeanOperator | None:
+        """See `LinearOperator.in_float64`; None where a member has none."""
+        members = [op.in_float64() for op in self.operators]
+        found = [member for member in members if member is not None]
+        return MeanOperator(found) if len(found) == len(members) else None
+
     def precision_error(self) -> float:
         """The largest of the members'."""
         return max(op.precision_error() for op in self.operators)
@@ -170,6 +176,28 @@ class Transform(Protocol):
     def apply_transposed(self, vectors: torch.Tensor) -> torch.Tensor:
         """P^T applied to each row of `vectors` (k, n), in their dtype."""
         ...
+
+
+class StandIn(LinearOperator):
+    """An operator multiplied in the place of another one, on which its products count as well.
+
+    Args:
+        inner: The operator that multiplies, such as the same Hessian in float64.
+        counted_on: The operator in whose place it multiplies.
+    """
+
+    def __init__(self, inner: LinearOperator, counted_on: LinearOperator):
+        self.inner, self.counted_on = inner, counted_on
+        self.shape, self.dtype, self.device, self.spread = inner.shape, inner.dtype, inner.device, inner.spread
+        self.unverified = inner.unverified
+
+    def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
+        self.counted_on.products += len(vectors)
+        return self.inner.multiply_rows(vectors)
+
+    def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
+        """Raise the error of the operator that multiplies."""
+        self.inner.raise_non_finite(vectors)
 
 
 class CongruentOperator(LinearOperator):
