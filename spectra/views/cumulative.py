@@ -17,7 +17,7 @@ from spectra.views.style import MARKERS_ALONG, tidy
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-POINTS = 800  # at which a band is computed
+POINTS = 400  # at which a band is computed and drawn
 FEW = 3  # curves, up to which their bands are filled strongly
 
 
@@ -51,8 +51,9 @@ def _draw_band(ax: Axes, curve: Curve, axis: EigenvalueAxis, *, level: float, po
     """The band of one spectrum: filled, with its edges, hatched if the curve asks for it, and with its middle line."""
     points = axis.between(axis.low, axis.high, POINTS)
     band = sharp_band(curve.density, level=level, thresholds=points)
-    points = np.unique(np.concatenate([points, band.thresholds.clip(axis.low, axis.high)]))
+    points = np.unique(np.append(points, [0.0, np.nextafter(0.0, 1.0)]))  # known zeros are a step
     low, high = band.at(points)
+    points, low, high = without_level_parts(points, low, high)
     opacity = curve.opacity * (0.28 if count <= FEW else 0.12)
     ax.fill_between(points, low, high, color=curve.colour, alpha=opacity, linewidth=0)
     if curve.hatch:
@@ -64,6 +65,23 @@ def _draw_band(ax: Axes, curve: Curve, axis: EigenvalueAxis, *, level: float, po
     middle = np.where(high - low <= 2 * RESOLVED_HALF_WIDTH, (low + high) / 2, np.nan)
     marks = {"marker": curve.marker, "markersize": 4, "markevery": _places(points, axis, position, count)}
     ax.plot(points, middle, linewidth=1.6, label=curve.label, **marks, **curve.style)
+
+
+def without_level_parts(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The points without those between two others at which both bounds are the same, which a line needs not.
+
+    Args:
+        points: (p,) where a band is drawn.
+        low: (p,) lower bounds.
+        high: (p,) upper bounds.
+
+    Returns:
+        Fewer points, and the bounds there.
+    """
+    level = (np.diff(low) == 0) & (np.diff(high) == 0)
+    kept = ~(np.append(True, level) & np.append(level, True))
+    kept[[0, -1]] = True
+    return points[kept], low[kept], high[kept]
 
 
 def _places(points: np.ndarray, axis: EigenvalueAxis, position: int, count: int) -> list[int]:

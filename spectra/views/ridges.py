@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,6 +37,8 @@ def draw_ridges(
     Raises:
         InputError: The scale is not known, or the level is not between 0 and 1.
     """
+    from matplotlib.lines import Line2D
+
     thinned = [(ax, _thinned(curves)) for ax, curves in panels]
     axis = eigenvalue_axis([curve for _, curves in thinned for curve in curves], scale)
     found = [(ax, [(curve, cells_of(curve, axis, level=level)) for curve in curves]) for ax, curves in thinned]
@@ -49,11 +51,10 @@ def draw_ridges(
         ax.set_yticks(range(len(rows)), [_name(curve) for curve, _ in rows])
         ax.set_ylabel("training step" if all(curve.step is not None for curve, _ in rows) else "")
         tidy(ax)
-        span = f"heights: density, logarithmic, {_power(bottom)} to {_power(top)}"
         hatched = any(np.any(~cells.resolved & (cells.high > 0)) for _, cells in rows)
-        entries = [hatched_entry("not resolved: only the mass inside is known")] if hatched else []
+        entries: list[Any] = [hatched_entry("not resolved: only the mass inside is known")] if hatched else []
+        entries.append(Line2D([], [], linestyle="", label=f"heights: density, {_power(bottom)} to {_power(top)}, log"))
         add_legend(ax, entries, [entry.get_label() for entry in entries], "none" if legend == "none" else "inside")
-        ax.annotate(span, (0.01, 0.985), xycoords="axes fraction", va="top", fontsize=7)
 
 
 def _name(curve: Curve) -> str:

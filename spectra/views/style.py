@@ -21,7 +21,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 REFERENCE_STYLE = {"color": "#000000", "linestyle": "dashdot"}
 # What tells lines and bands apart without colour. Runs of one colour differ in their lines, so these follow the line.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-HATCHES = ("", "....", "xxxx", "++++", "oo", "||||", "--")
+HATCHES = ("", "xxx", "+++", "|||", "---")  # of lines: dots make an SVG of a megabyte
 MARKERS_ALONG = 9  # markers along a line
 UNRESOLVED_HATCH = "////"
 REPEATED_LINE = (0, (2, 1))  # line style of a second spectrum at the same training step

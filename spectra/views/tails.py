@@ -13,6 +13,7 @@ from spectra.estimates.cells import RESOLVED_RATIO
 from spectra.estimates.quantities import EIGENVALUE_UNIT
 from spectra.estimates.sharp_band import sharp_band
 from spectra.views.axis import ends_of
+from spectra.views.cumulative import without_level_parts
 from spectra.views.curves import Curve
 from spectra.views.legends import curve_legend
 from spectra.views.style import MARKERS_ALONG, PALETTE, TEXT_COLOUR, tidy
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIDES = ("both", "above", "below")
-DECADES, PER_DECADE = 8, 100  # of the sizes at which tails are computed, below the largest eigenvalue
+DECADES, PER_DECADE = 8, 40  # of the sizes at which tails are computed, below the largest eigenvalue
 FEWEST = 0.6  # where the axis of counts starts
 PLATEAU = 0.85  # of the number of eigenvalues on one side: the axis starts a little before this part is left
 
@@ -88,10 +89,10 @@ def draw_tails(ax: Axes, curves: Sequence[Curve], *, level: float, side: str, le
     drawn = [(curve, tail) for curve, tail in tails if len(tail.sizes)]
     if not drawn:
         raise InputError(f"no spectrum has eigenvalues {'beyond' if side == 'both' else side} 0: draw another side")
-    for position, (curve, tail) in enumerate(drawn):
-        _draw_tail(ax, curve, tail, position=position, count=len(drawn))
-    ax.set(xscale="log", yscale="log")
     start = min(_start(tail) for _, tail in drawn)
+    for position, (curve, tail) in enumerate(drawn):
+        _draw_tail(ax, curve, _from(tail, start), position=position, count=len(drawn))
+    ax.set(xscale="log", yscale="log")
     ax.set_xlim(start, 1.15 * max(tail.sizes[-1] for _, tail in drawn))
     ax.set_ylim(FEWEST, 1.5 * max(tail.high[np.searchsorted(tail.sizes, start) :].max(initial=1) for _, tail in drawn))
     ax.set_xlabel(f"t ({EIGENVALUE_UNIT})")
@@ -132,6 +133,8 @@ def _sides(curve: Curve, side: str, *, alone: bool) -> list[tuple[Curve, bool]]:
 
 def _draw_tail(ax: Axes, curve: Curve, tail: Tail, *, position: int, count: int) -> None:
     """The band of one tail, and its middle where the number is known to a factor."""
+    sizes, low, high = without_level_parts(tail.sizes, tail.low, tail.high)
+    tail = replace(tail, sizes=sizes, low=low, high=high)
     some = tail.high >= 1
     low, high = np.maximum(tail.low, FEWEST / 10), np.maximum(tail.high, FEWEST / 10)
     opacity = curve.opacity * (0.28 if count <= 3 else 0.13)
@@ -144,6 +147,12 @@ def _draw_tail(ax: Axes, curve: Curve, tail: Tail, *, position: int, count: int)
     every = np.linspace(0, len(tail.sizes) - 1, 4 * MARKERS_ALONG * count).astype(int)[position::count]
     marks = {"marker": curve.marker, "markersize": 4, "markevery": every.tolist()}
     ax.plot(tail.sizes, middle, linewidth=1.5, label=curve.label, **marks, **curve.style)
+
+
+def _from(tail: Tail, start: float) -> Tail:
+    """The part of a tail that the axis shows."""
+    first = max(int(np.searchsorted(tail.sizes, start)) - 1, 0)
+    return replace(tail, sizes=tail.sizes[first:], low=tail.low[first:], high=tail.high[first:])
 
 
 def _start(tail: Tail) -> float:

@@ -131,9 +131,6 @@ def test_a_cumulative_curve_lies_in_its_band_and_the_band_holds_the_truth(tmp_pa
     assert {*zip(points, low, strict=True), *zip(points, high, strict=True)} <= outline
     truth = np.searchsorted(np.sort(run_folders.eigenvalues(scale=0.8)), points) / 400  # the scale at step 20
     assert np.all((low <= truth) & (truth <= high))
-    plain = run.density(run.records[-1]).band()
-    inner = plain.thresholds[(plain.thresholds > points[0]) & (plain.thresholds < points[-1])]
-    assert set(inner) <= set(points)
 
 
 def test_cumulative_curves_of_several_steps_levels_and_scales(tmp_path):
