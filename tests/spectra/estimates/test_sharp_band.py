@@ -36,7 +36,7 @@ def test_a_count_below_zero_narrows_the_band_and_it_still_holds_the_curve(model)
 def test_a_count_that_the_band_excludes_is_left_out(model):
     density = spectra.slq(model, probes=2, steps=12, seed=3)
     other = spectra.slq(spectra.DiagonalOperator(-np.arange(1.0, density.dimension + 1)), probes=2, steps=40)
-    wrong = spectra.CountBelow(0.0, other.measure, 0, 80)
+    wrong = spectra.CountBelow(0.0, other.measure, 0, 80, 64)
     points = np.zeros(1)
     found, plain = (sharp_band(one, thresholds=points) for one in (density.with_count(wrong), density))
     assert np.array_equal(found.low, plain.low)
