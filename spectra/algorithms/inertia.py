@@ -233,18 +233,30 @@ def _search(
     return _Changed(stand_in, found)
 
 
+def count_basis_size(op: LinearOperator, steps: int) -> int:
+    """How many basis vectors the recurrence of a count stores: all of `steps`, or none where they cost too much.
+
+    Fewer steps are needed with a basis. On a GPU, whose memory is fast, a large one pays too.
+
+    Args:
+        op: The operator of the recurrence.
+        steps: The largest number of Lanczos steps.
+
+    Returns:
+        `steps` or 0.
+    """
+    if op.device.type == "cuda":
+        return steps if steps * op.vector_bytes <= BASIS_PART * memory.available(op.device) else 0
+    return steps if choose_reorthogonalization(op, steps, "auto") == "full" else 0
+
+
 def _part(
     operator: CongruentOperator, indices: range, seed: int, steps: int, read: Callable[[SpectralDensity], Estimate]
 ) -> Part:
-    """Recurrences of probe vectors, with a basis of so many steps where it costs little; steps = 0 keeps none.
-
-    Fewer steps are needed with a basis. On a GPU, whose memory is fast, a large one pays too.
-    """
+    """Recurrences of probe vectors, with a basis of so many steps if it is worth it; steps = 0 keeps none."""
     space = ProbeSpace(operator, None, seed=seed)
-    full = steps > 0 and choose_reorthogonalization(operator, steps, "auto") == "full"
-    if operator.device.type == "cuda":
-        full = 0 < steps * operator.vector_bytes <= BASIS_PART * memory.available(operator.device)
-    return Part(space, space.recurrence(indices, steps if full else 0), len(indices), read)
+    basis_size = count_basis_size(operator, steps) if steps else 0
+    return Part(space, space.recurrence(indices, basis_size), len(indices), read)
 
 
 def _reader(count: _Count, zeros: bool) -> Callable[[SpectralDensity], Estimate]:

@@ -184,7 +184,7 @@ def _narrower(
 
 
 def _clearly_better(one: ShareRecurrences, other: ShareRecurrences) -> ShareRecurrences | None:
-    """The one that is clearly better after about equally many steps, by its half-width or by the mass that it places."""
+    """The one that is clearly better after equally many steps, by its half-width or by the mass that it places."""
     if min(one.steps, other.steps) < max(FIRST_STEPS, FAIR * max(one.steps, other.steps)):
         return None
     narrow, wide = sorted((one, other), key=lambda side: side.estimate().half_width)

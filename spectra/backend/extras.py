@@ -8,6 +8,7 @@ from spectra.backend.errors import InputError
 EXTRA_OF = {
     "matplotlib": "plots",
     "jinja2": "plots",
+    "PIL": "plots",  # with matplotlib
     "transformers": "qat",
     "huggingface_hub": "qat",
     "accelerate": "qat",

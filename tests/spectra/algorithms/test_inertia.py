@@ -108,6 +108,20 @@ def test_rounding_error_is_left_to_float64_where_that_is_fast(monkeypatch):
     assert count.share().low <= np.mean(values < 0) <= count.share().high
 
 
+def test_a_gpu_stores_a_large_basis(monkeypatch):
+    class Shape:
+        shape, dtype, vector_bytes = (10**6, 10**6), torch.float32, 4 * 10**6
+
+    op = Shape()
+    monkeypatch.setattr(inertia.memory, "available", lambda device: 8 * 10**9)
+    op.device = torch.device("cuda")
+    assert inertia.count_basis_size(op, 1000) == 1000  # 4 GB, half of what is free
+    assert inertia.count_basis_size(op, 1001) == 0
+    op.device = torch.device("cpu")
+    assert inertia.count_basis_size(op, 1000) == 0
+    assert inertia.count_basis_size(op, 8) == 8
+
+
 def test_a_small_matrix_is_diagonalised():
     values = np.linspace(-1, 2, 150)
     count, found = spectra.count_below(spectra.DiagonalOperator(values), 0.5)

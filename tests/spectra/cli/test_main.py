@@ -298,7 +298,7 @@ def test_options_are_checked_before_a_model_is_loaded(model, text, tmp_path, cap
     def load(*arguments, **options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("spectra.integrations.loading.load_causal_lm", load)
+    monkeypatch.setattr("spectra.integrations.loading.load_model", load)
     for option, value in (
         ("--sequences", "0"),
         ("--batch-size", "-1"),
