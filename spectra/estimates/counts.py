@@ -86,7 +86,7 @@ class CountBelow:
         own = {name.removeprefix(PREFIX): array for name, array in arrays.items() if name.startswith(PREFIX)}
         if not own:
             return None
-        numbers = dict(zip(NUMBERS, map(float, own["numbers"]), strict=True))
+        numbers = dict(zip(NUMBERS, [*map(float, own["numbers"]), 32.0], strict=False))  # the first files end before it
         jacobi = JacobiMatrices(own["alphas"], own["betas"], own["lengths"].astype(np.int64))
         known = KnownEigenvalues(own["known_values"], own["known_counts"], own["known_errors"])
         measure = SpectralMeasure(jacobi, int(numbers["sampled_dimension"]), known, numbers["rounding_error"])
