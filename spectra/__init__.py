@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from spectra.integrations.trainer import SpectrumCallback
     from spectra.views import page as report
     from spectra.views import plots
+    from spectra.views.explore import explore
 
 __all__ = [
     "Change",
@@ -74,6 +75,7 @@ __all__ = [
     "compare",
     "count_below",
     "distributed",
+    "explore",
     "find_congruence",
     "lanczos",
     "plan",
@@ -89,6 +91,7 @@ __all__ = [
 _LAZY = {
     "plots": ("spectra.views.plots", None, ("matplotlib",)),
     "report": ("spectra.views.page", None, ("matplotlib", "jinja2")),
+    "explore": ("spectra.views.explore", "explore", ("matplotlib",)),
     "SpectrumCallback": ("spectra.integrations.trainer", "SpectrumCallback", ("transformers",)),
 }
 
