@@ -255,10 +255,9 @@ class Explorer(ipywidgets.VBox):
         known = {"color": colour, "width": 2.2, "dash": dash}
         lower = {**same, **silent, "y": low, "line": edge, "opacity": 0.7}
         tint = f"rgba({red},{green},{blue},{0.28 if len(self.shown) <= FEW else 0.12})"
-        fill: dict[str, Any] = {"fill": "tonexty", "fillcolor": tint}
-        if shown.curve.hatch:
-            fill["fillpattern"] = {"shape": shown.curve.hatch[0], "fgcolor": colour, "bgcolor": tint, "size": 8}
-            fill["fillpattern"] |= {"fgopacity": 0.35, "solidity": 0.15}
+        pattern = {"shape": shown.curve.hatch[:1], "fgcolor": colour, "bgcolor": tint, "fgopacity": 0.35}
+        pattern |= {"size": 8, "solidity": 0.15}
+        fill = {"fill": "tonexty", "fillcolor": tint, "fillpattern": pattern}
         upper = {**same, **silent, **fill, "y": high, "line": edge, "opacity": 0.7}
         line = {**same, "y": middle, "line": known, "hoverinfo": "skip", "showlegend": len(self.shown) > 1}
         hover = {"text": band.words(), "hoverinfo": "text+name", "showlegend": False}
@@ -320,7 +319,7 @@ def _layout(level: float) -> dict[str, Any]:
         "xaxis": x,
         "yaxis": y,
         "hovermode": "x",
-        "hoverlabel": {"namelength": -1},
+        "hoverlabel": {"namelength": -1, "font": {"size": 11}},
         "margin": {"l": 70, "r": 20, "b": 60},
         "showlegend": True,
         "legend": {"x": 0.99, "xanchor": "right", "y": 0.02, "yanchor": "bottom", "bgcolor": "rgba(255,255,255,0.8)"},
