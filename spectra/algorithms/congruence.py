@@ -19,7 +19,7 @@ from spectra.backend.float32 import in_float32
 from spectra.backend.random_vectors import gaussian
 from spectra.backend.vectors import dot
 from spectra.operators.base import LinearOperator
-from spectra.operators.derived import CongruentOperator, MeanOperator
+from spectra.operators.derived import CongruentOperator, MeanOperator, StandIn
 
 ROUNDS = 8  # balancing steps; more than ten gain little
 WARM_ROUNDS = 2  # balancing steps from the factors of an earlier checkpoint
@@ -151,6 +151,8 @@ def shapes_of(op: LinearOperator) -> tuple[tuple[int, ...], ...] | None:
     """
     if isinstance(op, MeanOperator):
         return shapes_of(op.operators[0])
+    if isinstance(op, StandIn):
+        return shapes_of(op.inner)
     shapes = getattr(getattr(op, "space", None), "shapes", None)
     if shapes is None or sum(map(math.prod, shapes)) != op.shape[0]:
         return None
@@ -161,6 +163,8 @@ def _rounds_only(op: LinearOperator) -> bool:
     """Whether rounding is the only error of products. T shows its own rounding error, but P could enlarge others."""
     if isinstance(op, MeanOperator):
         return all(_rounds_only(member) for member in op.operators)
+    if isinstance(op, StandIn):
+        return _rounds_only(op.inner)
     if op.precision_error() > 0:
         return False
     return op.rounding() <= ROUNDING_ROOM * LinearOperator.rounding(op)  # what the linearity gap alone explains

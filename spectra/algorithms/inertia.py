@@ -7,26 +7,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
-from spectra.algorithms.congruence import Congruence, find_congruence
+from spectra.algorithms.congruence import ROUNDS, Congruence, find_congruence
 from spectra.algorithms.exact import exact_density
 from spectra.algorithms.lanczos import choose_reorthogonalization
 from spectra.algorithms.probe_space import ProbeSpace
 from spectra.algorithms.progress import Callback, Progress
 from spectra.algorithms.share_recurrences import Part, ShareRecurrences, probes_needed
+from spectra.backend import memory
 from spectra.backend.float32 import in_float32
+from spectra.backend.float64 import is_fast_in_float64
 from spectra.estimates.counts import CountBelow
 from spectra.estimates.density import SpectralDensity
 from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate
 from spectra.estimates.measure import SpectralMeasure
 from spectra.estimates.shares import share_inside
-from spectra.operators.base import LinearOperator
-from spectra.operators.derived import CongruentOperator
+from spectra.operators.base import HasLoss, LinearOperator
+from spectra.operators.derived import CongruentOperator, StandIn
 
 FEWEST_PRODUCTS = 100  # smallest budget with which a change of variables is searched for; the search takes 18 products
 FIRST_STEPS = 40  # Lanczos steps before the share is first estimated
 GROWTH = 0.08  # relative growth of the number of Lanczos steps from one estimate to the next
-COUNT_PRODUCTS = 250  # by default for the count that goes with a density
+COUNT_PRODUCTS = 300  # by default for the count that goes with a density
+BASIS_PART = 0.5  # of a GPU's free memory, the largest basis of a count
+LARGEST_ROUNDING = 1e-5  # of the change of variables, relative to its norm; above it float64 is used where it is fast
+HEAVY_TAILED = 30  # kurtosis after the search above which a longer one is worth its products
+LONG_BUDGET = 300  # fewest products left for a longer search
 HOPELESS = 0.35  # half-width after the first steps above which no more products are spent on that count
 
 
@@ -75,18 +82,16 @@ def recurrences_after_congruence(
     if remaining() < FEWEST_PRODUCTS or not counts:
         return None
     shift = counts[-1].bound
-    found = find_congruence(op, shift=shift, start=start, seed=seed, on_product=on_product)
-    if found is None:
+    changed = _search(op, shift, seed=seed, start=start, remaining=remaining, on_product=on_product)
+    if changed is None:
         return None
-    number = max(min(probes(_dimension(op, found), len(counts)), remaining() // (3 * FIRST_STEPS * len(counts))), 1)
+    number = max(min(probes(changed.dimension, len(counts)), remaining() // (3 * FIRST_STEPS * len(counts))), 1)
     parts = []
     for index, count in enumerate(counts):
-        operator = found.operator(op, count.bound)
-        operator.rounding()  # measured while products are left
-        steps = max(remaining() // (number * len(counts)), 1)
-        indices = range(index * number, (index + 1) * number)
-        whole = number * len(counts) == 1
-        parts.append(_part(operator, indices, seed, steps if whole else 0, _reader(count, found.mask is not None)))
+        operator = changed.operator(count.bound)  # its rounding is measured while products are left
+        steps = remaining() if number * len(counts) == 1 else 0
+        read = _reader(count, changed.congruence.mask is not None)
+        parts.append(_part(operator, range(index * number, (index + 1) * number), seed, steps, read))
     return ShareRecurrences(
         parts,
         lambda estimates: _inside(estimates, bounds, parts),
@@ -145,14 +150,14 @@ def count_below(
     if op.shape[0] <= products:
         exact = exact_density(op, probes=1, steps=op.shape[0], progress=count).measure
         known = replace(exact.known, values=exact.known.values - threshold)
-        return CountBelow(threshold, replace(exact, known=known), 0, op.products - before), None
-    found = find_congruence(op, shift=threshold, start=start, seed=seed, on_product=on_product)
-    if found is None:
+        bits = torch.finfo(op.dtype).bits
+        return CountBelow(threshold, replace(exact, known=known), 0, op.products - before, bits), None
+    changed = _search(op, threshold, seed=seed, start=start, remaining=remaining, on_product=on_product)
+    if changed is None:
         return None
-    operator, below = found.operator(op, threshold), _Count(threshold, threshold > 0)
-    operator.rounding()
-    zeros, searched = found.mask is not None, op.products - before
-    number = max(min(probes_needed(_dimension(op, found), half_width), remaining() // (3 * FIRST_STEPS)), 1)
+    operator, below = changed.operator(threshold), _Count(threshold, threshold > 0)
+    zeros, searched = changed.congruence.mask is not None, op.products - before
+    number = max(min(probes_needed(changed.dimension, half_width), remaining() // (3 * FIRST_STEPS)), 1)
     part = _part(operator, range(number), seed, remaining() if number == 1 else 0, _reader(below, zeros))
     recurrences = ShareRecurrences(
         [part],
@@ -166,21 +171,92 @@ def count_below(
         recurrences.advance_until(half_width)
     count.finish()
     measure = _with_zeros_placed(part.density(), below, zeros)
-    return CountBelow(threshold, measure, searched, op.products - before), found
+    bits = torch.finfo(operator.dtype).bits
+    return CountBelow(threshold, measure, searched, op.products - before, bits), changed.congruence
 
 
-def _dimension(op: LinearOperator, found: Congruence) -> int:
-    """The number of coordinates that are not masked."""
-    return op.shape[0] if found.mask is None else int(found.mask.sum())
+@dataclass(frozen=True)
+class _Changed:
+    """A change of variables, and the operator to multiply with it.
+
+    Attributes:
+        op: A, or A in float64.
+        congruence: P.
+    """
+
+    op: LinearOperator
+    congruence: Congruence
+
+    @property
+    def dimension(self) -> int:
+        """The number of coordinates that are not masked."""
+        mask = self.congruence.mask
+        return self.op.shape[0] if mask is None else int(mask.sum())
+
+    def operator(self, bound: float) -> CongruentOperator:
+        """T = P^T (A - bound I) P, with its rounding error measured."""
+        operator = self.congruence.operator(self.op, bound)
+        operator.rounding()
+        return operator
+
+
+def _search(
+    op: LinearOperator,
+    bound: float,
+    *,
+    seed: int,
+    start: Congruence | None,
+    remaining: Callable[[], int],
+    on_product: Callable[[], None],
+) -> _Changed | None:
+    """The change of variables for a count below a bound, None if there is none.
+
+    P may enlarge the rounding error of A until it widens the interval. Then A is multiplied in float64, if the device
+    is fast in it. Heavy-tailed spectra, as of pretrained language models, gain from a longer search, which only float64
+    allows: the factors become ill-conditioned.
+    """
+    found = find_congruence(op, shift=bound, start=start, seed=seed, on_product=on_product)
+    if found is None:
+        return None
+    changed = _Changed(op, found)
+    if not is_fast_in_float64(op.device) or changed.operator(bound).rounding() <= LARGEST_ROUNDING:
+        return changed
+    precise = op.in_float64()
+    if precise is None:
+        return changed
+    if isinstance(op, HasLoss):
+        op.close()  # frees the memory of its graphs
+    stand_in = StandIn(precise, counted_on=op)
+    if found.kurtosis > HEAVY_TAILED and remaining() >= LONG_BUDGET:
+        options = {"rounds": ROUNDS, "start": found, "seed": seed + 1, "on_product": on_product}
+        found = find_congruence(stand_in, shift=bound, **options) or found
+    return _Changed(stand_in, found)
+
+
+def count_basis_size(op: LinearOperator, steps: int) -> int:
+    """How many basis vectors the recurrence of a count stores: all of `steps`, or none where they cost too much.
+
+    Fewer steps are needed with a basis. On a GPU, whose memory is fast, a large one pays too.
+
+    Args:
+        op: The operator of the recurrence.
+        steps: The largest number of Lanczos steps.
+
+    Returns:
+        `steps` or 0.
+    """
+    if op.device.type == "cuda":
+        return steps if steps * op.vector_bytes <= BASIS_PART * memory.available(op.device) else 0
+    return steps if choose_reorthogonalization(op, steps, "auto") == "full" else 0
 
 
 def _part(
     operator: CongruentOperator, indices: range, seed: int, steps: int, read: Callable[[SpectralDensity], Estimate]
 ) -> Part:
-    """Recurrences of probe vectors, with a basis of so many steps where that is small; steps = 0 keeps none."""
+    """Recurrences of probe vectors, with a basis of so many steps if it is worth it; steps = 0 keeps none."""
     space = ProbeSpace(operator, None, seed=seed)
-    full = steps > 0 and choose_reorthogonalization(operator, steps, "auto") == "full"
-    return Part(space, space.recurrence(indices, steps if full else 0), len(indices), read)
+    basis_size = count_basis_size(operator, steps) if steps else 0
+    return Part(space, space.recurrence(indices, basis_size), len(indices), read)
 
 
 def _reader(count: _Count, zeros: bool) -> Callable[[SpectralDensity], Estimate]:

@@ -9,10 +9,12 @@ import torch
 
 from spectra.algorithms.basis_size import Basis, choose_basis
 from spectra.algorithms.block_size import VECTORS_PER_PROBE, probe_block_size
+from spectra.algorithms.inertia import count_basis_size
 from spectra.algorithms.kronecker import KroneckerTransform, blocks_of
 from spectra.algorithms.lanczos import choose_reorthogonalization
 from spectra.algorithms.topk import default_basis_size
 from spectra.backend.errors import InputError
+from spectra.backend.float64 import is_fast_in_float64
 
 if TYPE_CHECKING:
     from spectra.operators.hessian.operator import HessianOperator
@@ -148,11 +150,15 @@ def plan(
 
 
 def _count_bytes(op: HessianOperator, products: int) -> int:
-    """Bytes of the factors of P, those in float64 of the search too, and of the recurrence of P^T A P."""
+    """Bytes of the factors of P, those in float64 of the search too, and of the recurrence of P^T A P.
+
+    The vectors are in float64 where the device is fast in it: they are if rounding error asks for it.
+    """
     factors = KroneckerTransform.identity(blocks_of(op.space.shapes), torch.device("meta"))
     entries = sum(factor.numel() for factor in (*factors.left, *factors.right))
-    basis_size = products if choose_reorthogonalization(op, products, "auto") == "full" else 0
-    return entries * (SEARCHED_FACTORS * 8 + op.dtype.itemsize) + (COUNT_VECTORS + basis_size) * op.vector_bytes
+    itemsize = 8 if is_fast_in_float64(op.device) else op.dtype.itemsize
+    vectors = COUNT_VECTORS + count_basis_size(op, products)
+    return entries * (SEARCHED_FACTORS * 8 + itemsize) + vectors * op.shape[0] * itemsize
 
 
 def format_bytes(size: int) -> str:

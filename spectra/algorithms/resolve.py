@@ -34,6 +34,9 @@ SEARCH_STEPS = (20, 160)  # fewest and most Lanczos steps of that search
 SEARCH_BASIS_BYTES = 1 << 30  # largest basis of the search on a CPU: beyond it reorthogonalization costs too much
 GROWTH = 0.5  # relative growth of the number of Lanczos steps from one estimate to the next
 CLEARLY = 0.8  # ratio of half-widths after the same number of steps that shows which of two ways is better
+PLACED = 2  # ratio of half of the eigenvalues placed that shows it too, where most are still unplaced
+FEWEST_PLACED = 0.03  # half of the eigenvalues placed, with fewer of which that ratio says nothing
+FAIR = 0.75  # ratio of the numbers of steps from which two ways can be compared
 PROMISING = 0.17  # half-width at which one of the two methods goes on alone
 FIRST_STEPS = 50  # Lanczos steps before the share is first estimated
 FIRST_PART = 1 / 8  # part of the budget spent before that: an early interval may be narrow around a value that is off
@@ -162,7 +165,7 @@ def _narrower(
 
     If the first steps after the change of variables leave the interval wide, a few steps of the operator itself tell
     whether the change of variables helps. If it does, the recurrences after it go on alone. If that is not clear, both
-    advance side by side until one is promising.
+    advance side by side, with equally many steps, until one is promising or clearly better than the other.
     """
     promising = max(PROMISING, half_width)
     if changed.advance().half_width <= promising or remaining() < FEWEST_PRODUCTS:
@@ -170,11 +173,24 @@ def _narrower(
     if changed.estimate().half_width <= CLEARLY * glance().advance().half_width:
         return changed.advance_until(half_width)
     sides = [direct(), changed]
-    while not all(side.finished for side in sides):
-        for side in sides:
-            if not side.finished and side.advance().half_width <= promising:
-                return side.advance_until(half_width)
-    return min((side.estimate() for side in sides), key=lambda estimate: estimate.half_width)
+    while advancing := [side for side in sides if not side.finished]:
+        side = min(advancing, key=lambda side: side.steps)
+        if side.advance().half_width <= promising:
+            return side.advance_until(half_width)
+        better = _clearly_better(*sides)
+        if better is not None:
+            return better.advance_until(half_width)
+    return min((side.estimate() for side in sides if side.steps), key=lambda estimate: estimate.half_width)
+
+
+def _clearly_better(one: ShareRecurrences, other: ShareRecurrences) -> ShareRecurrences | None:
+    """The one that is clearly better after equally many steps, by its half-width or by the mass that it places."""
+    if min(one.steps, other.steps) < max(FIRST_STEPS, FAIR * max(one.steps, other.steps)):
+        return None
+    narrow, wide = sorted((one, other), key=lambda side: side.estimate().half_width)
+    width, other_width = narrow.estimate().half_width, wide.estimate().half_width
+    is_clear = width <= CLEARLY * other_width or 0.5 - width >= max(PLACED * (0.5 - other_width), FEWEST_PLACED)
+    return narrow if is_clear else None
 
 
 def find_outliers(

@@ -13,7 +13,7 @@ from spectra.estimates.measure import JacobiMatrices, KnownEigenvalues, Spectral
 from spectra.estimates.shares import share_inside
 
 PREFIX = "count_below_"  # of the arrays in a safetensors file
-NUMBERS = ("threshold", "rounding_error", "sampled_dimension", "search_products", "products")
+NUMBERS = ("threshold", "rounding_error", "sampled_dimension", "search_products", "products", "float_bits")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +28,14 @@ class CountBelow:
         measure: The measure of T. Known zeros of A stand in it on their side of t, as -1 or 1.
         search_products: Products spent on the search for P.
         products: Products spent in all.
+        float_bits: Bits of the floating-point numbers in which T was multiplied, 32 or 64.
     """
 
     threshold: float
     measure: SpectralMeasure
     search_products: int
     products: int
+    float_bits: int
 
     def share(self) -> Estimate:
         """Estimate the share of eigenvalues of A below t, with its 95 % interval."""
@@ -41,9 +43,14 @@ class CountBelow:
         return replace(found, reason=found.reason and f"after a change of variables, {found.reason}")
 
     def cost(self) -> dict[str, int]:
-        """The numbers that a record keeps: "steps", "search_products" and "products"."""
+        """The numbers that a record keeps: "steps", "search_products", "products" and "float_bits"."""
         steps = int(self.measure.jacobi.lengths.max(initial=0))
-        return {"steps": steps, "search_products": self.search_products, "products": self.products}
+        return {
+            "steps": steps,
+            "search_products": self.search_products,
+            "products": self.products,
+            "float_bits": self.float_bits,
+        }
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return arrays for a safetensors file, from which `from_arrays` builds the count again."""
@@ -61,6 +68,7 @@ class CountBelow:
                 self.measure.sampled_dimension,
                 self.search_products,
                 self.products,
+                self.float_bits,
             ],
         }
         return {PREFIX + name: np.array(value, dtype=np.float64, order="C") for name, value in arrays.items()}
@@ -82,4 +90,5 @@ class CountBelow:
         jacobi = JacobiMatrices(own["alphas"], own["betas"], own["lengths"].astype(np.int64))
         known = KnownEigenvalues(own["known_values"], own["known_counts"], own["known_errors"])
         measure = SpectralMeasure(jacobi, int(numbers["sampled_dimension"]), known, numbers["rounding_error"])
-        return cls(numbers["threshold"], measure, int(numbers["search_products"]), int(numbers["products"]))
+        whole = {name: int(numbers[name]) for name in ("search_products", "products", "float_bits")}
+        return cls(numbers["threshold"], measure, **whole)

@@ -281,6 +281,10 @@ class LinearOperator:
 
     # -- how exact the products are
 
+    def in_float64(self) -> LinearOperator | None:
+        """The same operator with products and vectors in float64, None where it has none."""
+        return None
+
     def symmetry_gap(self, *, probes: int = 1, seed: int = 0) -> float:
         """The largest relative difference |u.Av - v.Au| / max(||Av|| ||u||, ||Au|| ||v||) over pairs of random vectors.
 

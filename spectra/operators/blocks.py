@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from spectra.backend.errors import InputError
-from spectra.operators.base import Block, LinearOperator
+from spectra.operators.base import Block, HasLoss, LinearOperator
 from spectra.operators.derived import DifferenceOperator, MeanOperator
 from spectra.operators.hessian.operator import HessianOperator
 from spectra.operators.hessian.parameters import ParameterSpace, Selection
@@ -59,6 +59,16 @@ class BlockOperator(LinearOperator):
     def unverified(self) -> str:  # type: ignore[override]
         """The reason of A."""
         return self.inner.unverified
+
+    def in_float64(self) -> BlockOperator | None:
+        """The block of A in float64; None where A has no such form."""
+        precise = self.inner.in_float64()
+        return None if precise is None else BlockOperator(precise, self.block)
+
+    def close(self) -> None:
+        """Free the memory of the graphs of A, where it has any."""
+        if isinstance(self.inner, HasLoss | DifferenceOperator):
+            self.inner.close()
 
     def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
         self.inner_rounding()

@@ -54,6 +54,12 @@ class MeanOperator(LinearOperator):
         known = [op.block_rounding(block) for op in self.operators]
         return None if None in known else max(known)  # type: ignore[type-var]
 
+    def in_float64(self) -> MeanOperator | None:
+        """See `LinearOperator.in_float64`; None where a member has none."""
+        members = [op.in_float64() for op in self.operators]
+        found = [member for member in members if member is not None]
+        return MeanOperator(found) if len(found) == len(members) else None
+
     def precision_error(self) -> float:
         """The largest of the members'."""
         return max(op.precision_error() for op in self.operators)
@@ -151,6 +157,17 @@ class DifferenceOperator(LinearOperator):
     def _multiply_block_rows(self, vectors: torch.Tensor, block: Block) -> torch.Tensor:
         minuend, subtrahend = self.operators
         return minuend.multiply_block_rows(vectors, block) - subtrahend.multiply_block_rows(vectors, block)
+
+    def in_float64(self) -> DifferenceOperator | None:
+        """See `LinearOperator.in_float64`; None where one of both has none."""
+        minuend, subtrahend = (op.in_float64() for op in self.operators)
+        return None if minuend is None or subtrahend is None else DifferenceOperator(minuend, subtrahend)
+
+    def close(self) -> None:
+        """Free the memory of the graphs of both, where they have any."""
+        for op in self.operators:
+            if isinstance(op, HasLoss):
+                op.close()
 
     def block_rounding(self, block: Block) -> float | None:
         """The error of both products, relative to the difference; None where one is not known."""
@@ -264,6 +281,28 @@ class Transform(Protocol):
     def apply_transposed(self, vectors: torch.Tensor) -> torch.Tensor:
         """P^T applied to each row of `vectors` (k, n), in their dtype."""
         ...
+
+
+class StandIn(LinearOperator):
+    """An operator multiplied in the place of another one, on which its products count as well.
+
+    Args:
+        inner: The operator that multiplies, such as the same Hessian in float64.
+        counted_on: The operator in whose place it multiplies.
+    """
+
+    def __init__(self, inner: LinearOperator, counted_on: LinearOperator):
+        self.inner, self.counted_on = inner, counted_on
+        self.shape, self.dtype, self.device, self.spread = inner.shape, inner.dtype, inner.device, inner.spread
+        self.unverified = inner.unverified
+
+    def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
+        self.counted_on.products += len(vectors)
+        return self.inner.multiply_rows(vectors)
+
+    def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
+        """Raise the error of the operator that multiplies."""
+        self.inner.raise_non_finite(vectors)
 
 
 class CongruentOperator(LinearOperator):

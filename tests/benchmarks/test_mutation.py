@@ -102,7 +102,8 @@ def test_a_test_that_does_not_end_is_ended(tmp_path):
         f"pytest.main(['{tmp_path}'], plugins=[mutation._Chosen({{'test_endless.py': 0.0}})])"
     )
     paths = os.pathsep.join([str(ROOT / "benchmarks" / "mutation"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True)
     assert done.returncode == -signal.SIGALRM
 
 

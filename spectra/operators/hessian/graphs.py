@@ -136,6 +136,29 @@ class GraphStore:
         self._redirected = False  # whether the loss reads parameters or constants past the modules
         self.unused: tuple[str, ...] = ()
 
+    def in_float64(self, notes: list[str]) -> GraphStore:
+        """A store for the same loss of a float64 copy of the weights, still without graphs.
+
+        Args:
+            notes: See `notes` of the store.
+
+        Returns:
+            The store.
+        """
+        return type(self)(
+            self.model,
+            self.space,
+            self.objective,
+            dtype=torch.float64,
+            copy=torch.float64,
+            precision="float64",
+            training=self.training,
+            context=self._context,
+            policy=self.policy,
+            over_ranks=self.over_ranks,
+            notes=notes,
+        )
+
     # -- what is known at the current weights
 
     def loss(self) -> float:

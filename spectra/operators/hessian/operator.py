@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -120,8 +121,8 @@ class HessianOperator(LinearOperator):
         self.model, self.precision, self.strict, self.training = unwrap(model), precision, strict, training
         self.mode = "" if context is not None else checks.hessian_mode(self.model)
         space = ParameterSpace(self.model, params)
-        copy = dtype_of_copy(self.model, precision)
-        self.dtype = dtype_of_vectors(self.model, space, copy)
+        copy_dtype = dtype_of_copy(self.model, precision)
+        self.dtype = dtype_of_vectors(self.model, space, copy_dtype)
         self.device = space.parameters[0].device
         self.shape = (space.dimension, space.dimension)
         self.notes = note_of_copy(space, self.dtype)
@@ -133,7 +134,7 @@ class HessianOperator(LinearOperator):
             space,
             objective if spread == "none" else objective.of_this_rank(),
             dtype=self.dtype,
-            copy=copy,
+            copy=copy_dtype,
             precision=precision,
             training=training,
             context=context or contextlib.nullcontext,
@@ -141,16 +142,41 @@ class HessianOperator(LinearOperator):
             over_ranks=spread == "batches",
             notes=self.notes,
         )
-        self._graphs.can_be_cut = functools.cache(lambda: pieces.may_be_cut(self._graphs))
-        self._engine = EnginePick(self._graphs, engine)
-        self._blocks: dict[Part, _BlockState] = {}
-        self._block_in_use: Part = None
-        self._graphs.when_out_of_memory = self._engine.reduce_memory
+        self._connect(engine)
         self._verified_for: tuple[int, ...] = ()  # the parameters, by id
         self._product_rounding = 0.0
         self._linearity_gap: float | None = None
         self._precision_error: float | None = None
         self._trusted = False  # whether the checks were made by another operator
+
+    def _connect(self, engine: str) -> None:
+        """Let the graphs and an engine use each other."""
+        graphs = self._graphs
+        graphs.can_be_cut = functools.cache(lambda: pieces.may_be_cut(graphs))
+        self._engine = EnginePick(graphs, engine)
+        graphs.when_out_of_memory = self._engine.reduce_memory
+        self._blocks: dict[Part, _BlockState] = {}
+        self._block_in_use: Part = None
+
+    def in_float64(self) -> HessianOperator | None:
+        """The Hessian of a float64 copy of the weights, at the same batches and with the same options.
+
+        The copy relies on the checks of this operator. The two hold graphs of their own: close this one to free its.
+
+        Returns:
+            The operator, or None if the precision was chosen by the caller or is float64 already.
+        """
+        if self.precision is not None or self.dtype == torch.float64:
+            return None
+        self._prepare(thorough=True)
+        precise = copy.copy(self)
+        precise.precision, precise.dtype, precise.products = "float64", torch.float64, 0
+        precise.notes = [*self.notes, *note_of_copy(self.space, torch.float64)]
+        precise._graphs = self._graphs.in_float64(precise.notes)
+        precise._connect(self._engine.engine)
+        precise._linearity_gap = None
+        precise.trust(self.checks)
+        return precise
 
     # -- the loss
 

@@ -76,6 +76,13 @@ class OutputGraphStore(GraphStore):
     curvature_of: CurvatureOf | None = None
     _outputs: Sequence[torch.Tensor] = ()  # of the model, in the forward pass that is under way
 
+    def in_float64(self, notes: list[str]) -> OutputGraphStore:
+        """See `GraphStore.in_float64`."""
+        store = super().in_float64(notes)
+        assert isinstance(store, OutputGraphStore)
+        store.curvature_of = self.curvature_of
+        return store
+
     def build(
         self,
         piece: Piece,

@@ -1,5 +1,7 @@
 """Spectra and traces of all blocks from one operator, against an operator for each."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tiny_models
@@ -74,7 +76,7 @@ def test_progress_ends_full(case):
     spectra.slq(op, blocks="layers", probes=1, steps=6, progress=lambda done, total: seen.append((done, total)))
     done, total = seen[-1]
     assert done == total <= op.products - before
-    assert all(a[0] <= b[0] for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a[0] <= b[0] for a, b in itertools.pairwise(seen))
 
 
 def test_what_belongs_to_the_whole_is_refused(case):

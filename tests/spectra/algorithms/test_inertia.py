@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 from tiny_models import causal_lm, token_batches
 
 import qat
@@ -87,6 +88,38 @@ def test_a_hopeless_count_ends_after_its_first_steps(case, monkeypatch):
     monkeypatch.setattr(inertia, "HOPELESS", 0.0)
     count, _ = spectra.count_below(op, products=300)
     assert count.cost()["steps"] == inertia.FIRST_STEPS
+
+
+def test_rounding_error_is_left_to_float64_where_that_is_fast(monkeypatch):
+    model, batches = causal_lm("llama", dtype=torch.float32), token_batches([(16, 16, 12, 16), (16, 9, 16)], seed=1)
+    op = spectra.HessianOperator(model, batches)
+    lower, _ = spectra.count_below(op, products=200)
+    monkeypatch.setattr(inertia, "is_fast_in_float64", lambda device: True)
+    monkeypatch.setattr(inertia, "LARGEST_ROUNDING", 0.0)
+    monkeypatch.setattr(inertia, "HEAVY_TAILED", 0.0)
+    monkeypatch.setattr(inertia, "LONG_BUDGET", 0)
+    before = op.products
+    count, _ = spectra.count_below(op, products=200)
+    assert (lower.float_bits, count.float_bits) == (32, 64)
+    assert count.measure.rounding_error < lower.measure.rounding_error
+    assert count.products == op.products - before <= 200
+    assert count.search_products > lower.search_products
+    values = np.linalg.eigvalsh(op.in_float64().to_dense().numpy())
+    assert count.share().low <= np.mean(values < 0) <= count.share().high
+
+
+def test_a_gpu_stores_a_large_basis(monkeypatch):
+    class Shape:
+        shape, dtype, vector_bytes = (10**6, 10**6), torch.float32, 4 * 10**6
+
+    op = Shape()
+    monkeypatch.setattr(inertia.memory, "available", lambda device: 8 * 10**9)
+    op.device = torch.device("cuda")
+    assert inertia.count_basis_size(op, 1000) == 1000  # 4 GB, half of what is free
+    assert inertia.count_basis_size(op, 1001) == 0
+    op.device = torch.device("cpu")
+    assert inertia.count_basis_size(op, 1000) == 0
+    assert inertia.count_basis_size(op, 8) == 8
 
 
 def test_a_small_matrix_is_diagonalised():

@@ -218,3 +218,45 @@ def test_an_operator_that_is_zero_has_no_negative_eigenvalue():
     assert found.resolved
     near = spectra.resolve(op, share="near_zero", tol=1e-3, budget=100)
     assert (near.value, near.low, near.high) == (1.0, 1.0, 1.0)
+
+
+class Side:
+    """Recurrences that place a mass of `rate` in each step."""
+
+    def __init__(self, rate, budget, *, steps=0, growth=0.5):
+        self.rate, self.budget, self.steps, self.growth = rate, budget, steps, growth
+
+    @property
+    def finished(self):
+        return self.budget[0] < 1
+
+    def advance(self):
+        steps = min(max(50 - self.steps, int(self.growth * self.steps), 1), self.budget[0])
+        self.steps += steps
+        self.budget[0] -= steps
+        return self.estimate()
+
+    def estimate(self):
+        return spectra.Estimate(0.5, 0.5 - self.half_width, 0.5 + self.half_width)
+
+    @property
+    def half_width(self):
+        return 0.5 - self.rate * self.steps
+
+    def advance_until(self, half_width):
+        while self.half_width > half_width and not self.finished:
+            self.advance()
+        return self.estimate()
+
+
+@pytest.mark.parametrize(("changed", "plain"), [(4e-4, 5e-5), (5e-5, 4e-4), (3e-4, 2.5e-4)])
+def test_the_better_way_gets_most_of_the_budget(changed, plain):
+    """Also where half of the eigenvalues stay unplaced whatever is spent, as of pretrained language models."""
+    budget = [1000]
+    sides = [Side(changed, budget, steps=40, growth=0.08), Side(plain, budget)]
+    glance = Side(plain, budget)
+    found = resolution._narrower(sides[0], lambda: glance, lambda: sides[1], lambda: budget[0], 0.05)
+    worse, better = sorted(sides, key=lambda side: side.rate)
+    assert budget[0] == 0
+    assert found.half_width == min(side.half_width for side in sides)
+    assert worse.steps <= (120 if better.rate > 2 * worse.rate else 0.8 * better.steps + 300)

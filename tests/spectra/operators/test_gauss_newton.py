@@ -17,15 +17,9 @@ import spectra
 
 def jacobian(outputs, parameters):
     """dz / d theta, (entries of z, n)."""
-    rows = [
-        flat(
-            torch.autograd.grad(
-                outputs, parameters, unit.view(outputs.shape), retain_graph=True, materialize_grads=True
-            )
-        )
-        for unit in torch.eye(outputs.numel(), dtype=outputs.dtype)
-    ]
-    return torch.stack(rows)
+    options = {"retain_graph": True, "materialize_grads": True}
+    units = torch.eye(outputs.numel(), dtype=outputs.dtype).view(-1, *outputs.shape)
+    return torch.stack([flat(torch.autograd.grad(outputs, parameters, unit, **options)) for unit in units])
 
 
 def dense_gauss_newton(outputs, loss, parameters):
@@ -340,6 +334,21 @@ def test_weights_that_moved_are_used():
     with torch.no_grad():
         model[0].weight.mul_(2)
     assert relative_error(op @ v, spectra.GaussNewtonOperator(model, batches) @ v) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["gauss-newton", "empirical"])
+def test_in_float64_it_is_the_same_matrix(kind):
+    model, batches = tiny_models.mlp(dtype=torch.float32), tiny_models.classification((9, 4))
+    batches = [(x.float(), y) for x, y in batches]
+    op = spectra.GaussNewtonOperator(model, batches)
+    if kind != "gauss-newton":
+        op = spectra.FisherOperator(model, batches, kind=kind)
+    precise = op.in_float64()
+    v = normal(51, seed=0)
+    assert precise.dtype == torch.float64
+    assert 1e-9 < relative_error((op @ v).double(), precise @ v) < 1e-5
+    block = spectra.blocks_of(op)["2"].in_float64()
+    assert relative_error(block.to_dense(), precise.to_dense()[30:, 30:]) < 1e-12
 
 
 def test_blocks_and_a_probe_measure_it(tmp_path):

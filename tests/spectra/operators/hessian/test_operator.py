@@ -173,3 +173,24 @@ def test_an_operator_stays_usable_after_close():
     op.close()
     op.close()
     assert torch.equal(op @ v, before)
+
+
+def test_the_same_hessian_in_float64():
+    model = tiny_models.mlp(dtype=torch.float32)
+    batch = [(inputs.float(), targets) for inputs, targets in tiny_models.classification((9, 5))]
+    op = spectra.HessianOperator(model, batch)
+    precise = op.in_float64()
+    assert precise.dtype == torch.float64
+    assert precise.checks == op.checks
+    exact = spectra.HessianOperator(model, batch, precision="float64").to_dense()
+    assert relative_error(precise.to_dense(), exact) < 1e-14
+    assert relative_error(op.to_dense().double(), exact) > 1e-9
+    mean = spectra.MeanOperator([op, spectra.HessianOperator(model, batch)]).in_float64()
+    assert relative_error(mean.to_dense(), exact) < 1e-14
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    assert relative_error(precise.to_dense(), exact) > 1e-3  # it follows the weights
+    assert precise.in_float64() is None
+    assert spectra.HessianOperator(model, batch, precision="float32").in_float64() is None
+    assert spectra.MeanOperator([op, precise]).in_float64() is None
+    assert spectra.DiagonalOperator(np.arange(3.0)).in_float64() is None
