@@ -128,7 +128,7 @@ class FisherOperator(GaussNewtonOperator):
 
     def _curvature_of(self, graph: OutputGraph, piece: Piece, share: float) -> Curvature:
         """C of a piece: sum_t s_t g_t g_t^T for each term, or the Hessian of the loss in the outputs."""
-        if len(graph.outputs) > 1:
+        if len(graph.outputs) != 1:
             raise InputError(
                 f"a Fisher matrix needs one tensor of outputs, the loss of {piece.name} uses {len(graph.outputs)}: "
                 "use GaussNewtonOperator"
