@@ -22,7 +22,9 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 import spectra
-from spectra.views.densities import Curve, curves_of, draw_densities
+from spectra.estimates.estimate import CONFIDENCE
+from spectra.views.curves import Curve, curves_of
+from spectra.views.densities import draw_densities
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "speed" / "results"
@@ -131,12 +133,13 @@ def densities(study: Path) -> None:
         1, len(groups), figsize=(3.8 * len(groups), 3.5), layout="constrained", sharex=True, sharey=True, squeeze=False
     )
     draw_densities(
-        [(ax, last_curves(name, runs + references)) for ax, (name, runs) in zip(axes[0], groups.items(), strict=True)]
+        [(ax, last_curves(name, runs + references)) for ax, (name, runs) in zip(axes[0], groups.items(), strict=True)],
+        level=CONFIDENCE,
+        legend="inside",
     )
     for ax, name in zip(axes[0], groups, strict=True):
         ax.set_title(name, loc="left", fontsize=11)
         ax.label_outer()
-        ax.legend(loc="lower center", frameon=False, fontsize=8)
     save(figure, "density.svg")
 
 

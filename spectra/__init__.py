@@ -36,6 +36,8 @@ from spectra.operators.hessian.parameters import ParameterSpace
 from spectra.runs.folder import Run
 from spectra.runs.probe import SpectrumProbe
 from spectra.runs.record import SpectrumRecord
+from spectra.runs.schedule import Schedule
+from spectra.runs.signals import GradientNormJump, LossPlateau
 
 if TYPE_CHECKING:
     from spectra.integrations.trainer import SpectrumCallback
@@ -58,9 +60,11 @@ __all__ = [
     "Estimate",
     "FisherOperator",
     "GaussNewtonOperator",
+    "GradientNormJump",
     "HessianOperator",
     "InputError",
     "LinearOperator",
+    "LossPlateau",
     "MeanOperator",
     "MemoryPlan",
     "NoiseSplit",
@@ -68,6 +72,7 @@ __all__ = [
     "Objective",
     "ParameterSpace",
     "Run",
+    "Schedule",
     "SensitivityRanking",
     "SpectralDensity",
     "SpectrumCallback",

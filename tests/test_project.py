@@ -4,6 +4,7 @@ import ast
 import contextlib
 import doctest
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -36,7 +37,8 @@ PUBLIC = {
         WinQConfig decay_exempt hessian_mode hessian_operator interpolate_ quant_layers quantize_model reset_steps
         telemetry""",
 }
-BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w*)\n(?P<body>.*?)```", re.DOTALL)
+MARK = r"(?:<!-- (?:not run: (?P<reason>.+?)|needs: (?P<needs>[\w, ]+)) -->\n)?"
+BLOCK = re.compile(MARK + r"```(?P<language>\w*)\n(?P<body>.*?)```", re.DOTALL)
 NUMBER = re.compile(r"-?\d*\.?\d+(?:e[-+]?\d+)?")
 # Folders that exist on one machine only. What follows must be a name, so that "~/.cache" and "/proc" pass.
 MACHINE_PATH = re.compile(r"(?<![\w.~$}])/(?:home|root|Users|work|mnt|tmp|workspace|data)/[\w.-]|\b[A-Z]:\\\\?Users\\")
@@ -167,7 +169,10 @@ def blocks(page, *languages):
         if match["language"] in languages:
             under = BLOCK.match(text, match.end() + 2)
             output = under["body"] if under and under["language"] == "text" else None
-            found.append(Block(match["body"], match["reason"], output))
+            wanted = [name.strip() for name in (match["needs"] or "").split(",") if name.strip()]
+            lacking = [name for name in wanted if importlib.util.find_spec(name) is None]
+            reason = f"{', '.join(lacking)} not installed" if lacking else match["reason"]
+            found.append(Block(match["body"], reason, output))
     return found
 
 
@@ -200,7 +205,7 @@ def test_other_output_than_the_page_shows_would_be_found():
 
 @pytest.mark.parametrize("page", DOCS, ids=named)
 def test_the_code_in_the_docs_runs(page, tmp_path, monkeypatch, capsys):
-    """All but the blocks under a line `<!-- not run: reason -->`, which must compile."""
+    """All but blocks under `<!-- not run: reason -->`, or `<!-- needs: package -->` without it, which must compile."""
     monkeypatch.chdir(tmp_path)
     run_blocks(page, capsys)
 

@@ -1,11 +1,13 @@
 """Coverage of the whole cumulative curve by `SpectralDensity.band`, on spectra that are known, over many seeds.
 
     python benchmarks/trust/band.py [--seeds 200] [--dimension 2000] [--families gauss,...] [--out FILE]
+    python benchmarks/trust/band.py --figures [--seeds 40]
     python benchmarks/trust/band.py --read FILE [FILE ...]
 
 A band covers a spectrum if the share of eigenvalues below t lies inside at every t. Each spectrum is measured once with
 4 probe vectors of 100 Lanczos steps. Smaller measurements are the first part of this one. --out gets a line for each
-spectrum and seed as results come; a run that was interrupted can be read with --read.
+spectrum and seed as results come; a run that was interrupted can be read with --read. --figures takes the bands that
+figures draw (`tails=True`), and asks whether the mass of every cell of the density lies in its interval too.
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ from tables import markdown
 
 import spectra
 from spectra.estimates.band import CumulativeBand, simultaneous_error
+from spectra.estimates.estimate import CONFIDENCE
+from spectra.views.axis import eigenvalue_axis
+from spectra.views.curves import curves_of
+from spectra.views.densities import cells_of
 
 SIZES = ((2, 20), (4, 60), (4, 100))  # probe vectors, Lanczos steps
 MODELS = ("1bit-ste-before-reset", "4bit-latent-before-reset")
@@ -65,21 +71,32 @@ def covers(band: CumulativeBand, values: np.ndarray) -> bool:
     return bool(np.all((band.low <= truth) & (truth <= band.high)))
 
 
-def measure(case: Case, seed: int) -> list[Row]:
+def cells_hold(density: spectra.SpectralDensity, values: np.ndarray) -> bool:
+    """Whether the true mass of every cell of the figure of a density lies in its interval."""
+    (curve,) = curves_of(density)
+    cells = cells_of(curve, eigenvalue_axis([curve], "auto"), level=CONFIDENCE)
+    others = values[values != 0] if cells.zero_share else values
+    truth = np.diff(np.searchsorted(others, cells.edges)) / len(values)
+    rounding = 1e-12
+    return bool(np.all((cells.low <= truth + rounding) & (truth <= cells.high + rounding)))
+
+
+def measure(case: Case, seed: int, *, figures: bool = False) -> list[Row]:
     """A row for each size of the measurement."""
     values = np.sort(case.values(seed))
     probes, steps = SIZES[-1]
     whole = spectra.slq(spectra.DiagonalOperator(values), probes=probes, steps=steps, seed=case.probe_seed(seed))
     rows = []
     for size in SIZES:
-        band = beginning(whole, *size).band()
+        density = beginning(whole, *size)
+        band = density.band(tails=figures)
         (low, high), (low_at_0, high_at_0) = band.at(values), band.at(np.zeros(1))
         rows.append(
             {
                 "label": case.label,
                 "seed": seed,
                 "size": list(size),
-                "covered": covers(band, values),
+                "covered": covers(band, values) and (not figures or cells_hold(density, values)),
                 "half_width": float(np.mean(high - low)) / 2,
                 "half_width_at_0": float(high_at_0[0] - low_at_0[0]) / 2,
             }
@@ -122,6 +139,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=20_000, help="draws of the sampling error alone; 0 for none")
     parser.add_argument("--out", type=Path, help="file for every row, as lines of JSON")
     parser.add_argument("--read", type=Path, nargs="+", help="read earlier --out files instead of measuring")
+    parser.add_argument("--figures", action="store_true", help="the bands and cells that figures draw")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.read:
@@ -131,7 +149,7 @@ def main() -> None:
         with open(options.out or os.devnull, "w", encoding="utf-8") as file:
             for case in cases(options.families.split(","), options.dimension):
                 for seed in range(options.seeds):
-                    found = measure(case, seed)
+                    found = measure(case, seed, figures=options.figures)
                     file.writelines(json.dumps(row) + "\n" for row in found)
                     rows += found
     print(markdown(HEADER, list(lines(rows))))

@@ -113,6 +113,41 @@ def trace(
     return unresolved(estimate, unverified(op))
 
 
+@in_float32
+def hutchinson_samples(
+    op: LinearOperator, *, probes: int, seed: int = 0, tol: float = 0.0
+) -> tuple[np.ndarray, Estimate]:
+    """Hutchinson's samples n (v . A v) of the trace, v uniform on the unit sphere, beside their mean's 95 % interval.
+
+    Args:
+        op: A, a symmetric operator (n, n).
+        probes: How many samples at most. With n or more there is one: the exact sum of the diagonal, from n products.
+        seed: Seed of the random vectors, the same as those of `trace`.
+        tol: End earlier, at 10, 20, 40, ... samples, where half of the interval is at most tol |mean|.
+
+    Returns:
+        The samples, (probes,) or fewer, and the estimate that `trace` gives of as many.
+
+    Raises:
+        InputError: If `probes` is below one.
+        NonFiniteError: If a product is not finite.
+    """
+    if probes < 1:
+        raise InputError(f"at least one product is expected, got probes={probes}")
+    if probes >= op.shape[0]:
+        exact = _exact(op)
+        return np.array([exact.value]), unresolved(exact, unverified(op))
+    forms: list[float] = []
+    squares: list[float] = []
+    while True:
+        start, stop = len(forms), min(max(MAX_BLOCK, 2 * len(forms)), probes)
+        more = _quadratic_forms(op, stop - start, lambda i, at=start: probe_vector(op, seed=seed, index=at + i))
+        forms, squares = forms + more[0], squares + more[1]
+        estimate = replace(_sphere_interval(forms, squares, op.shape[0]), products=stop)
+        if stop == probes or estimate.half_width <= tol * abs(estimate.value):
+            return op.shape[0] * np.array(forms), unresolved(judged_by_size(estimate), unverified(op))
+
+
 def _exact(op: LinearOperator) -> Estimate:
     """The sum of the diagonal, uncertain by rounding error alone."""
     diagonal = op.diagonal(products=op.shape[0]).value

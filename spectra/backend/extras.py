@@ -8,12 +8,14 @@ from spectra.backend.errors import InputError
 EXTRA_OF = {
     "matplotlib": "plots",
     "jinja2": "plots",
+    "PIL": "plots",  # with matplotlib
     "transformers": "qat",
     "huggingface_hub": "qat",
     "accelerate": "qat",
     "tokenizers": "qat",
     "datasets": "qat",
     "pyhessian": "pyhessian",
+    "pytorch_lightning": "lightning",
 }
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from spectra.backend.version import __version__
-from spectra.cli import compare, measure, plot, report
+from spectra.cli import compare, crosscheck, measure, plot, report
 from spectra.cli.command_line import OneLineParser, run_command
 
 
@@ -27,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `spectra`. What it parses has a function `command` that takes the parsed options."""
-    parser = OneLineParser(prog="spectra", description="Hessian spectra of language models.")
+    parser = OneLineParser(prog="spectra", description="Hessian spectra of PyTorch models.")
     parser.add_argument("--version", action="version", version=f"spectra {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (measure, plot, compare, report):
+    for command in (measure, plot, compare, report, crosscheck):
         command.add_parser(commands)
     return parser

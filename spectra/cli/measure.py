@@ -1,4 +1,4 @@
-"""`spectra measure`: the spectrum of a checkpoint on some text."""
+"""`spectra measure`: the spectrum of a checkpoint on some text, labelled text or images."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import nn
 from tqdm import tqdm
 
 from spectra.backend.errors import InputError
+from spectra.cli import inputs
 from spectra.cli.command_line import on_terminal, print_json
 from spectra.cli.tables import aligned, quantity_name
 from spectra.operators.hessian.parameters import ParameterSpace
-from spectra.operators.hessian.precision import COPIES, LOWER, PRECISIONS
+from spectra.operators.hessian.precision import LOWER
 from spectra.runs.folder import CONFIG, LANCZOS, RECORDS, Run, check_free, is_recorded, refuse_differences
 from spectra.runs.jsonlines import plain
 from spectra.runs.probe import SpectrumProbe
@@ -27,18 +26,20 @@ from spectra.runs.settings import DEFLATED, MeasurementSettings
 DEFAULTS = MeasurementSettings()
 NOT_SETTINGS = ("command", "model", "json")  # options that config.json does not repeat
 IN_BLOCKS = ("negative_share", "rms", "lambda_max", "lambda_min", "trace")  # quantities in the table of blocks
-USAGE = "spectra measure MODEL --text FILE... --out DIR [options]"  # argparse's own would name the model last
+USAGE = "spectra measure MODEL (--text FILE... | --labelled FILE... | --images DIR) --out DIR [options]"
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to those of a parser."""
-    parser = commands.add_parser("measure", help="measure the spectrum of a checkpoint on some text", usage=USAGE)
+    parser = commands.add_parser(
+        "measure",
+        help="measure the spectrum of a checkpoint on some text, labelled text or images",
+        usage=USAGE,  # argparse's own would name the model last
+    )
     parser.set_defaults(command=run)
+    inputs.add_options(parser)
     add = parser.add_argument
-    add("model", help="a model folder, or a name on the Hugging Face hub")
-    add("--text", nargs="+", required=True, metavar="FILE", help="text files to take the loss on")
     add("--out", required=True, metavar="DIR", help="run folder to make")
-    add("--params", nargs="+", metavar="GLOB", help='parameters to measure, "*mlp*" (default: all)')
     add(
         "--blocks",
         nargs="+",
@@ -64,19 +65,8 @@ def add_parser(commands: Any) -> None:
         default=DEFAULTS.count_products,
         help="products for the count of negative eigenvalues, %(default)s by default at most; 0 leaves it out",
     )
-    add("--sequences", type=int, default=8, help="sequences cut from the text, %(default)s by default")
-    add("--length", type=int, help="tokens a sequence (default: 256, or the model's longest)")
-    add("--batch-size", type=int, default=8, help="sequences a forward pass, %(default)s by default")
     add("--seed", type=int, default=DEFAULTS.seed, help="of the probe vectors, %(default)s by default")
-    add(
-        "--dtype",
-        choices=PRECISIONS,
-        default="float32",
-        help="precision of the products; the last two are faster, and the intervals allow for their error",
-    )
-    add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     add("--json", action="store_true", help="print the record as JSON instead of a table")
-    add("--trust-remote-code", action="store_true", help="run the code that a hub model brings")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -104,7 +94,7 @@ def _measure(options: argparse.Namespace) -> list[SpectrumRecord]:
     """Measure and write the run folder. Returns the record of the whole, then those of the blocks."""
     from spectra.integrations.loading import quiet_transformers
 
-    _check(options)  # before the minutes that loading a model may take
+    inputs.check(options)  # before the minutes that loading a model may take
     settings = MeasurementSettings(
         probes=options.probes,
         steps=options.steps,
@@ -113,28 +103,31 @@ def _measure(options: argparse.Namespace) -> list[SpectrumRecord]:
         count_products=options.count_products,
         precision=options.dtype if options.dtype in LOWER else None,
     )
-    config = {key: value for key, value in vars(options).items() if key not in NOT_SETTINGS}
+    unused = [name for name in inputs.SINCE if getattr(options, name) is None]
+    config = {key: value for key, value in vars(options).items() if key not in (*NOT_SETTINGS, *unused)}
     config["checkpoint"] = options.model
     chosen = config.pop("blocks")
     blocks = chosen if chosen is None or chosen != ["layers"] else "layers"
     _check_same(options.out, config)
-    model, batches = _load(options)
-    ParameterSpace(model, options.params)  # refuses a glob that matches nothing before a folder is made
-    config["length"] = batches[0]["input_ids"].shape[1]
-    if next(model.parameters()).device.type == "cpu":
+    found = inputs.load(options)
+    ParameterSpace(found.model, options.params)  # refuses a glob that matches nothing before a folder is made
+    config |= found.facts
+    if next(found.model.parameters()).device.type == "cpu":
         settings = settings.changed(engine="reverse")  # a choice by time could change the last digits from run to run
     with quiet_transformers(), _progress_bar() as progress:
         probe = SpectrumProbe(
-            model,
-            batches,
+            found.model,
+            found.batches,
             out=options.out,
             params=options.params,
             blocks=blocks,
+            loss=found.loss,
             settings=settings,
             config=config,
             progress=progress,
             strict=True,
         )
+        probe.notes += found.notes
         return _measure_once(probe)
 
 
@@ -149,31 +142,6 @@ def _check_same(out: str, config: Mapping[str, Any]) -> None:
     run = Run(out)
     given = {name: value for name, value in config.items() if value is not None or name == "params"}
     refuse_differences(run, plain(given), {name for name in run.config if name not in given})
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Raise an InputError for options that cannot be used, whatever the model."""
-    for name, smallest in (("sequences", 1), ("batch_size", 1), ("length", 2)):
-        value = getattr(options, name)
-        if value is not None and value < smallest:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
-
-
-def _load(options: argparse.Namespace) -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
-    """The model, and batches of sequences cut from the text."""
-    from spectra.integrations.loading import load_causal_lm, read_texts, sequence_batches
-
-    texts = read_texts(options.text)
-    model, tokenizer = load_causal_lm(
-        options.model,
-        dtype=COPIES.get(options.dtype, torch.float32),
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
-    )
-    batches = sequence_batches(
-        model, tokenizer, texts, sequences=options.sequences, length=options.length, batch_size=options.batch_size
-    )
-    return model, batches
 
 
 def _measure_once(probe: SpectrumProbe) -> list[SpectrumRecord]:

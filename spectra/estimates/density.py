@@ -350,7 +350,14 @@ class SpectralDensity:
         found = decided_signs(self.measure, half_width)
         return DecidedSigns(found.beyond, self._verified(found.below), self._verified(found.above))
 
-    def band(self, level: float = CONFIDENCE, *, known: Mapping[float, Estimate] | None = None) -> CumulativeBand:
+    def band(
+        self,
+        level: float = CONFIDENCE,
+        *,
+        known: Mapping[float, Estimate] | None = None,
+        thresholds: np.ndarray | None = None,
+        tails: bool = False,
+    ) -> CumulativeBand:
         """Bound the share of eigenvalues below t, #{lambda < t} / n, for all t at once.
 
         The brackets of the quadrature rules hold at all thresholds at once. The sampling error is bounded at all
@@ -365,6 +372,9 @@ class SpectralDensity:
                 {0.0: spectra.resolve(op)}. They narrow the band at other thresholds too, because the share is
                 monotonic. Each may fail with probability .05, which is subtracted from the level of the band; an
                 interval of width 0 is certain.
+            thresholds: (p,) further thresholds of the band, such as the points of a figure.
+            tails: Whether few eigenvalues beyond a threshold are counted with a relative error, as figures do. It
+                makes the error elsewhere 1 to 2 % larger; see `spectra.estimates.tail_counts`.
 
         Returns:
             The band, with `thresholds`, `low`, `high` and `level`, and with `at` for any other thresholds.
@@ -372,7 +382,8 @@ class SpectralDensity:
         Raises:
             InputError: If the level is outside (0, 1), a threshold is not finite, or an interval misses the band.
         """
-        return replace(cumulative_band(self.measure, level=level, known=known), reason=self.origin.unverified)
+        band = cumulative_band(self.measure, level=level, known=known, thresholds=thresholds, tails=tails)
+        return replace(band, reason=self.origin.unverified)
 
     def zero_share(self) -> float:
         """Return the share of eigenvalues known to be exactly zero.

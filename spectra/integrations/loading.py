@@ -1,4 +1,4 @@
-"""A language model and its tokenizer from a folder or the hub, and text cut into batches for them."""
+"""A model and its tokenizer from a folder or the hub, and text cut into batches for them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from spectra.backend.errors import InputError, first_line
+from spectra.integrations.architectures import CAUSAL, Kind, architecture_of, refuse_another_kind
 from spectra.integrations.hub import in_cache, offline_unless_reachable
 
 if TYPE_CHECKING:
@@ -55,20 +56,41 @@ def load_causal_lm(
         InputError: There is no such model, it is no causal language model, it needs code of its own, its checkpoint
             lacks weights, or the device cannot be used.
     """
-    target = _device(device)
+    target = usable_device(device)
     model: Any = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.to(target), load_tokenizer(name, trust_remote_code=trust_remote_code)
 
 
 def load_model(
-    name: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    kind: Kind = CAUSAL,
 ) -> PreTrainedModel:
-    """A causal language model on the CPU, in evaluation mode. Arguments and errors as in `load_causal_lm`."""
-    from transformers import AutoModelForCausalLM
+    """A model on the CPU, in evaluation mode, by default a causal language model.
 
-    model, found = _load(
-        AutoModelForCausalLM.from_pretrained,
-        "a causal language model",
+    Args:
+        name: A folder or a hub name, as in `load_causal_lm`.
+        dtype: The dtype of the weights.
+        trust_remote_code: Run the code that a model brings along.
+        kind: The kind of model. OTHER takes the class that config.json names.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: There is no such model, it is of another kind, it needs code of its own, or its checkpoint lacks
+            weights.
+    """
+    import transformers
+
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    refuse_another_kind(config, str(name), kind)
+    own_class = architecture_of(config) if hasattr(transformers, architecture_of(config) or " ") else "AutoModel"
+    model, found = from_folder_or_hub(
+        getattr(transformers, kind.auto_class or own_class).from_pretrained,
+        kind.what,
         str(name),
         files=MODEL_FILES,
         remedy="give a folder written by save_pretrained",
@@ -79,9 +101,34 @@ def load_model(
     if missing := sorted(found["missing_keys"]):
         raise InputError(
             f"the checkpoint {name} lacks {len(missing)} of the model's weights, {missing[0]} among them: "
-            "give the checkpoint of a whole causal language model"
+            f"give the checkpoint of {kind.what.replace(' ', ' whole ', 1).replace('an whole', 'a whole')}"
         )
     return model.eval()
+
+
+def load_config(name: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The config of a model in a folder or on the hub.
+
+    Args:
+        name: A folder or a hub name, as in `load_causal_lm`.
+        trust_remote_code: Run the code that a model brings along.
+
+    Returns:
+        The config.
+
+    Raises:
+        InputError: There is no such model, or its config cannot be read.
+    """
+    from transformers import AutoConfig
+
+    return from_folder_or_hub(
+        AutoConfig.from_pretrained,
+        "a model",
+        str(name),
+        files=MODEL_FILES,
+        remedy="give a folder written by save_pretrained",
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def load_tokenizer(
@@ -107,7 +154,7 @@ def load_tokenizer(
 
     # The code of a custom tokenizer may use any name for its vocabulary.
     files = (*TOKENIZER_FILES, "tokenizer_config.json") if trust_remote_code else TOKENIZER_FILES
-    tokenizer = _load(
+    tokenizer = from_folder_or_hub(
         AutoTokenizer.from_pretrained,
         "a tokenizer",
         str(name),
@@ -204,12 +251,54 @@ def sequence_batches(
         InputError: The texts are too short, the length is not one for the model, or the tokenizer is another
             model's.
     """
-    limit = longest_sequence(model)
-    length = min(256, limit or 256) if length is None else length
-    if length < 2 or (limit is not None and length > limit):
-        raise InputError(f"expected a length of 2 to {limit or 'any number of'} tokens for this model, got {length}")
-    if sequences < 1 or batch_size < 1:
+    length = sequence_length(longest_sequence(model), length)
+    if batch_size < 1:
         raise InputError(f"expected one sequence or more, got {sequences} in batches of {batch_size}")
+    rows = cut_sequences(model, tokenizer, texts, sequences=sequences, length=length).to(model.device)
+    return [{"input_ids": part, "labels": part.clone()} for part in rows.split(batch_size)]
+
+
+def sequence_length(limit: int | None, length: int | None, *, special: int = 0) -> int:
+    """Tokens a sequence: the length asked for, or 256, or the model's longest sequence if that is shorter.
+
+    Args:
+        limit: The model's longest sequence, None where there is no limit.
+        length: The length asked for, None for the default.
+        special: How many tokens at its ends say nothing.
+
+    Returns:
+        The length.
+
+    Raises:
+        InputError: If the length is not one for the model.
+    """
+    length = min(256, limit or 256) if length is None else length
+    if length < 2 + special or (limit is not None and length > limit):
+        most = limit or "any number of"
+        raise InputError(f"expected a length of {2 + special} to {most} tokens for this model, got {length}")
+    return length
+
+
+def cut_sequences(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, sequences: int, length: int
+) -> torch.Tensor:
+    """Sequences of tokens at equal distances in the texts.
+
+    Args:
+        model: The model, whose vocabulary matters.
+        tokenizer: The tokenizer of the model.
+        texts: The texts to cut.
+        sequences: How many sequences to take.
+        length: Tokens a sequence.
+
+    Returns:
+        Token ids, (sequences, length).
+
+    Raises:
+        InputError: The texts are too short, or the tokenizer is another model's.
+    """
+    if sequences < 1:
+        raise InputError(f"expected one sequence or more, got {sequences}")
     tokens = tokenize(tokenizer, texts)
     whole = len(tokens) // length
     if whole < sequences:
@@ -217,15 +306,19 @@ def sequence_batches(
             f"the text is too short: {sequences} sequences of {length} tokens need {sequences * length} tokens and it "
             f"has {len(tokens)}: give more text, fewer sequences or a smaller length"
         )
+    refuse_unknown_tokens(model, tokens)
+    chosen = torch.arange(sequences) * whole // sequences
+    return tokens[: whole * length].view(whole, length)[chosen]
+
+
+def refuse_unknown_tokens(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """Raise an InputError where a token is not in the model's vocabulary."""
     vocabulary = model.config.get_text_config().vocab_size
     if int(tokens.max()) >= vocabulary:
         raise InputError(
             f"the tokenizer gives token {int(tokens.max())}, but the model knows {vocabulary} tokens: "
             "give a model together with its own tokenizer"
         )
-    chosen = torch.arange(sequences) * whole // sequences
-    rows = tokens[: whole * length].view(whole, length)[chosen].to(model.device)
-    return [{"input_ids": part, "labels": part.clone()} for part in rows.split(batch_size)]
 
 
 @contextmanager
@@ -248,7 +341,7 @@ def quiet_transformers() -> Iterator[None]:
         hub.setLevel(hub_level)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def usable_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, or by default the first GPU if there is one; an InputError if it cannot be used."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -258,7 +351,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise InputError(f"expected a device that PyTorch can use here, got {device!r}: {first_line(error)}") from None
 
 
-def _load(
+def from_folder_or_hub(
     load: Callable[..., Any],
     what: str,
     name: str,
@@ -268,7 +361,23 @@ def _load(
     trust_remote_code: bool,
     **options: Any,
 ) -> Any:
-    """Call `load` on a folder that holds one of `files`, or on a hub name; errors become an InputError."""
+    """Call one of transformers' `from_pretrained` on a folder or a hub name.
+
+    Args:
+        load: The function.
+        what: What it loads, with an article, for messages.
+        name: The folder or the hub name.
+        files: Files of which a folder must hold one.
+        remedy: What an error message advises where there is none of them.
+        trust_remote_code: Run the code that comes along.
+        **options: More arguments of the function.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        InputError: For whatever it raises, in one line that says what to do.
+    """
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not any((folder / file).is_file() for file in files):

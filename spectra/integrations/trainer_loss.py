@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from spectra.backend.errors import InputError
 from spectra.backend.ranks import without_collectives
@@ -18,11 +19,12 @@ from spectra.operators.hessian.isolation import RandomStates, isolated, unwrap
 from spectra.runs.object_state import Holder, kept
 
 NOT_FOUND = (
-    "the Trainer was not found, so the model's own loss is measured, whatever loss is trained: pass "
-    "SpectrumCallback(trainer=trainer)"
+    "the Trainer was not found, so the model's own loss is measured, whatever loss is trained, and its log "
+    "gets no spectra: pass SpectrumCallback(trainer=trainer)"
 )
 OWN_LOSS = "the loss is that of the Trainer's compute_loss"
 SMOOTHED = "the loss is the Trainer's, with label smoothing {}"
+FROM_LOGITS = "TRL's fused loss has no second derivative: the same loss is computed from the logits"
 LOSS_FUNCTION = "the loss is that of the Trainer's compute_loss_func"
 ACCUMULATED = (
     "gradient accumulation: the loss does not depend on num_items_in_batch, so that a training step descends the {} of "
@@ -63,7 +65,7 @@ def loss_of(trainer: Trainer) -> tuple[Callable[[nn.Module, Any], torch.Tensor] 
         if not _is_stock(trainer, name):
             notes.append(f"the Trainer has a {name} of its own: what that adds to compute_loss is not measured")
     if not _is_stock(trainer, "compute_loss"):
-        notes.append(OWN_LOSS)
+        notes += [OWN_LOSS, FROM_LOGITS] if _is_fused(trainer) else [OWN_LOSS]
     elif trainer.compute_loss_func is not None:
         notes.append(LOSS_FUNCTION)
     elif trainer.label_smoother is not None:
@@ -168,10 +170,28 @@ def _be_one_process(trainer: Trainer, model: nn.Module) -> None:
     for name, value in dict(attributes).items():  # what is updated in place must not belong to a graph that is kept
         if isinstance(value, torch.Tensor) and value.grad_fn is None and not value.requires_grad:
             attributes[name] = value.clone()
+    if _is_fused(trainer):
+        attributes["compute_loss_func"] = _next_token_loss
     attributes["log"], attributes["model_wrapped"] = _log_nothing, model
     vars(args)["average_tokens_across_devices"] = False  # asking the other ranks would wait for them
     if args.n_gpu > 1:
         vars(args)["_n_gpu"] = 1
+
+
+def _is_fused(trainer: Trainer) -> bool:
+    """Whether TRL's SFTTrainer computes the next-token loss without the logits, in a function differentiable once."""
+    own = any(kind.__name__ == "SFTTrainer" and kind.__module__.startswith("trl.") for kind in type(trainer).__mro__)
+    plain = trainer.compute_loss_func is None and trainer.label_smoother is None
+    plain = (
+        plain and getattr(trainer.args, "loss_type", "") == "nll" and not getattr(trainer, "aux_loss_enabled", False)
+    )
+    return own and plain
+
+
+def _next_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """The loss of a causal language model, from its logits; SFTTrainer takes it as a `compute_loss_func`."""
+    logits = outputs["logits"]
+    return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:

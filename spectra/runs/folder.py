@@ -24,7 +24,7 @@ from spectra.runs.presentation import Presentation
 from spectra.runs.record import VERSION, VERSION_NUMBER, SpectrumRecord, read_number, read_version
 
 CONFIG, RECORDS, TELEMETRY, LANCZOS = "config.json", "records.jsonl", "telemetry.jsonl", "lanczos"
-NOT_COMPARED = ("presentation", "facts")  # entries of config.json that may differ when a run goes on
+NOT_COMPARED = ("presentation", "facts", "schedule")  # entries of config.json that may differ when a run goes on
 LONGEST_VALUE = 60  # characters of a value in a message
 
 
@@ -96,10 +96,10 @@ class Run:
     ) -> Run:
         """Go on with the run in a folder, or make one, and hold its lock.
 
-        A run goes on where its config.json says what `config` says. The entries "presentation" and "facts" may differ,
-        and those in `not_compared`; config.json keeps what it had. `records` then holds what was recorded before. Where
-        that is no spectrum, but only why there is none, the run goes on with other settings too, which take the place
-        of those that it had.
+        A run goes on where its config.json says what `config` says. The entries "presentation", "facts" and "schedule"
+        may differ, and those in `not_compared`; config.json keeps what it had. `records` then holds what was recorded
+        before. Where that is no spectrum, but only why there is none, the run goes on with other settings too, which
+        take the place of those that it had.
 
         Args:
             folder: Where; made if it is not there. A run in which nothing was recorded is made anew.

@@ -11,6 +11,7 @@ import re
 import time
 import types
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -45,16 +46,23 @@ from spectra.operators.hessian.parameters import ParameterSpace, Selection
 from spectra.runs.checked import Checked, check, take_over
 from spectra.runs.failure import Failure, give_memory_back
 from spectra.runs.folder import FolderError, Run
+from spectra.runs.jsonlines import plain
 from spectra.runs.kept import model_kept, randomness_kept, without_optimizer_steps
 from spectra.runs.object_state import held, kept, modules_in
 from spectra.runs.provenance import device_name, fingerprint, fingerprint_of_weights, versions
 from spectra.runs.record import SpectrumRecord
+from spectra.runs.scalars import PREFIX, scalars
+from spectra.runs.schedule import Overhead, Schedule
 from spectra.runs.settings import DEFLATED, MeasurementSettings
+from spectra.runs.signals import HISTORY, Signal, in_words
 from spectra.runs.unsaved import UnsavedRun
 
 SYMMETRIC = 1e-3  # a symmetry gap above this is noted in the record
 START, END = "start", "end"
 STRAIGHT_THROUGH = "quantized layers are measured by their straight-through derivative, the mode 'ste'"
+OTHER_SCHEDULE = "measured by another schedule than the run began with ({}): {}"
+ON_SIGNAL = "measured on a signal: {}"
+SILENT_STEPS = 1000  # training steps after which a signal that was told nothing is worth a warning
 OCCASIONS = ("", START, END)  # labels that say when, not of which weights: a training step has one such spectrum
 
 OperatorBuilder = Callable[..., LinearOperator]
@@ -72,9 +80,9 @@ class SpectrumProbe:
     between checkpoints are paired. Weights, gradients, buffers, modes and random states are left bit for bit as they
     were: training with the probe ends with the same weights as training without it.
 
-    **Start and end.** The first call of `step` measures, whatever its training step, and so does `close`, or the end
-    of the `with` block, unless the last training step was measured. Without `close` the last spectrum is that of the
-    last multiple of `every`.
+    **When.** `every`, `at`, `when` and `max_overhead` say when to measure, see `spectra.Schedule`. The first call of
+    `step` measures, whatever its training step, and so does `close`, or the end of the `with` block, unless the last
+    training step was measured. Without `close` the last spectrum is that of the last training step that was due.
 
     **A failure ends no training.** A measurement that fails, for NaN in the weights, for want of memory, on a full
     disk, leaves a record with the status "failed", the reason and a remedy, and one warning for each reason. With
@@ -86,7 +94,18 @@ class SpectrumProbe:
     Args:
         model: The model that is trained.
         batches: What the loss is taken over: a list of batches as the model takes them, see `spectra.Objective`.
-        every: Training steps between two measurements.
+        every: Training steps between two measurements, or a fraction of the training, below 1. None: 200, unless
+            another argument says when.
+        at: Training steps, or fractions of the training, that are measured.
+        when: A signal such as `spectra.LossPlateau()`, which is asked after every training step.
+        max_overhead: The largest share of the wall time that measurements may take, see `spectra.Schedule`.
+        schedule: All four of these as one value, in the place of them.
+        total_steps: The training steps in all; needed where fractions of the training are given.
+        log: Called as log({name: number}, step) after a measurement, with names such as "spectra/rms",
+            "spectra/rms_low" and "spectra/rms_high", and the mode in them where several are measured. Of an unresolved
+            quantity the ends of its interval alone are logged. Random numbers that it draws are put back; what it
+            raises is a warning.
+        log_prefix: What these names begin with, for trainings with several probes.
         out: A run folder to make, or to go on with (`spectra.Run`). None: records are kept in memory.
         modes: Which Hessians to measure, {name: builder}. A builder is called as builder(model, batches, params=,
             loss=, microbatch=), with engine=, precision=, spread= and training= where they are set, and returns an
@@ -102,7 +121,8 @@ class SpectrumProbe:
         extras: Called with the model before a measurement; returns numbers to store beside the spectrum, by name.
             What it changes in the model, and the random numbers it draws, are put back.
         config: Facts for the run's config.json. They take the place of the probe's own entries of the same name, and
-            have to be the same where a run goes on, but for the entries "presentation" and "facts".
+            have to be the same where a run goes on, but for the entries "presentation", "facts" and
+                "schedule".
         progress: Called as progress(products done, products in all) during a measurement.
         strict: Whether a measurement that fails raises its error.
         training: Whether to measure in training mode. By default the model is measured in evaluation mode.
@@ -124,7 +144,14 @@ class SpectrumProbe:
         model: nn.Module,
         batches: Any,
         *,
-        every: int = 200,
+        every: int | float | None = None,
+        at: Iterable[int | float] = (),
+        when: Signal | None = None,
+        max_overhead: float | None = None,
+        schedule: Schedule | None = None,
+        total_steps: int | None = None,
+        log: Callable[[dict[str, float], int], Any] | None = None,
+        log_prefix: str = PREFIX,
         out: str | os.PathLike[str] | None = None,
         modes: Mapping[str, OperatorBuilder] | None = None,
         params: Selection = None,
@@ -144,7 +171,14 @@ class SpectrumProbe:
             raise InputError(f"settings must be MeasurementSettings, got {type(settings).__name__}")
         self.settings = (settings or MeasurementSettings()).changed(**options)
         ranks.check_spread(self.settings.spread)
-        self.model, self.every, self.strict, self.training = model, _check_every(every), strict, training
+        self.schedule = Schedule.of(schedule, every=every, at=at, when=when, max_overhead=max_overhead)
+        self.total_steps = _check_length(total_steps, self.schedule)
+        if log is not None and not callable(log):
+            raise InputError(f"log must be a function (scalars, step), got {type(log).__name__}")
+        if not isinstance(log_prefix, str) or not log_prefix.strip("/"):
+            raise InputError(f'log_prefix must be a name such as "{PREFIX}", got {log_prefix!r}')
+        self.model, self.strict, self.training = model, strict, training
+        self.log, self.log_prefix = log, log_prefix.strip("/")
         own = hessian_mode(unwrap(model))
         self.modes = _check_modes({own: HessianOperator} if modes is None else modes, training=training)
         self.notes = [STRAIGHT_THROUGH] if modes is None and own == "ste" else []
@@ -167,24 +201,31 @@ class SpectrumProbe:
         self._warned: set[str] = set()
         self._last_step: int | None = None  # that `step` was called with
         self._measured_steps: set[int] = set()
-        facts = {**self._facts(params), **self.settings.to_config(), **(config or {})}
+        plan = {"schedule": self.schedule.to_config()}
+        facts = {**self._facts(params), **plan, **self.settings.to_config(), **(config or {})}
         self.run: Run | None = None
         self._earlier: list[SpectrumRecord] = []  # what the folder held, and is not measured again
         if out is not None:
             self._open(out, facts)
+        self._history: deque[dict[str, float]] = deque(maxlen=HISTORY)  # what the training reported since a measurement
+        self._silent_steps = 0  # at which the signal was not told what it needs; -1 once it was
+        self._why: list[str] = []  # a note on why the training step is measured that is being measured
+        self._overhead = Overhead(self.schedule.max_overhead, expected=_seconds_of_last(self._earlier))
         self._memory = UnsavedRun(facts)
         self.records: list[SpectrumRecord] = [] if self.run is None else list(self._earlier)
 
     # -- the life of a probe
 
-    def step(self, i: int) -> list[SpectrumRecord]:
+    def step(self, i: int, **numbers: Any) -> list[SpectrumRecord]:
         """Tell the probe that training step i is done; to be called once a training step, in any loop.
 
-        It measures at the first call, if nothing was recorded yet, and where i is a multiple of `every`. A training
-        step is measured once: i counts the steps of the whole training, and does not start again with an epoch.
+        It measures at the first call, if nothing was recorded yet, and where the schedule says so. A training step is
+        measured once: i counts the steps of the whole training, and does not start again with an epoch.
 
         Args:
             i: The training step.
+            **numbers: What a signal (`when`) decides by, such as loss= and gradient_norm=. A tensor is read only where
+                there is a signal.
 
         Returns:
             The new records, one for each mode; none if it is not time.
@@ -193,10 +234,30 @@ class SpectrumProbe:
         if self._last_step is not None and i < self._last_step:
             self._warn(f"training step {i} comes after {self._last_step}: count the steps of the whole training")
         self._last_step = i
+        self._overhead.start()
+        self.report(i, **numbers)
         first = not self._measured_steps and not any(record.is_measured for record in self._earlier)
-        if i in self._measured_steps or not (first or i % self.every == 0):
+        if i in self._measured_steps or not (first or self._is_due(i)):
             return []
-        return self._measure(i, START if first else "")[1]
+        new = self._measure(i, START if first else "")[1]
+        self._why = []
+        return new
+
+    def report(self, step: int, **numbers: Any) -> None:
+        """Tell the signal (`when`) what the training knows of a training step.
+
+        Args:
+            step: The training step.
+            **numbers: Numbers by name, such as loss= and gradient_norm=.
+        """
+        if self.schedule.when is None or not numbers:
+            return
+        try:
+            self._history.append({"step": step, **{name: float(value) for name, value in numbers.items()}})
+        except (TypeError, ValueError, RuntimeError) as error:
+            if self.strict:
+                raise
+            self._warn(f"a number of training step {step} cannot be read: {Failure.of(error)}")
 
     def close(self, last_step: int | None = None) -> None:
         """Measure the end, if there is one that was not measured, and let others write.
@@ -207,6 +268,8 @@ class SpectrumProbe:
         if last_step is not None:
             self._last_step = last_step
         try:
+            if self._last_step is not None and self._silent_steps > 0:
+                self._warn_of_silence()
             if self._last_step is not None and self._last_step not in self._measured_steps:
                 self._measure(self._last_step, END)
         finally:
@@ -282,6 +345,17 @@ class SpectrumProbe:
 
     def _measure(self, step: int, label: str) -> tuple[list[SpectrumRecord], list[SpectrumRecord]]:
         """Measure the modes that the folder did not hold. Returns the record of every mode, and those that are new."""
+        started = self._overhead.start()
+        records, new = self._measure_modes(step, label)
+        if new:
+            seconds = self._overhead.start() - started
+            self._overhead.add(seconds, as_expected=all(record.is_measured for record in new))
+        self._history.clear()
+        self._log(records, step)
+        return records, new
+
+    def _measure_modes(self, step: int, label: str) -> tuple[list[SpectrumRecord], list[SpectrumRecord]]:
+        """What `_measure` returns."""
         self._measured_steps.add(step)
         held = {name: self._held(name, step, label) for name in self._targets()}
         records, new = [], []
@@ -317,6 +391,62 @@ class SpectrumProbe:
             if isinstance(op, HasLoss):
                 op.close()
         self._operators.clear()
+
+    def _is_due(self, step: int) -> bool:
+        """Whether the schedule says to measure, the same on all ranks that share a measurement."""
+        schedule, self._why = self.schedule, []
+        due = schedule.names(step, self.total_steps)
+        if schedule.when is not None and self._signalled(step) and not due:
+            due, self._why = True, [ON_SIGNAL.format(in_words(schedule.when))]
+        shared = self.settings.spread != "none"
+        if not due and not (shared and schedule.when is not None):
+            return False
+        due = due and self._overhead.has_room()
+        if shared and (schedule.when is not None or schedule.max_overhead is not None):
+            due = ranks.all_gather(due)[0]  # clocks and losses differ between ranks
+        return due
+
+    def _signalled(self, step: int) -> bool:
+        """What the signal says. One that fails says no, with a warning."""
+        needed = getattr(self.schedule.when, "needs", None)
+        if needed is None or any(needed in numbers for numbers in self._history):
+            self._silent_steps = -1  # it was heard once
+        self._silent_steps += self._silent_steps >= 0
+        if self._silent_steps == SILENT_STEPS:
+            self._warn_of_silence()
+        try:
+            with randomness_kept():
+                return bool(self.schedule.when(tuple(self._history)))  # type: ignore[misc]
+        except Exception as error:
+            if self.strict:
+                raise
+            self._warn(f"the signal failed at training step {step}: {Failure.of(error, where='when=')}")
+            return False
+
+    def _warn_of_silence(self) -> None:
+        needed = getattr(self.schedule.when, "needs", "")
+        self._warn(
+            f"{in_words(self.schedule.when)} needs the {needed.replace('_', ' ')}, which was not reported: call "
+            f"probe.step(i, {needed}=...)"
+        )
+
+    def _log(self, records: list[SpectrumRecord], step: int) -> None:
+        """Hand the numbers of the records to `log`. What it raises is a warning, unless `strict`."""
+        if self.log is None or (self.settings.spread != "none" and ranks.rank() != 0):
+            return
+        several, values = len(self.modes) > 1, {}
+        for record in records:
+            named = several or bool(record.block)
+            values |= scalars(record, prefix=self.log_prefix, several_modes=named, occasions=OCCASIONS)
+        if not values:
+            return
+        try:
+            with randomness_kept():
+                self.log(values, step)
+        except Exception as error:
+            if self.strict:
+                raise
+            self._warn(f"the spectrum of training step {step} was not logged: {Failure.of(error, where='log=')}")
 
     def _held(self, mode: str, step: int, label: str) -> SpectrumRecord | None:
         """The record that the folder held of a mode at a training step; None if it is to be measured."""
@@ -422,7 +552,7 @@ class SpectrumProbe:
             dtype=str(op.dtype).removeprefix("torch."),
             device=device_name(op.device),
             engine=op.engine_used,
-            notes=[*self.notes, *_notes(op, checked)],
+            notes=[*self.notes, *self._why, *_notes(op, checked)],
             weights=weights,
             count={} if density.count is None else density.count.cost(),
             **self.settings.to_record(),
@@ -536,6 +666,9 @@ class SpectrumProbe:
             error, self._earlier = ranks.all_gather((error, self._earlier))[0]
         if error:
             raise FolderError(error)
+        before = None if self.run is None else self.run.config.get("schedule")
+        if before is not None and before != plain(config["schedule"]):
+            self.notes.append(OTHER_SCHEDULE.format(_in_words(before), _in_words(config["schedule"])))
 
     def _facts(self, params: Selection) -> dict[str, Any]:
         """What config.json says of model and data."""
@@ -588,12 +721,27 @@ def _no_loss(mode: str, op: object) -> InputError:
     return InputError(f"expected an operator with a loss for mode {mode!r}, got a {built}: use HessianOperator")
 
 
-def _check_every(every: Any) -> int:
-    """The interval as an integer. Raises InputError for what is no number of training steps."""
-    number = float(every) if isinstance(every, numbers.Real) and not isinstance(every, bool) else 0.0
-    if not number.is_integer() or number < 1:
-        raise InputError(f"every must be a whole number of training steps, at least 1, got {every!r}")
-    return int(number)
+def _check_length(total_steps: Any, schedule: Schedule) -> int | None:
+    """The length of the training. Raises InputError for what is none, and where a fraction needs one."""
+    number = float(total_steps) if isinstance(total_steps, numbers.Real) and not isinstance(total_steps, bool) else 0.0
+    if total_steps is not None and not (number.is_integer() and number >= 1):
+        raise InputError(f"total_steps must be a number of training steps, at least 1, got {total_steps!r}")
+    if total_steps is None and schedule.fractions:
+        raise InputError(
+            f"{schedule.fractions[0]:g} is a fraction of the training, whose length is not known: pass total_steps=, "
+            "or training steps"
+        )
+    return None if total_steps is None else int(number)
+
+
+def _seconds_of_last(records: list[SpectrumRecord]) -> float:
+    """How long the last measurement of a run took, with all its modes."""
+    last = [record for record in records if record.is_measured][-1:]
+    return sum(record.seconds for record in records if last and record.step == last[0].step)
+
+
+def _in_words(schedule: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in schedule.items())
 
 
 def _check_modes(modes: Any, *, training: bool) -> dict[str, OperatorBuilder]:

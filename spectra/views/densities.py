@@ -1,273 +1,182 @@
-"""The curves of a density figure: which spectra are drawn, over which range and on which scale."""
+"""The density of eigenvalues as a histogram whose cells have the mass that is known to be inside."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectra.backend.errors import InputError
-from spectra.estimates.quantities import EIGENVALUE_UNIT
-from spectra.runs.folder import HasRun, Run
-from spectra.runs.record import SpectrumRecord
-from spectra.runs.series import Steps, as_runs, measured_again, modes, select
-from spectra.views.style import (
-    AXIS_COLOUR,
-    MAX_LEGEND_ENTRIES,
-    MAX_STEPS_IN_LEGEND,
-    PALETTE,
-    REPEATED_LINE,
-    TEXT_COLOUR,
-    legend_outside,
-    literal,
-    run_style,
-    step_bar,
-    step_colour,
-    symlog_axis,
-    tidy,
-)
-from spectra.views.wording import record_words
+from spectra.estimates.cells import DensityCells, density_cells
+from spectra.views.axis import EigenvalueAxis, eigenvalue_axis, ends_of
+from spectra.views.curves import Curve
+from spectra.views.legends import curve_legend, hatched_entry
+from spectra.views.style import TEXT_COLOUR, UNRESOLVED_HATCH, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.lines import Line2D
 
-    from spectra.estimates.density import SpectralDensity
-
-SCALES = ("auto", "linear", "symlog")
-SHOWN_ZEROS = 0.02  # smallest share of exact zeros that a legend names
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A density and how it is drawn.
-
-    Attributes:
-        density: The spectrum.
-        label: What a legend calls it.
-        style: Keywords of matplotlib.
-        step: The training step if the colour stands for it, else None.
-        repeated: What a second spectrum at the same training step is called, such as "after the restart"; else "".
-    """
-
-    density: SpectralDensity
-    label: str
-    style: dict[str, Any]
-    step: int | None = None
-    repeated: str = ""
-
-
-def curves_of(spectra: Any, *, mode: str | None = None, steps: Steps = None) -> list[Curve]:
-    """The curves that a density figure shows, one for each record of each run and for each SpectralDensity.
-
-    Args:
-        spectra: What `spectra.plots.density` takes.
-        mode: The Hessian mode; None for each run's first.
-        steps: Training steps, None for all, "last" for the last record.
-
-    Returns:
-        At least one curve.
-
-    Raises:
-        InputError: There is nothing to draw.
-    """
-    items: list[Any] = []
-    for item in spectra if isinstance(spectra, list | tuple) else [spectra]:
-        items += _measured_runs(as_runs(item), mode) if isinstance(item, Run | HasRun | str | Path) else [item]
-    several = sum(isinstance(item, Run) for item in items) > 1
-    curves: list[Curve] = []
-    for position, item in enumerate(items):
-        if isinstance(item, Run):
-            curves += _curves_of_several(item, mode, steps, position) if several else _curves_of_one(item, mode, steps)
-        else:
-            style = {"color": PALETTE[position % len(PALETTE)]}
-            curves.append(Curve(item, "spectrum" if len(items) == 1 else f"spectrum {position + 1}", style))
-    if not curves:
-        raise InputError("there is no spectrum to draw: give a run, a SpectralDensity or a list of these")
-    return curves
+NARROWEST = 64  # cells along the axis, from which wider ones are merged
+WIDE = 0.07  # part of the axis from which a cell has room for words
+MOST_LABELLED = 1  # curves in axes, up to which unresolved cells say their mass
+MOST_TICKS = 200  # known eigenvalues that are marked one by one
 
 
 def draw_densities(
-    panels: Sequence[tuple[Axes, Sequence[Curve]]], *, bandwidth: float | None = None, scale: str = "auto"
+    panels: Sequence[tuple[Axes, Sequence[Curve]]], *, level: float, scale: str = "auto", legend: str = "auto"
 ) -> None:
     """Draw densities in panels that share their range and scale.
 
     Args:
         panels: Axes, each with the curves to draw on it.
-        bandwidth: Standard deviation of the kernel, in units of the eigenvalues; see `SpectralDensity.density`.
+        level: The probability with which all masses of a spectrum lie in their intervals.
         scale: Scale of the x axis; see `spectra.plots.density`.
-
-    Raises:
-        InputError: The scale is not known.
-    """
-    if scale not in SCALES:
-        raise InputError(f"expected a scale of {', '.join(SCALES)}, got {scale!r}")
-    curves = [curve for _, members in panels for curve in members]
-    threshold = None if scale == "linear" else _linear_threshold(curves, always=scale == "symlog")
-    grid = _grid(curves, threshold)
-    heights = [curve.density.density(grid, bandwidth) for curve in curves]
-    top = max(float(height.max()) for height in heights)
-    bottom = _lowest_height(curves, grid, heights, top)
-    remaining = iter(heights)
-    for ax, members in panels:
-        lines = []
-        for curve in members:
-            lines += ax.plot(grid, next(remaining), linewidth=1.5, label=curve.label, **curve.style)
-        ax.set_yscale("log")
-        ax.set_ylim(bottom, 3 * top)
-        if threshold is not None:
-            symlog_axis(ax, grid[0], grid[-1], threshold)
-        ax.set_xlim(grid[0], grid[-1])
-        ax.set_xlabel(f"eigenvalue λ ({EIGENVALUE_UNIT})")
-        ax.set_ylabel("density of eigenvalues")
-        tidy(ax)
-        ax.axvline(0, color=AXIS_COLOUR, linewidth=0.8, zorder=0.5)
-        _add_legend(ax, members, lines)
-
-
-def draw_bands(ax: Axes, curves: Sequence[Curve], *, level: float, scale: str) -> None:
-    """Draw the band of each cumulative share, with the interpolated curve inside it.
-
-    Args:
-        ax: The axes.
-        curves: What to draw.
-        level: The probability with which each band holds its curve.
-        scale: Of the x axis; see `spectra.plots.cumulative`.
+        legend: Where the legends are; see `spectra.plots.density`.
 
     Raises:
         InputError: The scale is not known, or the level is not between 0 and 1.
     """
-    if scale not in SCALES:
-        raise InputError(f"expected a scale of {', '.join(SCALES)}, got {scale!r}")
-    threshold = None if scale == "linear" else _linear_threshold(curves, always=scale == "symlog")
-    grid = _grid(curves, threshold)
-    lines = []
-    for curve in curves:
-        band, opacity = curve.density.band(level), curve.style.get("alpha", 1.0) * (0.25 if len(curves) < 3 else 0.15)
-        points = np.unique(np.concatenate([grid, band.thresholds.clip(grid[0], grid[-1])]))
-        low, high = band.at(points)
-        ax.fill_between(points, low, high, color=curve.style["color"], alpha=opacity, linewidth=0)
-        middle = curve.density.cumulative(points).clip(low, high)  # wide gaps between nodes take it out of the band
-        lines += ax.plot(points, middle, linewidth=1.5, label=curve.label, **curve.style)
-    if threshold is not None:
-        symlog_axis(ax, grid[0], grid[-1], threshold)
-    ax.set_xlim(grid[0], grid[-1])
-    ax.set_ylim(-0.02, 1.02)
-    ax.set_xlabel(f"eigenvalue λ ({EIGENVALUE_UNIT})")
-    ax.set_ylabel(f"share of eigenvalues below λ ({100 * level:g} % band)")
-    tidy(ax)
-    ax.axvline(0, color=AXIS_COLOUR, linewidth=0.8, zorder=0.5)
-    _add_legend(ax, curves, lines)
+    axis = eigenvalue_axis([curve for _, members in panels for curve in members], scale)
+    found = [(ax, [(curve, cells_of(curve, axis, level=level)) for curve in members]) for ax, members in panels]
+    bottom, top = limits([cells for _, members in found for _, cells in members])
+    for ax, members in found:
+        ax.set_yscale("log")
+        ax.set_ylim(bottom, top)
+        axis.apply(ax)
+        for curve, cells in members:
+            _draw_cells(ax, curve, cells, bottom)
+            _mark_known(ax, curve, bottom)
+            if len(members) <= MOST_LABELLED:
+                _name_masses(ax, curve, cells, axis, bottom)
+        for position, (curve, cells) in enumerate(members):
+            _draw_zeros(ax, curve, cells, position, count=len(members))
+        ax.set_ylabel("density of eigenvalues")
+        tidy(ax)
+        hatched = any(np.any(~cells.resolved & (cells.high > 0)) for _, cells in members)
+        further = [hatched_entry("not resolved: only the mass inside is known")] if hatched else []
+        named = [curve for curve, _ in members] if len(members) > 1 or members[0][0].label != "spectrum" else []
+        curve_legend(ax, named, place=legend, further=further)
 
 
-def _measured_runs(runs: list[Run], mode: str | None) -> list[Run]:
-    """The runs with a spectrum of the mode; all of them where none has, so that an error can say what is missing."""
-    return [run for run in runs if run.measured and (mode is None or mode in modes(run))] or runs
+def cells_of(curve: Curve, axis: EigenvalueAxis, *, level: float) -> DensityCells:
+    """The cells of a spectrum, from its smallest to its largest eigenvalue, with narrowest cells of the axis's spacing.
 
+    Args:
+        curve: The spectrum.
+        axis: The axis that shows it.
+        level: The probability with which all masses lie in their intervals.
 
-def _curves_of_one(run: Run, mode: str | None, steps: Steps) -> list[Curve]:
-    """The curves of a run that is drawn alone: the colour stands for the training step."""
-    records = _selected(run, mode, steps)
-    last = max(record.step for record, _ in records)
-    curves = []
-    for record, repeated in records:
-        density = run.density(record)
-        style = {"color": step_colour(record.step, last), "linestyle": REPEATED_LINE if repeated else "solid"}
-        curves.append(Curve(density, f"step {record.step}{_zeros(density)}", style, record.step, repeated))
-    return curves
-
-
-def _curves_of_several(run: Run, mode: str | None, steps: Steps, position: int) -> list[Curve]:
-    """The curves of a run that is drawn with others: colour and line are the run's, earlier training steps paler."""
-    records = _selected(run, mode, steps)
-    last = max(record.step for record, _ in records)
-    name = literal(run.presentation.label)
-    curves = []
-    for record, repeated in records:
-        density = run.density(record)
-        style = run_style(run, position) | {"alpha": 0.35 + 0.65 * record.step / last if last else 1.0}
-        words = f"{name}, step {record.step}" + (f", {repeated}" if repeated else "")
-        curves.append(Curve(density, words + _zeros(density), style))
-    return curves
-
-
-def _selected(run: Run, mode: str | None, steps: Steps) -> list[tuple[SpectrumRecord, str]]:
-    """The selected records whose Lanczos matrices were kept, in the order of measuring.
-
-    Beside each stands what it is called if it follows another one at the same training step, else "".
+    Returns:
+        The cells.
     """
-    chosen, every = select(run, mode=mode, steps=steps), select(run, mode=mode)
-    records = [
-        (record, (literal(record_words(run, record)) or "measured again") if again else "")
-        for record, again in zip(every, measured_again(every), strict=True)
-        if run.keeps_density(record) and record in chosen
-    ]
-    if not records:
-        raise InputError(f"{run.folder} kept no Lanczos matrices to draw a density from: measure it again")
-    return records
+    low, high = ends_of(curve)
+    high = float(np.nextafter(high, math.inf))  # so that a cell, which is open on the right, holds the largest one
+    spacing = axis.between(axis.low, axis.high, NARROWEST + 1)
+    inner = np.append(spacing, 0.0)
+    edges = np.unique(np.concatenate([[low], inner[(inner > low) & (inner < high)], [high]]))
+    return density_cells(curve.density, edges, positions=axis.positions(edges), level=level)
 
 
-def _zeros(density: SpectralDensity) -> str:
-    """The share of eigenvalues that are exactly zero, for a legend: the kernel shows them as a hill around zero."""
-    zeros = density.zero_share()
-    return f", {zeros:.0%} at 0" if zeros >= SHOWN_ZEROS else ""
+def limits(found: Sequence[DensityCells]) -> tuple[float, float]:
+    """The heights that the y axis shows, so that every cell is seen."""
+    tops = np.concatenate([cells.heights[1] for cells in found])
+    tops = tops[tops > 0]
+    if not len(tops):
+        return 0.1, 10.0
+    highest, lowest = float(tops.max()), float(tops.min())
+    lowest = max(lowest, 1e-14 * highest)
+    return 10.0 ** math.floor(math.log10(lowest) - 0.3), 4 * highest
 
 
-def _add_legend(ax: Axes, curves: Sequence[Curve], lines: list[Line2D]) -> None:
-    """A legend, in which repeated spectra of one kind share an entry, or a colour bar where training steps are many."""
-    from matplotlib.lines import Line2D
+def _draw_cells(ax: Axes, curve: Curve, cells: DensityCells, bottom: float) -> None:
+    """A box for each cell: filled between the bounds of its mean density, with a line, or hatched if unresolved."""
+    from matplotlib.collections import PolyCollection
 
-    first = {curve.step for curve in curves if not curve.repeated}
-    shared = [curve.repeated if curve.step in first else "" for curve in curves]
-    handles = [line for line, words in zip(lines, shared, strict=True) if not words]
-    if len(handles) > MAX_STEPS_IN_LEGEND and all(curve.step is not None for curve in curves):
-        step_bar(ax, max(curve.step or 0 for curve in curves))
-        handles = []
-    for words in dict.fromkeys(filter(None, shared)):
-        handles.append(Line2D([], [], color=TEXT_COLOUR, linewidth=1.5, linestyle=REPEATED_LINE, label=words))
-    if 0 < len(handles) <= MAX_LEGEND_ENTRIES:
-        legend_outside(ax, handles, [str(handle.get_label()) for handle in handles])
+    low, high = (np.maximum(heights, bottom) for heights in cells.heights)
+    left, right = cells.edges[:-1], cells.edges[1:]
+    boxes = np.stack([np.stack([left, right, right, left], 1), np.stack([low, low, high, high], 1)], axis=2)
+    some = cells.high > 0
+    known, other = some & cells.resolved, some & ~cells.resolved
+    fill = {"facecolor": curve.colour, "alpha": 0.3 * curve.opacity, "linewidth": 0}
+    ax.add_collection(PolyCollection(list(boxes[known]), hatch=curve.hatch or None, **fill))
+    hatched = {"facecolor": "none", "edgecolor": curve.colour, "hatch": UNRESOLVED_HATCH, "linewidth": 0.5}
+    ax.add_collection(PolyCollection(list(boxes[other]), alpha=0.55 * curve.opacity, **hatched))
+    xs, ys = _steps(cells.edges, np.where(known, np.sqrt(low * high), np.nan))
+    ax.plot(xs, ys, linewidth=1.5, label=curve.label, **curve.style)
+    if curve.marker:
+        ax.plot(_middles(cells)[known], np.sqrt(low * high)[known], curve.marker, color=curve.colour, markersize=3.5)
 
 
-def _linear_threshold(curves: Sequence[Curve], *, always: bool) -> float | None:
-    """Where a symmetric-log axis turns linear: the power of ten that holds half of the eigenvalues, typically.
+def _steps(edges: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The corners of a line that is level in each cell, and broken where a height is NaN."""
+    return np.repeat(edges, 2)[1:-1], np.repeat(heights, 2)
 
-    None where the largest eigenvalue is within a hundred times the median size, which a linear axis shows well.
+
+def _middles(cells: DensityCells) -> np.ndarray:
+    """The middles of the cells, (c,)."""
+    return (cells.edges[1:] + cells.edges[:-1]) / 2
+
+
+def _name_masses(ax: Axes, curve: Curve, cells: DensityCells, axis: EigenvalueAxis, bottom: float) -> None:
+    """Write the mass known to be inside into the wide unresolved cells, and "not resolved" into the widest."""
+    positions = axis.positions(cells.edges)
+    spans = np.diff(positions) / float(np.diff(axis.positions(np.array([axis.low, axis.high])))[0])
+    open_ = ~cells.resolved & (cells.high > 0)
+    if not open_.any():
+        return
+    n, widest = curve.density.dimension, int(np.where(open_, spans, 0).argmax())
+    for cell in np.flatnonzero(open_ & ((spans >= WIDE) | (np.arange(len(spans)) == widest))):
+        middle = (positions[cell] + positions[cell + 1]) / 2
+        x = middle if axis.threshold is None else axis.threshold * np.sinh(middle)
+        low, high = (max(float(heights[cell]), bottom) for heights in cells.heights)
+        words = mass_in_words(cells.low[cell], cells.high[cell], n) + ("\nnot resolved" if cell == widest else "")
+        turned = 90 if spans[cell] < 0.16 else 0
+        box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}
+        about = {"ha": "center", "va": "center", "fontsize": 7, "color": TEXT_COLOUR, "rotation": turned, "bbox": box}
+        ax.text(x, math.sqrt(low * high), words, clip_on=True, **about)
+
+
+def mass_in_words(low: float, high: float, n: int) -> str:
+    """Bounds on a share of eigenvalues in words: in per cent, or as a number where they are few.
+
+    Args:
+        low: The lower bound of the share.
+        high: The upper bound.
+        n: The number of all eigenvalues.
+
+    Returns:
+        The words, rounded outward.
+
+    Example:
+        >>> mass_in_words(0.62, 0.91, 1000), mass_in_words(0.0, 0.003, 1000), mass_in_words(0.002, 0.002, 1000)
+        ('62–91 %', '0–3', '2')
     """
-    medians = []
-    for curve in curves:
-        sizes, weights = np.abs(curve.density.nodes).ravel(), curve.density.weights.ravel()
-        order = sizes.argsort()
-        medians.append(sizes[order][np.searchsorted(weights[order].cumsum(), weights.sum() / 2)])
-    largest = max(float(np.abs(curve.density.nodes).max()) for curve in curves)
-    typical = max(float(np.median(medians)), 1e-8 * largest)
-    if largest == 0 or (largest < 100 * typical and not always):
-        return None
-    return 10.0 ** min(math.ceil(math.log10(typical)), math.floor(math.log10(largest)) - 1)
+    if high * n < 1000 and high < 0.02:
+        fewest, most = math.ceil(low * n - 1e-6), math.floor(high * n + 1e-6)
+        return f"{fewest}" if fewest == most else f"{fewest}–{most}"
+    digits = 0 if low >= 0.01 or low == 0 else 1
+    scale = 10**digits
+    fewest = math.floor(100 * low * scale + 1e-9) / scale
+    return f"{fewest:.{digits}f}–{math.ceil(100 * high - 1e-9)} %"
 
 
-def _grid(curves: Sequence[Curve], threshold: float | None, points: int = 1200) -> np.ndarray:
-    """Points evenly spaced as the axis shows them, over every node that carries weight in any curve, (points,)."""
-    lows, highs = [], []
-    for curve in curves:
-        used = curve.density.weights > 0
-        nodes, margin = curve.density.nodes[used], 3 * curve.density.bandwidths()[used]
-        lows.append((nodes - margin).min())
-        highs.append((nodes + margin).max())
-    low, high = float(min(lows)), float(max(highs))
-    if threshold is None:
-        return np.linspace(low, high, points)
-    return threshold * np.sinh(np.linspace(np.arcsinh(low / threshold), np.arcsinh(high / threshold), points))
+def _mark_known(ax: Axes, curve: Curve, bottom: float) -> None:
+    """A tick at the bottom for every eigenvalue that is known one by one, if they are few."""
+    known = curve.density.measure.known
+    values = known.values[known.values != 0]
+    if 0 < len(values) <= MOST_TICKS:
+        ax.plot(values, np.full(len(values), bottom), "|", color=curve.colour, markersize=9, alpha=0.8, clip_on=True)
 
 
-def _lowest_height(curves: Sequence[Curve], grid: np.ndarray, heights: Sequence[np.ndarray], top: float) -> float:
-    """Where the y axis starts: the power of ten below the height that nearly every single eigenvalue reaches."""
-    reached = []
-    for curve, height in zip(curves, heights, strict=True):
-        nodes = curve.density.nodes[curve.density.weights > 0.01 / curve.density.dimension]
-        reached.append(float(np.quantile(np.interp(nodes, grid, height), 0.02)))
-    return 10.0 ** math.floor(math.log10(max(min(reached), 1e-12 * top)))
+def _draw_zeros(ax: Axes, curve: Curve, cells: DensityCells, position: int, *, count: int) -> None:
+    """A bar at zero for the eigenvalues that are known to be zero, with an arrow and their share."""
+    if cells.zero_share == 0:
+        return
+    height = 0.97 - 0.065 * (position % 8)  # of the axes
+    mark: dict[str, Any] = {"color": curve.colour, "transform": ax.get_xaxis_transform(), "clip_on": False}
+    ax.plot([0, 0], [0, height], linewidth=2.4, alpha=0.55, solid_capstyle="butt", zorder=2.5, **mark)
+    ax.plot([0], [height], marker="^", markersize=6, linestyle="", zorder=2.6, **mark)
+    if count <= MOST_LABELLED:
+        words = f"   {100 * cells.zero_share:.3g} % exactly 0"
+        ax.text(0, height, words, transform=ax.get_xaxis_transform(), fontsize=7.5, color=curve.colour, va="center")

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from spectra.estimates.estimate import CONFIDENCE
 from spectra.estimates.quantities import ESTIMATES
 from spectra.runs.folder import Run
 from spectra.runs.series import available, modes, select, series
 from spectra.views import plots
-from spectra.views.densities import curves_of, draw_densities
+from spectra.views.curves import curves_of
+from spectra.views.densities import draw_densities
+from spectra.views.panels import figure_of
 from spectra.views.style import TITLE_WIDTH, literal, new_figure, note, wrapped
 from spectra.views.wording import describe, listed, sentence_case, unfinished_words
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 OF_A_MODE = (*ESTIMATES, "zero_share", "loss", "gradient_norm")  # other quantities do not depend on the mode
 LEFT_OUT = ("frobenius", "learning_rate")  # the Frobenius norm is rms times a constant
 FIRST = ("validation_loss", "training_loss")  # quantities whose figures come first
 MAX_PANELS = 2  # most panels of a figure
+RIDGE_STEPS = 3  # measured training steps from which a run has a ridge
+ABOUT = {
+    "cumulative": "Share of eigenvalues below each value, as a band that holds the whole curve with 95 % probability",
+    "tails": "Number of eigenvalues above t and below −t, as bands",
+}
 
 
 @dataclass(frozen=True)
@@ -60,18 +70,22 @@ def figures(run: Run) -> dict[str, Figure]:
 
 
 def density_pictures(run: Run) -> list[Picture]:
-    """A density figure for each group of runs and each Hessian mode, and one of all last spectra where runs are many.
+    """The figures of spectra: cumulative bands first, tails, densities, and ridges where there are several steps.
 
-    The runs of a group are side by side, two in a figure.
+    Bands and tails have a figure for each Hessian mode, with the last spectra of a group of runs in a panel. Densities
+    and ridges have the runs of a group side by side, two in a figure, and there is one of all last densities.
     """
-    pictures = []
     runs = [single for single in (run.runs or [run]) if any(map(single.keeps_density, single.measured))]
+    pictures = [_of_groups(kind, runs, mode, run) for kind in ABOUT for mode in _modes(runs)] if runs else []
     for mode in _modes(runs):
         having = [single for single in runs if mode is None or mode in modes(single)]
         for group, members in _groups(having).items():
             for first in range(0, len(members), MAX_PANELS):
                 name = ("density", group if run.runs else "", str(first or ""), mode)
-                pictures.append(_side_by_side(_file_name(*name), members[first : first + MAX_PANELS], mode))
+                beside = members[first : first + MAX_PANELS]
+                pictures.append(_side_by_side(_file_name(*name), beside, mode))
+                if any(len(select(single, mode=mode)) >= RIDGE_STEPS for single in beside):
+                    pictures.append(_ridges(_file_name("ridge", *name[1:]), beside, mode))
         if len(having) > 1:
             pictures.append(_last_spectra(having, mode, run))
     return _with_distinct_names(pictures)
@@ -99,16 +113,43 @@ def trajectory_pictures(run: Run) -> list[Picture]:
 def _side_by_side(name: str, runs: list[Run], mode: str | None) -> Picture:
     """The densities of runs along the training, a panel for each."""
     figure, axes = new_figure(len(runs))
-    draw_densities([(ax, curves_of(single, mode=mode)) for ax, single in zip(axes, runs, strict=True)])
-    for ax, single in zip(axes, runs, strict=True):
-        title = wrapped(literal(single.presentation.label), TITLE_WIDTH) if len(runs) > 1 else ""
-        lines = filter(None, (title, unfinished_words([single])))
-        ax.set_title("\n".join(lines), fontsize=11, loc="left")
+    draw_densities(
+        [(ax, curves_of(single, mode=mode)) for ax, single in zip(axes, runs, strict=True)], level=CONFIDENCE
+    )
+    _title(axes, runs)
+    for ax in axes:
         ax.label_outer()
     names = listed(single.presentation.label for single in runs)
     along = " along the training" if any(len(select(single, mode=mode)) > 1 for single in runs) else ""
     caption = f"Density of eigenvalues{along} of {names}, {_mode_in_words(runs, mode)}."
     return Picture(name, figure, caption, f"{caption} {_ends_in_words(runs, mode)}")
+
+
+def _of_groups(kind: str, runs: list[Run], mode: str | None, study: Run) -> Picture:
+    """The last spectra of runs, a panel for each group."""
+    having = [single for single in runs if mode is None or mode in modes(single)]
+    figure = figure_of(having, kind, mode=mode)
+    note(figure.axes[-1], unfinished_words([study]))
+    names = listed(single.presentation.label for single in having)
+    caption = f"{ABOUT[kind]}: the last spectrum of {names}, {_mode_in_words(having, mode)}."
+    return Picture(_file_name(kind, mode), figure, caption, f"{caption} {_ends_in_words(having, mode)}")
+
+
+def _ridges(name: str, runs: list[Run], mode: str | None) -> Picture:
+    """The densities of runs along the training, a row for each training step and a panel for each run."""
+    having = [single for single in runs if mode is None or mode in modes(single)]
+    figure = figure_of(having, "ridge", mode=mode, steps=None)
+    names = listed(single.presentation.label for single in having)
+    caption = f"Density of eigenvalues of {names}, a row for each training step, {_mode_in_words(having, mode)}."
+    return Picture(name, figure, caption, f"{caption} {_ends_in_words(having, mode)}")
+
+
+def _title(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
+    """The name of each run above its panel where there are several, and what is missing of it."""
+    for ax, single in zip(axes, runs, strict=True):
+        title = wrapped(literal(single.presentation.label), TITLE_WIDTH) if len(runs) > 1 else ""
+        lines = filter(None, (title, unfinished_words([single])))
+        ax.set_title("\n".join(lines), fontsize=11, loc="left")
 
 
 def _last_spectra(runs: list[Run], mode: str | None, study: Run) -> Picture:

@@ -5,8 +5,9 @@ Where a run or a study lacks part of what its config.json plans, a figure says s
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,52 +16,30 @@ import numpy as np
 
 from spectra.backend.errors import InputError
 from spectra.estimates.estimate import CONFIDENCE
+from spectra.operators.hessian.operator import HessianOperator
 from spectra.runs.folder import HasRun, Run, open_run
-from spectra.runs.series import Point, Series, Steps, as_runs, series
-from spectra.views.densities import Curve, curves_of, draw_bands, draw_densities
-from spectra.views.style import TEXT_COLOUR, legend_outside, literal, new_axes, note, run_style, tidy
-from spectra.views.wording import axis_name, unfinished_words
+from spectra.runs.series import Steps
+from spectra.views.cumulative import draw_bands
+from spectra.views.curves import Curve, curves_of, reasons
+from spectra.views.densities import draw_densities
+from spectra.views.directions import (
+    Direction,
+    default_radius,
+    directions_of,
+    draw_loss_along,
+    draw_weights,
+    most_layers,
+    weights_by_layer,
+)
+from spectra.views.directions import loss_along as loss_on_line
+from spectra.views.ridges import draw_ridges
+from spectra.views.style import forget, new_axes, note
+from spectra.views.tails import draw_tails
+from spectra.views.trajectories import all_series, draw_trajectories, runs_shown
+from spectra.views.wording import unfinished_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-def density(
-    spectra: Any,
-    *,
-    ax: Axes | None = None,
-    mode: str | None = None,
-    steps: Steps = None,
-    bandwidth: float | None = None,
-    labels: Sequence[str] | None = None,
-    scale: str = "auto",
-) -> Axes:
-    """Draw the density of eigenvalues over the eigenvalue, with a logarithmic y axis and a curve for each record.
-
-    The curves of one run are coloured by training step. Those of several runs have the colour and line that the runs'
-    presentation names, else a colour for each run.
-
-    Args:
-        spectra: A run, a study (all of its runs), the folder of either, a SpectralDensity, or a list of these.
-        ax: Where to draw; by default on a new figure.
-        mode: The Hessian mode; by default each run's first.
-        steps: The training steps whose spectra are drawn: one or several, None for all, "last" for the last record.
-        bandwidth: Standard deviation of the kernel, in units of the eigenvalues; see `SpectralDensity.density`.
-        labels: A label for each curve, in place of training steps and names of runs.
-        scale: Scale of the x axis: "linear", "symlog" (linear near zero, logarithmic beyond) or "auto". "auto" is
-            "symlog" where a few outliers would leave the other eigenvalues too little width.
-
-    Returns:
-        The axes.
-
-    Raises:
-        InputError: There is nothing to draw, the scale is not known, or labels and curves differ in number.
-    """
-    curves = _with_labels(curves_of(spectra, mode=mode, steps=steps), labels)
-    ax = new_axes() if ax is None else ax
-    draw_densities([(ax, curves)], bandwidth=bandwidth, scale=scale)
-    note(ax, _unfinished(spectra))
-    return ax
 
 
 def cumulative(
@@ -72,13 +51,17 @@ def cumulative(
     level: float = CONFIDENCE,
     labels: Sequence[str] | None = None,
     scale: str = "symlog",
+    legend: str = "auto",
 ) -> Axes:
     """Draw the share of eigenvalues below each value as a band that holds the whole curve, for each record.
 
-    The line is `SpectralDensity.cumulative`, kept inside the band. Colours and lines are those of `density`.
+    A line is drawn in the middle of the band where its half-width is at most .05; elsewhere the band is all that is
+    known. The curves of one run are coloured by training step. Those of several runs have the colour and line that the
+    runs' presentation names, else a colour for each run, and a marker and a hatch each.
 
     Args:
-        spectra: A run, a study (all of its runs), the folder of either, a SpectralDensity, or a list of these.
+        spectra: A run, a probe, a study (all of its runs), a folder of a run or a study, a SpectralDensity, or a list
+            of these.
         ax: Where to draw; by default on a new figure.
         mode: The Hessian mode; by default each run's first.
         steps: The training steps whose spectra are drawn: one or several, None for all, "last" for the last record.
@@ -86,32 +69,159 @@ def cumulative(
         labels: A label for each curve, in place of training steps and names of runs.
         scale: Of the x axis: "symlog" (linear near zero, logarithmic beyond), "linear", or "auto", which is "symlog"
             where outliers would press the other eigenvalues into a line.
+        legend: "outside" the axes, "inside", "none", or "auto" for inside in narrow axes and outside of wide ones.
 
     Returns:
         The axes.
 
     Raises:
-        InputError: There is nothing to draw, the scale or the level is none, or labels and curves differ in number.
+        InputError: There is nothing to draw, an option is not known, or labels and curves differ in number.
     """
     curves = _with_labels(curves_of(spectra, mode=mode, steps=steps), labels)
-    ax = new_axes() if ax is None else ax
-    draw_bands(ax, curves, level=level, scale=scale)
-    note(ax, _unfinished(spectra))
+    with _axes(ax) as ax:
+        draw_bands(ax, curves, level=level, scale=scale, legend=legend)
+        note(ax, _remarks(spectra, curves))
     return ax
 
 
-def trajectory(runs: Any, quantity: str, *, ax: Axes | None = None, mode: str | None = None) -> Axes:
-    """Draw a quantity over training steps: a line for each run, with its 95 % interval as a band.
+def tails(
+    spectra: Any,
+    *,
+    ax: Axes | None = None,
+    mode: str | None = None,
+    steps: Steps = "last",
+    level: float = CONFIDENCE,
+    labels: Sequence[str] | None = None,
+    side: str = "both",
+    legend: str = "auto",
+) -> Axes:
+    """Draw the number of eigenvalues above t, and below -t, over t, on logarithmic axes, as bands.
 
-    A hollow marker is an unresolved estimate. A dotted vertical line joins two measurements at the same training step.
-    A reference run with a single measurement is a horizontal line. Runs without the quantity are left out if another
-    run has it.
+    The bands follow from those of `cumulative`. An eigenvalue that is known, such as a deflated outlier, is a step of
+    height 1. What lies below -t is dashed and hatched. A line is drawn where the number is known to a factor of 2.5.
 
     Args:
-        runs: A run, a study (all of its runs), the folder of either, or a list of these.
+        spectra: What `cumulative` takes.
+        ax: Where to draw; by default on a new figure.
+        mode: The Hessian mode; by default each run's first.
+        steps: The training steps whose spectra are drawn: one or several, None for all, "last" for the last record.
+        level: The probability with which the bands of a spectrum hold for all t at once.
+        labels: A label for each spectrum, in place of training steps and names of runs.
+        side: "above", "below" or "both".
+        legend: See `cumulative`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: There is nothing to draw, an option is not known, or labels and curves differ in number.
+    """
+    curves = _with_labels(curves_of(spectra, mode=mode, steps=steps), labels)
+    with _axes(ax) as ax:
+        draw_tails(ax, curves, level=level, side=side, legend=legend)
+        note(ax, _remarks(spectra, curves))
+    return ax
+
+
+def density(
+    spectra: Any,
+    *,
+    ax: Axes | None = None,
+    mode: str | None = None,
+    steps: Steps = None,
+    level: float = CONFIDENCE,
+    labels: Sequence[str] | None = None,
+    scale: str = "auto",
+    legend: str = "auto",
+) -> Axes:
+    """Draw the density of eigenvalues where it is resolved, and the mass known to be inside where it is not.
+
+    The figure is a histogram whose cells are merged until the mass in each is known
+    (`spectra.estimates.cells.density_cells`). A cell is filled between the bounds of its mean density, which hold for
+    all cells at once. It is hatched where the mass is not known to a factor of 2.5, or the cell is too wide to show the
+    shape of the density inside. Eigenvalues that are known to be zero are a bar at zero with their share; those that
+    are known one by one are ticks at the bottom. Nothing is drawn beyond the smallest and the largest eigenvalue. For a
+    density smoothed by a kernel see `SpectralDensity.density`.
+
+    Args:
+        spectra: What `cumulative` takes.
+        ax: Where to draw; by default on a new figure.
+        mode: The Hessian mode; by default each run's first.
+        steps: The training steps whose spectra are drawn: one or several, None for all, "last" for the last record.
+        level: The probability with which all masses of a spectrum lie in their intervals.
+        labels: A label for each curve, in place of training steps and names of runs.
+        scale: Scale of the x axis: "linear", "symlog" (linear near zero, logarithmic beyond) or "auto". "auto" is
+            "symlog" where a few outliers would leave the other eigenvalues too little width.
+        legend: See `cumulative`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: There is nothing to draw, an option is not known, or labels and curves differ in number.
+    """
+    curves = _with_labels(curves_of(spectra, mode=mode, steps=steps), labels)
+    with _axes(ax) as ax:
+        draw_densities([(ax, curves)], level=level, scale=scale, legend=legend)
+        note(ax, _remarks(spectra, curves))
+    return ax
+
+
+def ridge(
+    spectra: Any,
+    *,
+    ax: Axes | None = None,
+    mode: str | None = None,
+    steps: Steps = None,
+    level: float = CONFIDENCE,
+    labels: Sequence[str] | None = None,
+    scale: str = "auto",
+    legend: str = "auto",
+) -> Axes:
+    """Draw densities one above another, a row for each record, the first at the bottom.
+
+    Each row is a density as `density` draws it, with a logarithmic height above its base line. The dark part of a cell
+    lies between the bounds of its mean density. Of more than 16 records, 16 evenly spaced ones are drawn.
+
+    Args:
+        spectra: What `cumulative` takes.
+        ax: Where to draw; by default on a new figure.
+        mode: The Hessian mode; by default each run's first.
+        steps: The training steps whose spectra are drawn: one or several, None for all, "last" for the last record.
+        level: The probability with which all masses of a spectrum lie in their intervals.
+        labels: A label for each row, in place of training steps and names of runs.
+        scale: Scale of the x axis; see `density`.
+        legend: "none" leaves out what hatching means; else it stands inside.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: There is nothing to draw, an option is not known, or labels and rows differ in number.
+    """
+    curves = _with_labels(curves_of(spectra, mode=mode, steps=steps), labels)
+    with _axes(ax) as ax:
+        draw_ridges([(ax, curves)], level=level, scale=scale, legend=legend)
+        note(ax, _remarks(spectra, curves))
+    return ax
+
+
+def trajectory(
+    runs: Any, quantity: str, *, ax: Axes | None = None, mode: str | None = None, legend: str = "auto"
+) -> Axes:
+    """Draw a quantity over training steps: a line for each run, with its 95 % interval as a band.
+
+    An unresolved estimate is pale: a bar for its interval and a hollow marker, without a line. A dotted vertical line
+    joins two measurements at the same training step. A reference run with a single measurement is a horizontal line.
+    Runs without the quantity are left out if another run has it.
+
+    Args:
+        runs: A run, a probe, a study (all of its runs), a folder of a run or a study, a list of these, a list of
+            records, or a list of SpectralDensity, whose positions in the list stand for training steps.
         quantity: An estimate such as "rms", "loss", or a key of the records' extras or of the telemetry.
         ax: Where to draw; by default on a new figure.
         mode: The Hessian mode; by default each run's first.
+        legend: See `cumulative`.
 
     Returns:
         The axes.
@@ -119,26 +229,119 @@ def trajectory(runs: Any, quantity: str, *, ax: Axes | None = None, mode: str | 
     Raises:
         InputError: No run has the quantity; the message lists what there is.
     """
-    from matplotlib.ticker import MaxNLocator
-
-    found = as_runs(runs)
-    drawn = _all_series(found, quantity, mode)
-    ax = new_axes() if ax is None else ax
-    ax.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
-    for position, (run, line) in enumerate(drawn):
-        style, label = run_style(run, position), literal(run.presentation.label)
-        if run.presentation.reference and len(line.points) == 1 and len(drawn) > 1:
-            _draw_level(ax, line.points[0], style, label=label)
-        else:
-            _draw_line(ax, line, style, label=label, opacity=0.16 if len(drawn) < 3 else 0.1)
-    points = [point for _, line in drawn for point in line.points]
-    _limit_y(ax, quantity, points)
-    ax.set_xlabel("training step")
-    ax.set_ylabel(literal(axis_name(found, quantity)))
-    tidy(ax)
-    _add_legend(ax, unresolved=any(not point.estimate.resolved for point in points))
-    note(ax, _unfinished(runs))
+    found = runs_shown(runs)
+    drawn = all_series(found, quantity, mode)
+    with _axes(ax) as ax:
+        draw_trajectories(ax, found, drawn, quantity, legend=legend)
+        note(ax, _unfinished(runs))
     return ax
+
+
+def loss_along(
+    op: HessianOperator,
+    vectors: Any,
+    *,
+    ax: Axes | None = None,
+    radius: float | None = None,
+    points: int = 21,
+    labels: Sequence[str] | None = None,
+    legend: str = "auto",
+) -> Axes:
+    """Draw the loss along vectors through the current weights, with the quadratic that the curvature predicts.
+
+    The losses are those of the operator's batches at theta + s v for unit vectors v. The dashed lines are
+    L + s g . v + s^2 v . H v / 2. The model's weights are not touched.
+
+    Args:
+        op: The Hessian of the loss.
+        vectors: `Eigenpairs` from `spectra.topk`, of which the pairs with the smallest and the largest eigenvalue are
+            drawn; or a vector (n,), or vectors in the columns of (n, k).
+        ax: Where to draw; by default on a new figure.
+        radius: How far the vectors are followed to both sides, in units of the parameters. By default until the
+            quadratic term of the steepest one is a tenth of the loss, at most a tenth of the norm of the weights.
+        points: How many losses are computed along each vector.
+        labels: A label for each vector.
+        legend: See `cumulative`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: The operator has no loss, the vectors do not fit it, or an option is out of range.
+    """
+    directions = _directions(op, vectors, labels)
+    if points < 2:
+        raise InputError(f"two points or more are expected along a vector, got points={points}")
+    reach = default_radius(op, directions) if radius is None else radius
+    if not 0 < reach < math.inf:
+        raise InputError(f"the radius must be positive and finite, got {reach}")
+    distances = np.linspace(-reach, reach, points)
+    found = [(direction, loss_on_line(op, direction, distances)) for direction in directions]
+    with _axes(ax) as ax:
+        draw_loss_along(ax, found, legend=legend)
+    return ax
+
+
+def weight_by_layer(
+    op: HessianOperator,
+    vectors: Any,
+    *,
+    ax: Axes | None = None,
+    labels: Sequence[str] | None = None,
+    legend: str = "auto",
+) -> Axes:
+    """Draw how much of each vector lies in each layer: the part of its squared norm.
+
+    A tick marks the part of the parameters that a layer has, which is the part that a random vector would have there.
+    Of more than 40 layers, or than have room, the innermost are merged.
+
+    Args:
+        op: The Hessian, which knows the names of the parameters.
+        vectors: What `loss_along` takes.
+        ax: Where to draw; by default on a new figure.
+        labels: A label for each vector.
+        legend: See `cumulative`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: The operator is not that of a model, or the vectors do not fit it.
+    """
+    directions = _directions(op, vectors, labels)
+    with _axes(ax) as ax:
+        names, parts, sizes = weights_by_layer(op, directions, most=most_layers(ax))
+        draw_weights(ax, names, parts, sizes, [direction.label for direction in directions], legend=legend)
+    return ax
+
+
+def _directions(op: Any, vectors: Any, labels: Sequence[str] | None) -> list[Direction]:
+    """The vectors with the caller's labels, where there are any."""
+    if not isinstance(op, HessianOperator):
+        raise InputError(f"a HessianOperator is expected, which has a loss and parameters, got {type(op).__name__}")
+    directions = directions_of(op, vectors)
+    if labels is None:
+        return directions
+    if len(labels) != len(directions):
+        raise InputError(f"expected one label for each of the {len(directions)} vectors, got {len(labels)}")
+    return [replace(one, label=label) for one, label in zip(directions, labels, strict=True)]
+
+
+@contextlib.contextmanager
+def _axes(ax: Axes | None) -> Iterator[Axes]:
+    """The caller's axes, or new ones, which are closed again where drawing fails."""
+    drawn = new_axes() if ax is None else ax
+    try:
+        yield drawn
+    except BaseException:
+        if ax is None:
+            forget(drawn)
+        raise
+
+
+def _remarks(shown: Any, curves: Sequence[Curve]) -> str:
+    """What stands above a figure: what is missing of what was planned, and what cannot be relied on."""
+    return "; ".join(filter(None, (_unfinished(shown), reasons(curves))))
 
 
 def _unfinished(shown: Any) -> str:
@@ -154,77 +357,3 @@ def _with_labels(curves: list[Curve], labels: Sequence[str] | None) -> list[Curv
     if len(labels) != len(curves):
         raise InputError(f"expected one label for each of the {len(curves)} curves, got {len(labels)}")
     return [replace(curve, label=label, step=None, repeated="") for curve, label in zip(curves, labels, strict=True)]
-
-
-def _all_series(runs: Sequence[Run], quantity: str, mode: str | None) -> list[tuple[Run, Series]]:
-    """The series of every run that has the quantity. Raises the last run's InputError where none has it."""
-    drawn, refusal = [], InputError("there is no run to draw: give one run or more")
-    for run in runs:
-        try:
-            drawn.append((run, series(run, quantity, mode=mode)))
-        except InputError as error:
-            refusal = error
-    if not drawn:
-        raise refusal
-    return drawn
-
-
-def _draw_level(ax: Axes, point: Point, style: dict[str, Any], *, label: str) -> None:
-    """A level line across the axes, with its interval as a band."""
-    estimate = point.estimate
-    ax.axhline(estimate.value, linewidth=1.2, label=label, **style)
-    if math.isfinite(estimate.low) and math.isfinite(estimate.high):
-        ax.axhspan(estimate.low, estimate.high, color=style["color"], alpha=0.06, linewidth=0)
-
-
-def _draw_line(ax: Axes, line: Series, style: dict[str, Any], *, label: str, opacity: float) -> None:
-    """A line through a run's points, cut where two share a training step; with markers and intervals if measured."""
-    pieces: list[list[Point]] = [[]]
-    for point in line.points:
-        if point.again and pieces[-1]:
-            values = [pieces[-1][-1].estimate.value, point.estimate.value]
-            ax.plot([point.step] * 2, values, color=style["color"], linestyle=":", linewidth=1.6)
-            pieces.append([])
-        pieces[-1].append(point)
-    for piece in pieces:
-        steps = [point.step for point in piece]
-        values = [point.estimate.value for point in piece]
-        ax.plot(steps, values, linewidth=1.6 if len(line.points) < 100 else 1.0, label=label, **style)
-        label = "_"  # matplotlib leaves a label that begins with _ out of the legend, so that it names a run once
-        if line.measured:
-            _draw_intervals(ax, piece, style["color"], opacity)
-
-
-def _draw_intervals(ax: Axes, piece: list[Point], colour: str, opacity: float) -> None:
-    """A band from the low to the high ends, a bar for a single point, and a marker at each value."""
-    steps = [point.step for point in piece]
-    lows, highs = (np.array([getattr(point.estimate, side) for point in piece]) for side in ("low", "high"))
-    known = np.isfinite(lows) & np.isfinite(highs)
-    if len(piece) > 1:
-        alpha = opacity if all(point.estimate.resolved for point in piece) else opacity / 2
-        ax.fill_between(steps, lows, highs, where=known, color=colour, alpha=alpha, linewidth=0)
-    else:
-        ax.vlines(np.array(steps)[known], lows[known], highs[known], color=colour, alpha=0.35, linewidth=3)
-    for point in piece:
-        face = colour if point.estimate.resolved else "white"
-        ax.plot(point.step, point.estimate.value, "o", markersize=4.5, color=colour, markerfacecolor=face, zorder=3)
-
-
-def _limit_y(ax: Axes, quantity: str, points: Sequence[Point]) -> None:
-    """A logarithmic axis where values span decades; a share stays within 0 and 1."""
-    values = [point.estimate.value for point in points if math.isfinite(point.estimate.value)]
-    if values and min(values) > 0 and max(values) > 30 * min(values):
-        ax.set_yscale("log")
-    elif quantity.endswith("share"):
-        low, high = ax.get_ylim()
-        ax.set_ylim(max(low, -0.02), min(high, 1.02))
-
-
-def _add_legend(ax: Axes, *, unresolved: bool) -> None:
-    """A legend with the names of the runs and the meaning of a hollow marker, if there are two entries or more."""
-    handles, labels = ax.get_legend_handles_labels()
-    if unresolved:
-        handles.append(ax.plot([], [], "o", markerfacecolor="white", markeredgecolor=TEXT_COLOUR, markersize=5)[0])
-        labels.append("unresolved")
-    if len(handles) > 1:
-        legend_outside(ax, handles, labels)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spectra.backend.errors import InputError
 from spectra.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -18,11 +19,18 @@ if TYPE_CHECKING:
 # The palette of Okabe and Ito (Color Universal Design, 2008), whose colours people with any colour vision distinguish.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 REFERENCE_STYLE = {"color": "#000000", "linestyle": "dashdot"}
+# What tells lines and bands apart without colour. Runs of one colour differ in their lines, so these follow the line.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+HATCHES = ("", "xxx", "+++", "|||", "---")  # of lines: dots make an SVG of a megabyte
+MARKERS_ALONG = 9  # markers along a line
+UNRESOLVED_HATCH = "////"
 REPEATED_LINE = (0, (2, 1))  # line style of a second spectrum at the same training step
 MAX_STEPS_IN_LEGEND = 9  # more training steps get a colour bar
 MAX_LEGEND_ENTRIES = 22  # as many as fit beside a panel
 LEGEND_WIDTH, TITLE_WIDTH = 32, 40  # characters a line
 PANEL = (7.2, 4.2)  # inches
+NARROW = 4.0  # inches; the legend of narrower axes is inside
+LEGENDS = ("auto", "outside", "inside", "none")
 TEXT_COLOUR, AXIS_COLOUR, GRID_COLOUR = "#333333", "#999999", "#dddddd"
 
 
@@ -44,6 +52,25 @@ def run_style(run: Run, position: int = 0) -> dict[str, Any]:
     if shown.reference:
         style = dict(REFERENCE_STYLE)
     return {"color": shown.color or style["color"], "linestyle": shown.line or style["linestyle"]}
+
+
+def run_marks(run: Run, position: int = 0) -> tuple[str, str]:
+    """Marker and hatch of a run, which follow its line where its presentation names one, else its position.
+
+    Args:
+        run: The run that is drawn.
+        position: Its place among the runs of the figure, from 0.
+
+    Returns:
+        The marker and the hatch, "" for none.
+    """
+    shown = run.presentation
+    if shown.reference:
+        return "", ""
+    if shown.line is None:
+        return MARKERS[position % len(MARKERS)], HATCHES[position % len(HATCHES)]
+    kind = 0 if shown.line in ("solid", "-") else 1
+    return MARKERS[kind], HATCHES[kind]
 
 
 def literal(text: str) -> str:
@@ -80,20 +107,28 @@ def new_axes() -> Axes:
     return plt.subplots(figsize=PANEL, layout="constrained")[1]
 
 
-def new_figure(panels: int = 1) -> tuple[Figure, list[Axes]]:
+def forget(ax: Axes) -> None:
+    """Close the figure of axes that `new_axes` made."""
+    import matplotlib.pyplot as plt
+
+    plt.close(ax.figure)  # type: ignore[arg-type]
+
+
+def new_figure(panels: int = 1, *, share_y: bool = True) -> tuple[Figure, list[Axes]]:
     """A figure for saving. It is not registered with pyplot, so it need not be closed.
 
     Args:
-        panels: How many axes it has, in a row; they share their ranges.
+        panels: How many axes it has, in a row; they share their ranges of x.
+        share_y: Whether they share their ranges of y too.
 
     Returns:
         The figure and its axes, from left to right.
     """
     from matplotlib.figure import Figure
 
-    width = PANEL[0] if panels == 1 else 6.0 * panels
+    width = PANEL[0] if panels == 1 else max(12.0, 4.2 * panels)
     figure = Figure(figsize=(width, PANEL[1]), layout="constrained")
-    return figure, list(figure.subplots(1, panels, squeeze=False, sharex=True, sharey=True)[0])
+    return figure, list(figure.subplots(1, panels, squeeze=False, sharex=True, sharey=share_y)[0])
 
 
 def rendered(figure: Figure, kind: str, **options: Any) -> bytes:
@@ -116,13 +151,27 @@ def rendered(figure: Figure, kind: str, **options: Any) -> bytes:
 
 
 def tidy(ax: Axes) -> None:
-    """A light grid behind the data and no box around it."""
+    """A light grid behind the data, no box around it, and names of axes in lines that fit."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(AXIS_COLOUR)
     ax.grid(True, which="major", color=GRID_COLOUR, linewidth=0.6, alpha=0.7)
     ax.set_axisbelow(True)
-    ax.tick_params(colors=TEXT_COLOUR, labelsize=9, which="both")
+    width, height = inches(ax)
+    size = 9 if width >= NARROW else 7.5
+    ax.tick_params(colors=TEXT_COLOUR, labelsize=size, which="both")
     ax.tick_params(which="minor", length=2, color="#bbbbbb")
+    for label, length in ((ax.xaxis.label, width), (ax.yaxis.label, height)):
+        label.set_fontsize(size + 1)
+        letters = int(length * 72 / (0.55 * (size + 1)))
+        label.set_text("\n".join(wrap(label.get_text(), max(letters, 10), break_long_words=False)))
+
+
+def inches(ax: Axes) -> tuple[float, float]:
+    """Width and height of axes as far as the figure has laid them out."""
+    figure = ax.figure
+    box = ax.get_position()
+    width, height = figure.get_figwidth(), figure.get_figheight()  # type: ignore[union-attr]
+    return box.width * width, box.height * height
 
 
 def note(ax: Axes, words: str) -> None:
@@ -152,10 +201,32 @@ def symlog_axis(ax: Axes, low: float, high: float, threshold: float) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def legend_outside(ax: Axes, handles: list[Any], labels: list[str]) -> None:
-    """A small legend to the right of the axes, where it covers no data."""
+def add_legend(ax: Axes, handles: list[Any], labels: list[str], place: str = "auto") -> None:
+    """A small legend where it covers no data: to the right of the axes, or inside narrow ones.
+
+    Args:
+        ax: The axes.
+        handles: What matplotlib draws beside the labels.
+        labels: The labels.
+        place: "outside", "inside", "none", or "auto" for what the width of the axes asks for.
+
+    Raises:
+        InputError: The place is not known.
+    """
+    if place not in LEGENDS:
+        raise InputError(f"expected a legend of {', '.join(LEGENDS)}, got {place!r}")
+    if place == "none" or not handles:
+        return
+    if place == "auto":
+        place = "outside" if inches(ax)[0] >= NARROW and len(handles) > 1 else "inside"
     labels = [wrapped(label, LEGEND_WIDTH) for label in labels]
-    ax.legend(handles, labels, frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+    if place == "outside":
+        ax.legend(handles, labels, frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+        return
+    inside = {"frameon": True, "framealpha": 0.8, "edgecolor": "none", "borderpad": 0.2, "labelspacing": 0.25}
+    ax.legend(
+        handles, labels, fontsize=8 if inches(ax)[0] >= NARROW else 6.5, loc="best", handlelength=1.8, **inside
+    ).set_zorder(10)
 
 
 def step_bar(ax: Axes, last: int) -> None:

@@ -240,12 +240,19 @@ def test_questions_to_a_density(name, number, other):
 
 
 @fuzzed
-@given(draw=st.sampled_from(["density", "cumulative", "trajectory"]), word=WORDS, number=REALS, steps=COUNTS)
+@given(
+    draw=st.sampled_from(["density", "cumulative", "tails", "ridge", "trajectory"]),
+    word=WORDS,
+    number=REALS,
+    steps=COUNTS,
+)
 def test_figures(run_folder, draw, word, number, steps):
     import matplotlib.pyplot as plt
 
     given_ = {
-        "density": {"mode": word, "steps": steps, "bandwidth": number, "scale": word},
+        "density": {"mode": word, "steps": steps, "level": number, "scale": word, "legend": word},
+        "ridge": {"mode": word, "steps": steps, "level": number, "scale": word},
+        "tails": {"mode": word, "steps": steps, "level": number, "side": word},
         "cumulative": {"mode": word, "steps": steps, "level": number, "scale": word},
         "trajectory": {"quantity": word, "mode": word},
     }[draw]

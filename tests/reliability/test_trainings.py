@@ -60,7 +60,9 @@ def trainer_of(folder, callback, *, kind=transformers.Trainer, data=None, collat
 
 
 def without_times(log):
-    return [{key: value for key, value in entry.items() if not key.endswith(TIMES)} for entry in log]
+    """A log without times, and without the entries that hold a spectrum."""
+    own = [entry for entry in log if not any(key.startswith("spectra/") for key in entry)]
+    return [{key: value for key, value in entry.items() if not key.endswith(TIMES)} for entry in own]
 
 
 def left_by(folder, trainer):

@@ -47,6 +47,20 @@ assert "transformers" in sys.modules
     fresh(program)
 
 
+def test_lightning_that_is_not_installed_is_said_in_one_line():
+    program = """
+import importlib.util
+found = importlib.util.find_spec
+hidden = ("lightning", "pytorch_lightning")
+importlib.util.find_spec = lambda name, *rest: None if name in hidden else found(name, *rest)
+try:
+    import spectra.integrations.lightning
+except ImportError as error:
+    print(error)
+"""
+    assert fresh(program) == 'pytorch_lightning is not installed: pip install "spectra-qat[lightning]"\n'
+
+
 @pytest.mark.parametrize("name", spectra.__all__)
 def test_every_public_name_is_there_and_documented(name):
     assert getattr(spectra, name).__doc__

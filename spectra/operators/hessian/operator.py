@@ -200,6 +200,23 @@ class HessianOperator(LinearOperator):
         self._prepare(thorough=True)
         return self._graphs.loss()
 
+    def loss_at(self, offset: torch.Tensor) -> float:
+        """L at theta + offset. The weights stay as they are: stand-ins take their place in the forward passes.
+
+        Args:
+            offset: (n,) what is added to the chosen parameters.
+
+        Returns:
+            The loss on all batches.
+
+        Raises:
+            InputError: For another shape.
+        """
+        if offset.shape != (self.shape[0],):
+            raise InputError(f"an offset ({self.shape[0]},) is expected, got {tuple(offset.shape)}")
+        self._prepare(thorough=True)
+        return self._graphs.loss_at(offset=offset.detach().to(device=self.device, dtype=self.dtype))
+
     def gradient(self) -> torch.Tensor:
         """dL/d theta at the current weights, (n,)."""
         self._prepare(thorough=True)

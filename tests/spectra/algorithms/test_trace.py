@@ -256,3 +256,24 @@ def test_products_are_taken_in_blocks_that_fit_in_memory(monkeypatch):
     for block_size in (1, 4, 50):
         monkeypatch.setattr(traces, "probe_block_size", lambda op, steps, deflated, size=block_size: size)
         torch.testing.assert_close(traces._multiply(op, vectors), vectors @ op.matrix)
+
+
+def test_hutchinsons_samples_have_the_mean_and_the_interval_of_the_trace():
+    op = spectra.DiagonalOperator(np.append(np.linspace(0, 1, 500), [30.0, 20.0]))
+    samples, estimate = traces.hutchinson_samples(op, probes=35, seed=3)
+    assert estimate == spectra.trace(op, probes=35, seed=3)
+    assert len(samples) == 35
+    assert samples.mean() == pytest.approx(estimate.value, rel=1e-12)
+    exact, certain = traces.hutchinson_samples(op, probes=502)
+    assert exact.tolist() == [certain.value]
+    assert certain.value == pytest.approx(300, rel=1e-9)
+
+
+def test_hutchinsons_samples_end_where_the_interval_is_narrow_enough():
+    op = spectra.DiagonalOperator(np.linspace(0.5, 1.5, 4000))
+    samples, estimate = traces.hutchinson_samples(op, probes=1000, tol=0.01)
+    assert len(samples) in (10, 20, 40)
+    assert estimate.products == len(samples)
+    assert estimate.half_width <= 0.01 * estimate.value
+    with pytest.raises(spectra.InputError, match="at least one product"):
+        traces.hutchinson_samples(op, probes=0)

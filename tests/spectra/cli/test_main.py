@@ -108,9 +108,9 @@ def test_a_measured_run_is_drawn_and_reported(model, text, tmp_path, capsys):
     assert main(["plot", str(out)]) == 0
     assert main(["plot", str(out), "--quantity", "trace", "--out", str(tmp_path / "new" / "t.svg")]) == 0
     assert main(["report", str(out), "--title", "Mine"]) == 0
-    density, trajectory, page = capsys.readouterr().out.splitlines()
-    assert density == str(out / "density.png")
-    assert Path(density).read_bytes().startswith(b"\x89PNG")
+    bands, trajectory, page = capsys.readouterr().out.splitlines()
+    assert bands == str(out / "cumulative.png")
+    assert Path(bands).read_bytes().startswith(b"\x89PNG")
     assert "<svg" in Path(trajectory).read_text()
     assert "<h1>Mine</h1>" in Path(page).read_text()
 
@@ -118,7 +118,33 @@ def test_a_measured_run_is_drawn_and_reported(model, text, tmp_path, capsys):
 def test_a_study_is_drawn_by_its_last_spectra(tmp_path, capsys):
     study = run_folders.study_folder(tmp_path / "study", bits=(2,))
     assert main(["plot", str(study.folder)]) == 0
-    assert (study.folder / "density.png").is_file()
+    assert (study.folder / "cumulative.png").is_file()
+
+
+@pytest.mark.parametrize("kind", ["cumulative", "tails", "density", "ridge"])
+def test_the_name_of_an_image_says_what_is_drawn(kind, tmp_path, capsys):
+    run = run_folders.run_folder(tmp_path / "a", modes=("ste", "latent"))
+    other = run_folders.run_folder(tmp_path / "b", modes=("latent",))
+    folders = [str(run.folder), str(other.folder)]
+    capsys.readouterr()
+    assert main(["plot", folders[0], "--kind", kind, "--step", "0", "20"]) == 0
+    assert main(["plot", *folders, "--kind", kind, "--mode", "latent"]) == 0
+    found = [Path(line).name for line in capsys.readouterr().out.splitlines()]
+    assert found == [f"{kind}-ste-step-0-20.png", f"{kind}-latent-with-b.png"]
+    assert all((run.folder / name).is_file() for name in found)
+
+
+def test_options_of_plot_that_contradict_each_other_are_refused(tmp_path, capsys):
+    run = str(run_folders.run_folder(tmp_path / "a").folder)
+    capsys.readouterr()
+    for options, words in (
+        (["--kind", "trajectory"], "goes with --quantity, got --kind trajectory and no --quantity"),
+        (["--kind", "tails", "--quantity", "rms"], "got --kind tails and --quantity rms"),
+        (["--quantity", "rms", "--step", "0"], "leave one out"),
+        (["--step", "first"], "expected training steps, 'last' or 'all' after --step, got first"),
+        (["--step", "7"], "has no spectrum of step 7: choose among 0, 10, 20"),
+    ):
+        assert words in refused(capsys, main(["plot", run, *options]))
 
 
 def test_compare_says_what_changed(tmp_path, capsys):
@@ -250,7 +276,7 @@ def interrupt(*given, **options):
 @pytest.mark.parametrize(
     ("command", "place", "words"),
     [
-        (["plot"], "spectra.views.plots.density", "no image was written"),
+        (["plot"], "spectra.views.panels.figure_of", "no image was written"),
         (["plot", "--quantity", "rms"], "spectra.views.style.rendered", "no image was written"),
         (["plot", "--out", "{run}/x.pdf"], "os.replace", "no image was written"),
         (["report"], "spectra.views.page.density_pictures", "no report was written"),
@@ -270,7 +296,7 @@ def test_an_interrupt_says_truly_that_nothing_was_written(command, place, words,
     assert sorted(run.folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("command", "name"), [("plot", "density.png"), ("report", "report.html")])
+@pytest.mark.parametrize(("command", "name"), [("plot", "cumulative.png"), ("report", "report.html")])
 @pytest.mark.parametrize("there", [False, True])
 def test_an_interrupt_after_the_file_was_written_says_so(command, name, there, tmp_path, capsys, monkeypatch):
     run = run_folders.run_folder(tmp_path / "a", marks=((0, ""),))
@@ -288,7 +314,7 @@ def test_options_are_checked_before_a_model_is_loaded(model, text, tmp_path, cap
     def load(*arguments, **options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("spectra.integrations.loading.load_causal_lm", load)
+    monkeypatch.setattr("spectra.integrations.loading.load_model", load)
     for option, value in (
         ("--sequences", "0"),
         ("--batch-size", "-1"),

@@ -641,7 +641,7 @@ def test_a_callback_is_pickled_without_its_probe(tmp_path):
     trainer_of(tmp_path, callback=callback).train()
     again = pickle.loads(pickle.dumps(callback))
     assert again.probe is None
-    assert (again.every, again.options) == (callback.every, callback.options)
+    assert (again.schedule, again.options) == (callback.schedule, callback.options)
     assert callback.probe is not None
 
 

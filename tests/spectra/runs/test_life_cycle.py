@@ -265,7 +265,7 @@ def test_training_mode_reaches_the_builders_that_take_it():
 
 
 MISTAKES = {
-    "every": ({"every": 0}, "at least 1, got 0"),
+    "every": ({"every": 0}, "below 1, got 0"),
     "every text": ({"every": "often"}, "got 'often'"),
     "unknown": ({"lanczos": 3}, "there is no setting 'lanczos': choose among probes, steps"),
     "no modes": ({"modes": {}}, "an entry or more"),

@@ -132,7 +132,8 @@ def test_images_are_saved_beside_the_report_if_asked_for(tmp_path):
     report.write(run)
     assert not (run.folder / "figures").exists()
     report.write(run, images=True)
-    (path,) = (run.folder / "figures").iterdir()
+    path, *others = sorted((run.folder / "figures").iterdir(), key=lambda path: path.name != "density.png")
+    assert {other.name for other in others} == {"cumulative.png", "tails.png"}
     assert path.name == "density.png"
     assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -226,7 +227,7 @@ def test_how_a_run_is_shown_is_no_setting(tmp_path, without_figures):
 def test_one_record_is_a_report_without_trajectories(tmp_path):
     run = run_folders.Run.create(tmp_path / "a")
     run_folders.add(run)
-    assert set(report.figures(run)) == {"density"}
+    assert set(report.figures(run)) == {"cumulative", "tails", "density"}
     assert "Over training" not in page(report.write(run)).text
 
 
@@ -274,7 +275,7 @@ def test_an_unfinished_study_says_so_in_words_and_in_its_figures(tmp_path, monke
     got = page(report.write(study))
     assert "study Unfinished: 1 of 2 runs are finished. What is shown is what there is so far." in got.text
     for figure in drawn:
-        titles = [figure.axes[0].get_title(loc="right"), *(ax.get_title(loc="left") for ax in figure.axes)]
+        titles = [ax.get_title(loc=where) for ax in figure.axes for where in ("left", "right")]
         assert "unfinished: 1 of 2 runs are finished" in titles or (
             "2-bit WinQ\nunfinished: 4 of 9 spectra are measured" in titles and "2-bit baseline" in titles
         )

@@ -8,7 +8,17 @@ def test_the_figures_of_a_study_by_name(tmp_path):
     study = run_folders.study_folder(tmp_path / "study")
     open_before = plt.get_fignums()
     got = figures(study)
-    wanted = {"density-1-bit", "density-2-bit", "density-last", "trajectory-rms", "trajectory-validation_loss"}
+    assert next(iter(got)) == "cumulative"
+    assert [ax.get_title(loc="left") for ax in got["cumulative"].axes] == ["1-bit", "2-bit"]
+    assert len(got["tails"].axes) == 2
+    wanted = {
+        "ridge-1-bit",
+        "density-1-bit",
+        "density-2-bit",
+        "density-last",
+        "trajectory-rms",
+        "trajectory-validation_loss",
+    }
     assert wanted <= set(got)
     assert [ax.get_title(loc="left") for ax in got["density-1-bit"].axes] == ["1-bit baseline", "1-bit WinQ"]
     assert len({ax.get_xlim() + ax.get_ylim() for ax in got["density-1-bit"].axes}) == 1
@@ -22,7 +32,7 @@ def test_what_the_runs_are_compared_with_is_drawn_beside_them(tmp_path):
     got = figures(study)
     assert {"density-2-bit", "density-full-precision", "density-last"} <= set(got)
     words = [text.get_text() for text in got["density-last"].axes[0].get_legend().get_texts()]
-    assert words == ["2-bit baseline, step 20", "2-bit WinQ, step 20", "full precision, step 0"]
+    assert words[:3] == ["2-bit baseline, step 20", "2-bit WinQ, step 20", "full precision, step 0"]
 
 
 def test_runs_of_a_group_stand_side_by_side_two_in_a_figure(tmp_path):
@@ -48,7 +58,10 @@ def test_captions_are_in_the_words_of_the_runs(tmp_path):
     assert pictures["trajectory-flip_rate"].caption == "Flip rate: share of the codes that changed."
     assert pictures["trajectory-flip_rate"].figure.axes[0].get_ylabel() == "flip rate"
     assert "2-bit baseline from 0.1 to 0.0135" in pictures["trajectory-flip_rate"].alternative
-    (side_by_side, last) = density_pictures(study)
+    (bands, tails, side_by_side, ridges, last) = density_pictures(study)
+    assert bands.caption.endswith("the last spectrum of 2-bit baseline and 2-bit WinQ, Hessian mode ste.")
+    assert tails.name == "tails"
+    assert [text.get_text() for text in ridges.figure.axes[0].get_yticklabels()] == ["0", "10", "20"]
     words = "Density of eigenvalues along the training of 2-bit baseline and 2-bit WinQ, Hessian mode ste."
     assert side_by_side.caption == words
     assert last.caption == "The last spectrum of every run, Hessian mode ste."

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import run_folders
 
+import spectra
 from spectra import plots
 from spectra.backend.errors import InputError
+from spectra.views.curves import curves_of
 from spectra.views.style import PALETTE
+from spectra.views.tails import tail_of
+from spectra.views.trajectories import PALE
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +26,17 @@ def nothing_is_left_behind():
 
 
 def curves(ax):
-    """The lines that carry data: not the zero line nor entries made for the legend."""
-    return [line for line in ax.lines if len(line.get_xdata()) > 2]
+    """The lines that have a name: not the zero line, edges of bands nor entries made for the legend."""
+    return [line for line in ax.lines if not str(line.get_label()).startswith("_")]
+
+
+HATCHED = "not resolved: only the mass inside is known"
 
 
 def legend(ax):
-    return [text.get_text() for text in ax.get_legend().get_texts()]
+    """The entries of the legend, without that of hatching."""
+    texts = [" ".join(text.get_text().split("\n")) for text in ax.get_legend().get_texts()]
+    return [text for text in texts if text != HATCHED]
 
 
 def test_importing_does_not_load_matplotlib():
@@ -35,55 +44,93 @@ def test_importing_does_not_load_matplotlib():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_curve_a_record_and_it_is_the_density(tmp_path):
+def boxes(ax):
+    """The filled and the hatched boxes of densities: (left, right, bottom, top) of each."""
+    found = [[(*p.vertices.min(0), *p.vertices.max(0)) for p in drawn.get_paths()] for drawn in ax.collections]
+    return [[(x0, x1, y0, y1) for x0, y0, x1, y1 in paths] for paths in found]
+
+
+def test_a_curve_a_record_and_every_box_holds_the_mass_that_is_inside(tmp_path):
     run = run_folders.run_folder(tmp_path / "a")
     ax = plots.density(run)
-    lines = curves(ax)
-    assert len(lines) == 3
+    assert len(curves(ax)) == 3
     assert legend(ax) == ["step 0", "step 10", "step 20"]
     assert ax.get_yscale() == "log"
-    grid, heights = lines[0].get_data()
-    np.testing.assert_allclose(heights, run.density(run.records[0]).density(grid))
-    assert np.trapezoid(heights, grid) == pytest.approx(1, abs=1e-3)
-    assert len({line.get_color() for line in lines}) == 3
+    assert len({str(line.get_color()) for line in curves(ax)}) == 3
+    shown, bottom = boxes(ax), ax.get_ylim()[0]
+    for position, record in enumerate(run.records):
+        values = np.sort(run_folders.eigenvalues(scale=1 - record.step / 100))
+        drawn = shown[2 * position] + shown[2 * position + 1]
+        assert len(drawn) > 2
+        for left, right, low, high in drawn:
+            height = np.diff(np.searchsorted(values, [left, right]))[0] / len(values) / (right - left)
+            assert low * (1 - 1e-9) <= height or low == bottom
+            assert height <= high * (1 + 1e-9)
+        assert max(right for _, right, _, _ in drawn) == pytest.approx(values[-1], rel=1e-6)
+        assert min(left for left, _, _, _ in drawn) == pytest.approx(values[0], rel=1e-6)
 
 
-def test_every_eigenvalue_is_inside_the_axes(tmp_path):
-    run = run_folders.run_folder(tmp_path / "a", marks=((0, ""),))
-    ax = plots.density(run)
+def test_the_line_of_a_density_lies_inside_the_filled_boxes_alone(tmp_path):
+    ax = plots.density(run_folders.density(probes=4, steps=60))
+    (line,), (filled, hatched) = curves(ax), boxes(ax)
+    xs, ys = line.get_data()
+    middles, heights = (xs[::2] + xs[1::2]) / 2, ys[::2]
+    for middle, height in zip(middles, heights, strict=True):
+        inside = [low <= height <= high for left, right, low, high in filled if left < middle < right]
+        assert inside == ([] if np.isnan(height) else [True])
+    assert np.isfinite(heights).any()
+    assert np.all(heights[np.isfinite(heights)] < ax.get_ylim()[1])
+    assert len(filled) + len(hatched) <= len(heights)
+
+
+def test_what_a_short_recurrence_leaves_open_is_hatched_with_its_mass():
+    ax = plots.density(run_folders.density(probes=2, steps=6))
+    assert boxes(ax)[1]
+    words = " ".join(text.get_text() for text in ax.texts)
+    assert "not resolved" in words
+    assert "%" in words
+    texts = [" ".join(text.get_text().split("\n")) for text in ax.get_legend().get_texts()]
+    assert texts == [HATCHED]
+
+
+def test_known_zeros_are_a_bar_at_zero_and_in_no_box():
+    density = spectra.slq(spectra.DenseOperator(np.diag([0.0] * 30 + list(np.linspace(1, 2, 20)))), probes=2, steps=30)
+    assert density.zero_share() == 0.6
+    ax = plots.density(density)
+    assert [text.get_text().strip() for text in ax.texts if "exactly" in text.get_text()] == ["60 % exactly 0"]
+    bars = [line for line in ax.lines if list(line.get_xdata()) == [0, 0] and line.get_linewidth() > 2]
+    assert len(bars) == 1
+    for left, right, low, high in boxes(ax)[0] + boxes(ax)[1]:
+        inside = np.sum((np.linspace(1, 2, 20) >= left) & (np.linspace(1, 2, 20) < right)) / 50 / (right - left)
+        assert low <= inside * (1 + 1e-9) or low == ax.get_ylim()[0]
+        assert inside <= high * (1 + 1e-9)
+        assert high < 10  # the zeros would need more
+
+
+def test_eigenvalues_that_are_known_are_ticks():
     values = run_folders.eigenvalues()
-    low, high = ax.get_xlim()
-    assert low < values.min()
-    assert values.max() < high
-    grid, heights = curves(ax)[0].get_data()
-    assert np.all(np.interp([8.0, 5.0, -1.5], grid, heights) > ax.get_ylim()[0])
-    assert heights.max() < ax.get_ylim()[1]
+    density = spectra.slq(spectra.DiagonalOperator(values), probes=3, steps=20, deflate=3)
+    ticks = [line for line in plots.density(density).lines if line.get_marker() == "|"]
+    assert [sorted(line.get_xdata().round(6)) for line in ticks] == [[3.0, 5.0, 8.0]]
 
 
 def test_a_cumulative_curve_lies_in_its_band_and_the_band_holds_the_truth(tmp_path):
     run = run_folders.run_folder(tmp_path / "a")
     ax = plots.cumulative(run)
     assert ax.get_xscale() == "symlog"
-    assert ax.get_ylabel() == "share of eigenvalues below λ (95 % band)"
+    assert " ".join(ax.get_ylabel().split()) == "share of eigenvalues below λ (95 % band)"
     (line,), (drawn,) = curves(ax), ax.collections
     points, middle = line.get_data()
-    band = run.density(run.records[-1]).band()
-    low, high = band.at(points)
-    assert np.all((low <= middle) & (middle <= high))
-    assert np.all(np.diff(middle) >= -1e-15)
+    low, high = (side.get_ydata() for side in ax.lines[:2])
+    known = np.isfinite(middle)
+    assert np.array_equal(known, high - low <= 0.1)
+    assert known.any()
+    assert not known.all()
+    assert np.all((low <= middle) & (middle <= high) | ~known)
     outline = {tuple(vertex) for vertex in drawn.get_paths()[0].vertices}
     assert {*zip(points, low, strict=True), *zip(points, high, strict=True)} <= outline
     truth = np.searchsorted(np.sort(run_folders.eigenvalues(scale=0.8)), points) / 400  # the scale at step 20
     assert np.all((low <= truth) & (truth <= high))
-    assert set(band.thresholds[(band.thresholds > points[0]) & (band.thresholds < points[-1])]) <= set(points)
-
-
-def test_a_line_that_wide_gaps_between_nodes_take_out_of_the_band_is_kept_inside():
-    density = run_folders.density(steps=6)
-    far = np.array([0.5])
-    assert density.cumulative(far)[0] < density.band().at(far)[0][0]
-    (line,) = curves(plots.cumulative(density))
-    assert np.interp(0.5, *line.get_data()) >= density.band().at(far)[0][0] - 1e-9
 
 
 def test_cumulative_curves_of_several_steps_levels_and_scales(tmp_path):
@@ -92,12 +139,77 @@ def test_cumulative_curves_of_several_steps_levels_and_scales(tmp_path):
     assert ax.get_xscale() == "linear"
     assert legend(ax) == ["step 0", "step 10", "step 20"]
     assert len(ax.collections) == 3
-    assert ax.get_ylabel() == "share of eigenvalues below λ (80 % band)"
+    assert "(80 % band)" in " ".join(ax.get_ylabel().split())
     assert legend(plots.cumulative(run, steps=[0, 20], labels=["one", "two"])) == ["one", "two"]
     with pytest.raises(InputError, match="expected a scale of auto, linear, symlog, got 'log'"):
         plots.cumulative(run, scale="log")
     with pytest.raises(InputError, match="a level between 0 and 1"):
         plots.cumulative(run, level=95)
+    with pytest.raises(InputError, match="a legend of auto, outside, inside, none, got 'left'"):
+        plots.cumulative(run, legend="left")
+
+
+def test_tails_are_bands_that_hold_the_numbers_and_outliers_are_single_steps():
+    values = np.sort(run_folders.eigenvalues())
+    density = spectra.slq(spectra.DiagonalOperator(values), probes=3, steps=25, deflate=6)
+    ax = plots.tails(density)
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert legend(ax) == ["above t", "below −t"]
+    for curve, above in zip(curves_of(density) * 2, (True, False), strict=True):
+        tail = tail_of(curve, above=above, level=0.95)
+        numbers = len(values) - np.searchsorted(values, tail.sizes) if above else np.searchsorted(values, -tail.sizes)
+        assert np.all((tail.low <= numbers) & (numbers <= tail.high))
+        far = tail.sizes > 0.5  # the six outliers are known there
+        assert np.array_equal(tail.low[far], tail.high[far]) or density.atom_residuals.max() > 0
+        at = [np.searchsorted(tail.sizes, size) for size in ((2.0, 4.0, 6.0) if above else (1.0,))]
+        assert tail.low[at].tolist() == tail.high[at].tolist() == ([3, 2, 1] if above else [1])
+    (above, below) = curves(ax)
+    assert np.nanmin(above.get_ydata()) == 1
+    assert below.is_dashed()
+    only = plots.tails(density, side="below")
+    assert only.get_legend() is None
+    assert "below" in only.get_ylabel()
+    with pytest.raises(InputError, match="a side of both, above, below, got 'left'"):
+        plots.tails(density, side="left")
+    with pytest.raises(InputError, match="no spectrum has eigenvalues below 0"):
+        plots.tails(spectra.SpectralDensity.from_eigenvalues(np.array([1.0, 2.0])), side="below")
+
+
+@pytest.mark.parametrize("draw", [plots.cumulative, plots.tails, plots.density])
+def test_a_figure_of_two_panels_for_print_has_nothing_outside(draw, tmp_path):
+    study = run_folders.study_folder(tmp_path / "study")
+    figure, axes = plt.subplots(1, 2, figsize=(6.5, 2.6), layout="constrained")
+    for ax, runs in zip(axes, (study.runs[:2], study.runs[2:]), strict=True):
+        draw(runs, ax=ax, steps="last")
+    for kind in ("svg", "pdf"):
+        figure.savefig(tmp_path / f"figure.{kind}")
+    figure.canvas.draw()
+    for ax in axes:
+        for text in (ax.xaxis.label, ax.yaxis.label, *ax.get_legend().get_texts()):
+            box = text.get_window_extent()
+            assert min(box.x0, box.y0) >= -1  # pixels
+            assert box.x1 <= figure.bbox.width + 1
+            assert box.y1 <= figure.bbox.height + 1
+        assert ax.get_window_extent().width > 0.3 * figure.bbox.width
+
+
+def test_runs_are_told_apart_without_colour(tmp_path):
+    study = run_folders.study_folder(tmp_path / "study", bits=(2,))
+    for draw in (plots.cumulative, plots.tails):
+        markers = [line.get_marker() for line in curves(draw(study, steps="last"))]
+        assert len(set(markers)) == 2
+    entries = plots.density(study, steps="last").get_legend().legend_handles
+    assert len({entry.get_marker() for entry in entries[:2]}) == 2
+
+
+def test_a_record_is_no_curve_and_the_message_says_what_to_give(tmp_path):
+    run = run_folders.run_folder(tmp_path / "a")
+    for draw in (plots.cumulative, plots.tails, plots.density):
+        with pytest.raises(InputError, match=r"record \(here of step 10\).*give its run"):
+            draw(run.records[1])
+        with pytest.raises(InputError, match="a SpectralDensity or a list of these is expected, got float"):
+            draw(1.5)
+    assert not plt.get_fignums()
 
 
 def test_the_scale_follows_the_data_or_the_caller():
@@ -159,7 +271,7 @@ def test_the_second_of_two_spectra_at_the_last_step_says_so(tmp_path):
 def test_many_steps_get_a_colour_bar(tmp_path):
     run = run_folders.run_folder(tmp_path / "a", marks=[(step, "") for step in range(12)])
     ax = plots.density(run)
-    assert ax.get_legend() is None
+    assert legend(ax) == []
     assert [other.get_ylabel() for other in ax.figure.axes if other is not ax] == ["training step"]
 
 
@@ -221,7 +333,8 @@ def test_long_names_leave_room_for_the_axes(tmp_path):
             ax.figure.canvas.draw()
         assert ax.get_window_extent().width > 0.4 * ax.figure.bbox.width
         assert ax.get_legend().get_window_extent().x1 <= ax.figure.bbox.width
-        assert {len(name.splitlines()) for name in legend(ax)} == {3}
+        names = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert {len(name.splitlines()) for name in names[:2]} == {3}
 
 
 def test_more_curves_than_colours_are_still_named(tmp_path):
@@ -243,16 +356,47 @@ def test_a_trajectory_shows_values_intervals_and_what_is_unresolved(tmp_path):
     assert ax.get_xlabel() == "training step"
     assert [tick for tick in ax.get_xticks() if tick != round(tick)] == []
     (line,) = curves(ax)
-    np.testing.assert_array_equal(line.get_data(), ([0, 10, 20], [run_folders.UNRESOLVED.value] * 3))
-    (band,) = ax.collections
-    heights = band.get_paths()[0].vertices[:, 1]
-    assert (heights.min(), heights.max()) == (run_folders.UNRESOLVED.low, run_folders.UNRESOLVED.high)
+    assert np.isnan(line.get_ydata()).all()  # no line where nothing is resolved
+    bars = [bar for drawn in ax.collections if drawn.get_alpha() == PALE for bar in drawn.get_segments()]
+    ends = (run_folders.UNRESOLVED.low, run_folders.UNRESOLVED.high)
+    assert [(tuple(bar[:, 0]), tuple(bar[:, 1])) for bar in bars] == [((step, step), ends) for step in (0, 10, 20)]
     markers = [other for other in ax.lines if other.get_marker() == "o" and len(other.get_xdata())]
+    assert [float(marker.get_ydata()[0]) for marker in markers] == [run_folders.UNRESOLVED.value] * 3
     assert {marker.get_markerfacecolor() for marker in markers} == {"white"}
-    assert legend(ax) == ["a", "unresolved"]
+    assert legend(ax) == ["a", "unresolved: pale, with its interval"]
     filled = plots.trajectory(run, "lambda_max")
     markers = [other for other in filled.lines if other.get_marker() == "o"]
     assert "white" not in {marker.get_markerfacecolor() for marker in markers}
+
+
+def test_a_line_is_broken_at_what_is_unresolved(tmp_path):
+    run = run_folders.Run.create(tmp_path / "a")
+    for step in range(5):
+        run_folders.add(run, step=step, **({"lambda_max": run_folders.UNRESOLVED} if step == 2 else {}))
+    (line,) = curves(plots.trajectory(run, "lambda_max"))
+    assert np.isnan(line.get_ydata()).tolist() == [False, False, True, False, False]
+
+
+def test_records_and_densities_have_trajectories_too(tmp_path):
+    run = run_folders.run_folder(tmp_path / "a")
+    records, densities = run.records, [run.density(record) for record in run.records]
+    values = [record.estimates["lambda_max"].value for record in records]
+    for shown, steps in ((records, [0, 10, 20]), (densities, [0, 1, 2])):
+        (line,) = curves(plots.trajectory(shown, "lambda_max"))
+        np.testing.assert_array_equal(line.get_data(), (steps, values))
+
+
+def test_a_ridge_has_a_row_for_each_record(tmp_path):
+    run = run_folders.run_folder(tmp_path / "a", marks=run_folders.RESETS)
+    ax = plots.ridge(run)
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["0", "10", "10\nafter reset", "20"]
+    assert ax.get_ylabel() == "training step"
+    many = run_folders.run_folder(tmp_path / "b", marks=[(step, "") for step in range(40)])
+    names = [tick.get_text() for tick in plots.ridge(many).get_yticklabels()]
+    assert len(names) == 16
+    assert (names[0], names[-1]) == ("0", "39")
+    ax = plots.ridge([run_folders.density(), run_folders.density(seed=1)], labels=["one", "two"])
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["one", "two"]
 
 
 def test_two_measurements_at_a_training_step_are_joined_by_a_vertical_line(tmp_path):
