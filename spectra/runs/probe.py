@@ -521,10 +521,10 @@ class SpectrumProbe:
         if not isinstance(op, HasLoss):
             raise _no_loss(mode, op)
         if self.blocks is not None and mode not in self._block_names:  # the operator could not be built before
-            self._block_names[mode] = list(blocks_of(op, self.blocks))
+            self._block_names[mode] = list(blocks_of(op, self.blocks))  # type: ignore[arg-type]
         checked = self._check(op, mode)
         loss, gradient = op.loss(), op.gradient()
-        target: LinearOperator = op
+        target: LinearOperator = op  # type: ignore[assignment]
         if block:
             target = blocks_of(op, self.blocks)[block]  # type: ignore[arg-type]
             gradient = target.block.take(gradient)  # type: ignore[attr-defined]
@@ -648,7 +648,7 @@ class SpectrumProbe:
             if not isinstance(op, HasLoss):
                 raise _no_loss(mode, op)
             if self.blocks is not None:
-                self._block_names[mode] = list(blocks_of(op, self.blocks))
+                self._block_names[mode] = list(blocks_of(op, self.blocks))  # type: ignore[arg-type]
             op.close()
 
     def _open(self, out: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
