@@ -2,11 +2,11 @@
 
     python benchmarks/trust/trained_models.py [--budget 300] [--steps 320] [--bits 16 1 1.58 2 4]
 
-A GPT-2, a Qwen3 and a Llama of some 2e5 weights are trained on Python's standard library, once in full precision and
-then, from there, at each bit-width. `resolve` measures the Hessian over four training sequences of 128 tokens, in the
-quantized weights alone ("linear") and in all of them. A line a Hessian: n, the interval, the products spent, whether the
-half-width of .05 was reached, and the part of the time outside Hessian-vector products. These Hessians are too large to
-be diagonalised: see congruence.py for whether intervals hold.
+A GPT-2, a Qwen3 and a Llama of some 2e5 weights are trained on Python's standard library, in full precision and then,
+from there, at each bit-width. `resolve` measures the Hessian over four training sequences of 128 tokens, in the
+quantized weights alone ("linear") and in all weights. A line for each Hessian says n, the interval, the products spent,
+whether the half-width of .05 was reached, and the part of the time outside Hessian-vector products. These Hessians are
+too large to be diagonalised: congruence.py says whether intervals hold.
 """
 
 from __future__ import annotations
