@@ -192,6 +192,7 @@ class SpectrumProbe:
         self.blocks = blocks
         self._block_names: dict[str, list[str]] = {}  # by mode
         self._operators: dict[str, LinearOperator] = {}  # by mode, those of the measurement that is under way
+        self._pending: list[str] = []  # the names of what this measurement has still to measure
         with self._undisturbed():
             self.batches = _read(batches)
             self._try_modes()
@@ -361,13 +362,14 @@ class SpectrumProbe:
         records, new = [], []
         with self._undisturbed():
             extras: dict[str, float] | Failure | None = None
+            self._pending = [name for name, record in held.items() if record is None]
             for name, record in held.items():
                 if record is None:
+                    self._pending.remove(name)
                     extras = self._extras() if extras is None else extras
                     record = self._record(name, step, label, extras)
                     new.append(record)
                 records.append(record)
-            self._close_operators()
         return records, new
 
     def _targets(self) -> dict[str, tuple[str, str]]:
@@ -387,10 +389,10 @@ class SpectrumProbe:
 
     def _close_operators(self) -> None:
         """Free the graphs of the operators of a measurement."""
-        for op in self._operators.values():
+        operators, self._operators = self._operators, {}
+        for op in operators.values():
             if isinstance(op, HasLoss):
                 op.close()
-        self._operators.clear()
 
     def _is_due(self, step: int) -> bool:
         """Whether the schedule says to measure, the same on all ranks that share a measurement."""
@@ -483,7 +485,8 @@ class SpectrumProbe:
             record, density = self._measure_mode(mode, step, label, extras, started)
             record = self.as_run().append(record, density)
         except Exception as error:
-            self._close_operators()
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                self._close_operators()
             if self.strict:
                 raise
             failure = Failure.of(error)
@@ -531,6 +534,8 @@ class SpectrumProbe:
         policy = choose_reorthogonalization(target, self.settings.steps, self.settings.reorthogonalize)
         with torch.no_grad():
             density = self._density(target, name, policy)
+        if not any(self._targets()[later][0] == mode for later in self._pending):
+            self._close_operators()
         estimates = summarize(density, self.settings.near_zero_tol)
         noise = self._batch_noise(mode, estimates) if self.settings.batch_groups and not block else {}
         record = SpectrumRecord(
