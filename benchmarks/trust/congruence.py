@@ -1,6 +1,6 @@
 """Counts after a change of variables against exact Hessians of small quantized language models.
 
-    python benchmarks/trust/congruence.py [--seeds 3] [--budget 400]
+    python benchmarks/trust/congruence.py [--seeds 3] [--first-seed 0] [--budget 400]
 
 For every architecture, bit-width and mode of the Hessian (`qat.hessian_mode`), a matrix of about a thousand weights is
 formed in float64 and diagonalised, and `resolve` may spend fewer products than there are weights. A line for each share
@@ -63,11 +63,12 @@ def doubtful(values: np.ndarray, bound: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Counts after a change of variables against exact Hessians.")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--budget", type=int, default=400)
     options = parser.parse_args()
     torch.set_num_threads(1)
     counts: dict[str, list[int]] = {"negative": [0, 0, 0, 0], "near_zero": [0, 0, 0, 0]}
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for name, op in operators(seed):
             values = exact(op)
             tol = float(np.quantile(np.abs(values[values != 0]), 0.4))

@@ -272,7 +272,7 @@ class Explorer(ipywidgets.VBox):
         if whole:
             x |= {"range": ends, "autorange": False}
         smallest = min((0.5 / band.dimension for band in self.bands), default=1e-3)
-        y = {"type": "log" if logarithmic else "linear"}
+        y: dict[str, Any] = {"type": "log" if logarithmic else "linear"}
         if whole:
             y["range"] = [math.log10(smallest), math.log10(1.15)] if logarithmic else [-0.02, 1.02]
         lines = self._title_lines()

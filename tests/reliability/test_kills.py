@@ -138,6 +138,7 @@ def test_an_interrupted_study_is_130_in_one_line_and_leaves_no_process(workers, 
     assert commands.contents(out)["full-precision/records.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["training", "measurement"])
 def test_an_interrupt_says_truly_what_is_kept(name, command, tmp_path):
     chance, code = random.Random(SEED), 130

@@ -8,13 +8,10 @@ import pytest
 
 import spectra
 
-TIMED = """
-import json, sys, time
-import torch
-start = time.perf_counter()
+LOADED = """
+import json, sys
 import spectra
-seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "modules": sorted(m for m in sys.modules if "." not in m)}))
+print(json.dumps(sorted(m for m in sys.modules if "." not in m)))
 """
 
 
@@ -24,15 +21,10 @@ def fresh(program):
     return done.stdout
 
 
-def test_importing_spectra_is_cheap():
-    """Under a second over torch, in the best of three tries, as other work on the machine only adds."""
-    seconds = []
-    while len(seconds) < 3 and (not seconds or min(seconds) >= 1):
-        outcome = json.loads(fresh(TIMED))
-        seconds.append(outcome["seconds"])
-        for heavy in ("transformers", "matplotlib", "datasets", "accelerate", "pyhessian", "qat", "tokenizers"):
-            assert heavy not in outcome["modules"]
-    assert min(seconds) < 1, seconds
+def test_importing_spectra_brings_in_nothing_heavy():
+    loaded = json.loads(fresh(LOADED))
+    heavy = ("transformers", "matplotlib", "datasets", "accelerate", "pyhessian", "qat", "tokenizers", "pandas")
+    assert set(loaded).isdisjoint({*heavy, "pytorch_lightning", "tensorboard", "plotly", "jinja2", "IPython"})
 
 
 def test_transformers_comes_with_the_callback_only():

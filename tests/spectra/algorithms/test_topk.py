@@ -193,3 +193,14 @@ def test_the_look_for_missed_pairs_keeps_to_the_number_of_products():
         pairs = spectra.topk(op, 1, max_products=alone + more)
         assert pairs.products <= alone + more
     assert spectra.topk(op, 1).products > alone + 2
+
+
+def test_float32_with_eigenvalues_that_fall_off_fast():
+    """One pass of Gram-Schmidt at every step lost orthogonality here, and the search ended in a dense matrix."""
+    generator = torch.Generator().manual_seed(0)
+    q, _ = torch.linalg.qr(torch.randn(600, 600, dtype=torch.float64, generator=generator))
+    values = 50 * 0.85 ** torch.arange(600, dtype=torch.float64)
+    op = spectra.DenseOperator(((q * values) @ q.T).float())
+    pairs = spectra.topk(op, 20, which="LM", tol=1e-3, verify=False)
+    assert pairs.products < 100
+    np.testing.assert_allclose(pairs.values[::-1], values[:20], rtol=1e-4)
