@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from spectra.integrations.trainer import SpectrumCallback
     from spectra.views import page as report
     from spectra.views import plots
+    from spectra.views.explore import explore
 
 __all__ = [
     "BlockOperator",
@@ -85,6 +86,7 @@ __all__ = [
     "compare",
     "count_below",
     "distributed",
+    "explore",
     "find_congruence",
     "lanczos",
     "plan",
@@ -101,6 +103,7 @@ __all__ = [
 _LAZY = {
     "plots": ("spectra.views.plots", None, ("matplotlib",)),
     "report": ("spectra.views.page", None, ("matplotlib", "jinja2")),
+    "explore": ("spectra.views.explore", "explore", ("matplotlib",)),
     "SpectrumCallback": ("spectra.integrations.trainer", "SpectrumCallback", ("transformers",)),
 }
 

@@ -9,6 +9,9 @@ EXTRA_OF = {
     "matplotlib": "plots",
     "jinja2": "plots",
     "PIL": "plots",  # with matplotlib
+    "plotly": "interactive",
+    "ipywidgets": "interactive",
+    "anywidget": "interactive",
     "transformers": "qat",
     "huggingface_hub": "qat",
     "accelerate": "qat",
