@@ -14,6 +14,7 @@ EXTRA_OF = {
     "accelerate": "qat",
     "tokenizers": "qat",
     "datasets": "qat",
+    "pandas": "pandas",
     "pyhessian": "pyhessian",
     "pytorch_lightning": "lightning",
 }
