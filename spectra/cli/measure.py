@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from tqdm import tqdm
-
 from spectra.backend.errors import InputError
 from spectra.cli import inputs
-from spectra.cli.command_line import on_terminal, print_json
+from spectra.cli.command_line import add_formats, examples, print_csv, print_json
+from spectra.cli.progress import progress
 from spectra.cli.tables import aligned, quantity_name
 from spectra.operators.hessian.parameters import ParameterSpace
 from spectra.operators.hessian.precision import LOWER
@@ -24,7 +23,7 @@ from spectra.runs.record import SpectrumRecord
 from spectra.runs.settings import DEFLATED, MeasurementSettings
 
 DEFAULTS = MeasurementSettings()
-NOT_SETTINGS = ("command", "model", "json")  # options that config.json does not repeat
+NOT_SETTINGS = ("command", "model", "json", "csv")  # options that config.json does not repeat
 USAGE = "spectra measure MODEL (--text FILE... | --labelled FILE... | --images DIR) --out DIR [options]"
 
 
@@ -34,6 +33,10 @@ def add_parser(commands: Any) -> None:
         "measure",
         help="measure the spectrum of a checkpoint on some text, labelled text or images",
         usage=USAGE,  # argparse's own would name the model last
+        **examples(
+            "spectra measure checkpoint --text notes.txt --out runs/a",
+            'spectra measure checkpoint --text notes.txt --out runs/mlp --params "*mlp*" --probes 4 --json',
+        ),
     )
     parser.set_defaults(command=run)
     inputs.add_options(parser)
@@ -59,11 +62,11 @@ def add_parser(commands: Any) -> None:
         help="products for the count of negative eigenvalues, %(default)s by default at most; 0 leaves it out",
     )
     add("--seed", type=int, default=DEFAULTS.seed, help="of the probe vectors, %(default)s by default")
-    add("--json", action="store_true", help="print the record as JSON instead of a table")
+    add_formats(parser, json="print the record as JSON", csv="print the estimates as CSV")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, write the run folder, and print the record as a table."""
+    """Measure, write the run folder, and print the record."""
     known = is_recorded(options.out)
     try:
         record = _measure(options)
@@ -73,6 +76,9 @@ def run(options: argparse.Namespace) -> None:
         raise KeyboardInterrupt(f"interrupted: {kept}" if kept else lost) from None
     if options.json:
         print_json({"out": options.out, **record.to_dict()})
+        return
+    if options.csv:
+        print_csv([{"quantity": key, **estimate.to_dict()} for key, estimate in record.estimates.items()])
         return
     for line in _record_lines(record):
         print(line)
@@ -103,7 +109,7 @@ def _measure(options: argparse.Namespace) -> SpectrumRecord:
     config |= found.facts
     if next(found.model.parameters()).device.type == "cpu":
         settings = settings.changed(engine="reverse")  # a choice by time could change the last digits from run to run
-    with quiet_transformers(), _progress_bar() as progress:
+    with quiet_transformers(), _progress() as show:
         probe = SpectrumProbe(
             found.model,
             found.batches,
@@ -112,7 +118,7 @@ def _measure(options: argparse.Namespace) -> SpectrumRecord:
             loss=found.loss,
             settings=settings,
             config=config,
-            progress=progress,
+            progress=show,
             strict=True,
         )
         probe.notes += found.notes
@@ -165,15 +171,15 @@ def _record_lines(record: SpectrumRecord) -> list[str]:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar with the time left, as the callback of a `SpectrumProbe`; None where there is no terminal."""
-    if not on_terminal():
-        yield None
-        return
-    with tqdm(desc="measuring", unit=" products", leave=False) as bar:
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Progress with the time left, as the callback of a `SpectrumProbe`."""
+    shown = progress(None, "measuring", "products")
 
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def show(done: int, total: int) -> None:
+        shown.total = total
+        shown.update(done - shown.n)
 
+    try:
         yield show
+    finally:
+        shown.close()
