@@ -13,6 +13,7 @@ from qat.hessian import MODES, hessian_mode, hessian_operator
 from qat.layers.config import QuantConfig
 from qat.layers.convert import ConversionReport, quantize_model
 from qat.layers.linear import QuantEmbedding, QuantLayer, QuantLinear, decay_exempt, quant_layers
+from qat.ranking import sensitivity
 from qat.training import telemetry
 from qat.training.winq import PRESETS, WinQ, WinQConfig, interpolate_, reset_steps
 from spectra.backend.errors import InputError
@@ -40,6 +41,7 @@ __all__ = [
     "quant_layers",
     "quantize_model",
     "reset_steps",
+    "sensitivity",
     "telemetry",
 ]
 

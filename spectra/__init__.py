@@ -11,6 +11,7 @@ from spectra.algorithms.inertia import count_below
 from spectra.algorithms.lanczos import Tridiagonal, lanczos
 from spectra.algorithms.plan import MemoryPlan, plan
 from spectra.algorithms.resolve import resolve
+from spectra.algorithms.sensitivity import sensitivity
 from spectra.algorithms.slq import slq
 from spectra.algorithms.topk import Eigenpairs, topk
 from spectra.algorithms.trace import trace
@@ -23,9 +24,12 @@ from spectra.estimates.changes import Change, compare
 from spectra.estimates.counts import CountBelow
 from spectra.estimates.density import SpectralDensity
 from spectra.estimates.estimate import Estimate
+from spectra.estimates.sensitivity import BlockSensitivity, SensitivityRanking
 from spectra.operators.base import LinearOperator
-from spectra.operators.derived import CongruentOperator, DeflatedOperator, MeanOperator
+from spectra.operators.blocks import BlockOperator, blocks_of
+from spectra.operators.derived import CongruentOperator, DeflatedOperator, DifferenceOperator, MeanOperator
 from spectra.operators.explicit import DenseOperator, DiagonalOperator
+from spectra.operators.gauss_newton import FisherOperator, GaussNewtonOperator
 from spectra.operators.hessian.objective import Objective
 from spectra.operators.hessian.operator import HessianOperator
 from spectra.operators.hessian.parameters import ParameterSpace
@@ -41,6 +45,8 @@ if TYPE_CHECKING:
     from spectra.views import plots
 
 __all__ = [
+    "BlockOperator",
+    "BlockSensitivity",
     "Change",
     "Congruence",
     "CongruentOperator",
@@ -49,8 +55,11 @@ __all__ = [
     "DeflatedOperator",
     "DenseOperator",
     "DiagonalOperator",
+    "DifferenceOperator",
     "Eigenpairs",
     "Estimate",
+    "FisherOperator",
+    "GaussNewtonOperator",
     "GradientNormJump",
     "HessianOperator",
     "InputError",
@@ -64,6 +73,7 @@ __all__ = [
     "ParameterSpace",
     "Run",
     "Schedule",
+    "SensitivityRanking",
     "SpectralDensity",
     "SpectrumCallback",
     "SpectrumProbe",
@@ -71,6 +81,7 @@ __all__ = [
     "Tridiagonal",
     "__version__",
     "batch_noise",
+    "blocks_of",
     "compare",
     "count_below",
     "distributed",
@@ -80,6 +91,7 @@ __all__ = [
     "plots",
     "report",
     "resolve",
+    "sensitivity",
     "slq",
     "topk",
     "trace",

@@ -110,6 +110,30 @@ def quantize_model(model: nn.Module, config: QuantConfig | None = None) -> Conve
     )
 
 
+def planned_layers(model: nn.Module, config: QuantConfig | None = None) -> dict[str, QuantLayer]:
+    """The quantized layers by which `quantize_model` would replace modules, without replacing them.
+
+    Args:
+        model: The full-precision model, which is left as it is.
+        config: What to quantize and how; None for 2 bits.
+
+    Returns:
+        {name of the weight: layer}, a weight that modules share once.
+
+    Raises:
+        InputError: As `quantize_model`.
+    """
+    config = config or QuantConfig()
+    _check_fresh(model)
+    layers: dict[int, tuple[str, QuantLayer]] = {}
+    for name, module in _choose(model, config)[0].items():
+        weight = _weight(module)
+        latent = _latent(weight) if weight.dtype in UPCAST else weight
+        if id(weight) not in layers:
+            layers[id(weight)] = f"{name}.weight", _quantized(module, latent, config, None)
+    return dict(layers.values())
+
+
 def _check_fresh(model: nn.Module) -> None:
     """Raises InputError for a model that is quantized already, or is one linear layer."""
     quantized = quant_layers(model)

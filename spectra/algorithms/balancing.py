@@ -15,6 +15,7 @@ import torch
 from spectra.algorithms.kronecker import Block, KroneckerTransform
 
 POWER = 0.4  # exponent of the covariance in a step: 1 would suit a T^2 of off-diagonal blocks, 1/4 a diagonal T
+RESOLVED = 1e-14  # ratio of the smallest to the largest eigenvalue of F F^T that float64 resolves
 SMALLEST = 1e-12  # smallest eigenvalue of a correlation matrix; rounding may make it smaller
 
 
@@ -115,11 +116,16 @@ def _power(matrices: torch.Tensor, exponent: float) -> torch.Tensor:
 
 
 def _polar(factor: torch.Tensor) -> torch.Tensor:
-    """(F F^T)^(1/2), from the singular value decomposition of F; a diagonal factor is positive already."""
+    """(F F^T)^(1/2); a diagonal factor is positive already.
+
+    Eigenvectors of F F^T take a third of the time of singular vectors of F. Eigenvalues below what float64 resolves are
+    raised to it, so that the result stays positive definite.
+    """
     if factor.ndim == 2:
         return factor
-    vectors, values, _ = torch.linalg.svd(factor)
-    return (vectors * values[..., None, :]) @ vectors.mT
+    values, vectors = torch.linalg.eigh(factor @ factor.mT)
+    values = values.clamp(min=values.amax(-1, keepdim=True) * RESOLVED)
+    return (vectors * values.sqrt()[..., None, :]) @ vectors.mT
 
 
 def _scales(squares: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -11,7 +11,8 @@ import torch
 
 from spectra.estimates.origin import Origin
 from spectra.operators.base import LinearOperator
-from spectra.operators.derived import DeflatedOperator, MeanOperator
+from spectra.operators.blocks import BlockOperator
+from spectra.operators.derived import DeflatedOperator, DifferenceOperator, MeanOperator
 from spectra.operators.hessian.batches import contents_of
 
 SAMPLED = 1 << 16  # entries of each tensor of a batch that are looked at
@@ -27,15 +28,23 @@ def origin_of(op: LinearOperator) -> Origin:
         The origin, with empty texts for what an operator such as a matrix does not know.
     """
     member = _members(op)[0]
-    space, objective = getattr(member, "space", None), getattr(member, "objective", None)
+    space, objective = getattr(op, "space", None) or getattr(member, "space", None), getattr(member, "objective", None)
     training = getattr(member, "training", None)
     return Origin(
         parameters=_digits(zip(space.names, map(tuple, space.shapes), strict=True)) if space is not None else "",
         batches=_digits(map(_sampled, contents_of(objective.batches))) if objective is not None else "",
-        mode=getattr(member, "mode", ""),
+        mode=_mode(op, member),
         training="" if training is None else "training" if training else "evaluation",
         unverified=unverified(op),
     )
+
+
+def _mode(op: LinearOperator, member: LinearOperator) -> str:
+    """Which Hessian it is; of a difference both."""
+    inner = op.inner if isinstance(op, BlockOperator) else op
+    if isinstance(inner, DifferenceOperator):
+        return " - ".join(str(getattr(each, "mode", "")) for each in inner.operators)
+    return getattr(member, "mode", "")
 
 
 def unverified(op: LinearOperator) -> str:
@@ -47,9 +56,9 @@ def _members(op: LinearOperator) -> list[LinearOperator]:
     """The operators that an operator is made of; itself where it is made of none."""
     if op.unverified:
         return [op]
-    if isinstance(op, DeflatedOperator):
+    if isinstance(op, DeflatedOperator | BlockOperator):
         return _members(op.inner)
-    if isinstance(op, MeanOperator):
+    if isinstance(op, MeanOperator | DifferenceOperator):
         return [member for each in op.operators for member in _members(each)]
     return [op]
 

@@ -37,7 +37,7 @@ CLEARLY = 0.8  # ratio of half-widths after the same number of steps that shows 
 PLACED = 2  # ratio of half of the eigenvalues placed that shows it too, where most are still unplaced
 FEWEST_PLACED = 0.03  # half of the eigenvalues placed, with fewer of which that ratio says nothing
 FAIR = 0.75  # ratio of the numbers of steps from which two ways can be compared
-PROMISING = 0.17  # half-width at which one of the two methods goes on alone
+PROMISING = 0.2  # half-width at which one of the two methods goes on alone
 FIRST_STEPS = 50  # Lanczos steps before the share is first estimated
 FIRST_PART = 1 / 8  # part of the budget spent before that: an early interval may be narrow around a value that is off
 

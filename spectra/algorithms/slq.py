@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from spectra.algorithms.block_size import probe_block_size
 from spectra.algorithms.congruence import Congruence
+from spectra.algorithms.each_block import each_block
 from spectra.algorithms.exact import exact_density
 from spectra.algorithms.inertia import COUNT_PRODUCTS, count_below
 from spectra.algorithms.lanczos import Tridiagonal, choose_reorthogonalization
@@ -23,12 +24,22 @@ from spectra.backend.errors import InputError
 from spectra.backend.float32 import in_float32
 from spectra.estimates.density import SpectralDensity
 from spectra.operators.base import LinearOperator
+from spectra.operators.blocks import Blocks
+
+
+@overload
+def slq(op: LinearOperator, *, blocks: None = None, **options: Any) -> SpectralDensity: ...
+
+
+@overload
+def slq(op: LinearOperator, *, blocks: Blocks, **options: Any) -> dict[str, SpectralDensity]: ...
 
 
 @in_float32
 def slq(
     op: LinearOperator,
     *,
+    blocks: Blocks | None = None,
     probes: int = 10,
     steps: int = 100,
     seed: int = 0,
@@ -39,7 +50,7 @@ def slq(
     count_products: int = COUNT_PRODUCTS,
     spread: str = "none",
     progress: Callable[[int, int], Any] | None = None,
-) -> SpectralDensity:
+) -> SpectralDensity | dict[str, SpectralDensity]:
     """The spectral density of a symmetric operator by stochastic Lanczos quadrature.
 
     Each random unit vector v (probe vector) has the spectral measure sum_k (u_k . v)^2 delta(lambda - lambda_k), with
@@ -51,8 +62,13 @@ def slq(
     the operator maps to exactly zero (clipped weights, embeddings of tokens that do not occur) are detected in the
     first product and counted as zero eigenvalues instead of being sampled. They take the place of one node.
 
+    With `blocks` the density of each diagonal block A_bb is measured, from the kept graphs of one operator. It is that
+    of an operator in these parameters alone, with the same probe vectors whatever the other blocks are.
+
     Args:
         op: A, a symmetric operator (n, n).
+        blocks: Which diagonal blocks to measure instead of the whole: "layers", globs, module types or a mapping, see
+            `spectra.blocks_of`.
         probes: How many probe vectors.
         steps: Lanczos steps for each probe vector.
         seed: Seed of the probe vectors; vector i depends on (seed, i) alone.
@@ -72,7 +88,8 @@ def slq(
             takes is not known in advance, so the total changes until it is done.
 
     Returns:
-        The `SpectralDensity`, whose methods give shares, sums and extreme eigenvalues with intervals.
+        The `SpectralDensity`, whose methods give shares, sums and extreme eigenvalues with intervals. With `blocks` a
+        dictionary {name of the block: SpectralDensity}.
 
     Raises:
         InputError: If a count is below one, or an option has an unknown value.
@@ -90,6 +107,12 @@ def slq(
     ranks.check_spread(spread, ("none", "probes"))
     if isinstance(deflate, int) and deflate < 0:
         raise InputError(f"deflate must be a number of eigenvalues or the result of topk, got {deflate}")
+    if blocks is not None:
+        if isinstance(deflate, Eigenpairs) or isinstance(congruence, Congruence):
+            raise InputError("blocks= takes deflate= as a number and congruence= as True or False, for every block")
+        options = {"probes": probes, "steps": steps, "seed": seed, "deflate": deflate, "congruence": congruence}
+        options |= {"reorthogonalize": reorthogonalize, "rounding_error": rounding_error, "spread": spread}
+        return each_block(op, blocks, partial(slq, count_products=count_products, **options), progress)
     count = Progress(progress, 0)
     density = _measure(op, probes, steps, seed, deflate, reorthogonalize, rounding_error, spread, count)
     if congruence is not False and not density.exact:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any, overload
 
 import numpy as np
 import torch
 
 from spectra.algorithms.block_size import max_vectors_in_memory, probe_block_size
+from spectra.algorithms.each_block import each_block
 from spectra.algorithms.origin import unverified
 from spectra.algorithms.progress import Callback, Progress
 from spectra.algorithms.wrapped import CountingOperator
@@ -26,6 +29,7 @@ from spectra.estimates.estimate import (
     unresolved,
 )
 from spectra.operators.base import LinearOperator
+from spectra.operators.blocks import Blocks
 
 METHODS = ("hutchinson", "hutch++", "xtrace")
 FEWEST_PRODUCTS = {"hutchinson": 1, "hutch++": 6, "xtrace": 4}
@@ -38,15 +42,24 @@ ENERGY_DECAY = 0.5  # energy that the next block of the Krylov space is expected
 NEGLIGIBLE = 1e3  # units of rounding error, relative to ||A||, below which a direction is rounding error alone
 
 
+@overload
+def trace(op: LinearOperator, *, blocks: None = None, **options: Any) -> Estimate: ...
+
+
+@overload
+def trace(op: LinearOperator, *, blocks: Blocks, **options: Any) -> dict[str, Estimate]: ...
+
+
 @in_float32
 def trace(
     op: LinearOperator,
     *,
+    blocks: Blocks | None = None,
     method: str = "hutchinson",
     probes: int = 30,
     seed: int = 0,
     progress: Callback | None = None,
-) -> Estimate:
+) -> Estimate | dict[str, Estimate]:
     """The trace of a symmetric operator with a 95 % interval.
 
     * "hutchinson": tr A is n times the mean of v . A v over random unit vectors v (Hutchinson, Commun. Stat. 18, 1989).
@@ -62,6 +75,8 @@ def trace(
 
     Args:
         op: A, a symmetric operator (n, n).
+        blocks: Which diagonal blocks to take the trace of instead of the whole: "layers", globs, module types or a
+            mapping, see `spectra.blocks_of`.
         method: "hutchinson", "hutch++" or "xtrace".
         probes: How many products to take. With n or more the trace is the exact sum of the diagonal, from n products.
         seed: Seed of the random vectors.
@@ -69,7 +84,7 @@ def trace(
 
     Returns:
         The `Estimate`, with the number of products taken. It is unresolved where the interval holds zero or is longer
-        than half of the value.
+        than half of the value. With `blocks` a dictionary {name of the block: Estimate}.
 
     Raises:
         InputError: If the method is unknown, or `probes` is too small for it.
@@ -86,6 +101,8 @@ def trace(
         raise InputError(f"the method must be one of {', '.join(METHODS)}, got {method!r}")
     if probes < FEWEST_PRODUCTS[method]:
         raise InputError(f"{method} needs at least {FEWEST_PRODUCTS[method]} products, got probes={probes}")
+    if blocks is not None:
+        return each_block(op, blocks, partial(trace, method=method, probes=probes, seed=seed), progress)
     counted = CountingOperator(op, Progress(progress, min(probes, op.shape[0])))
     if probes >= op.shape[0]:
         estimate = _exact(counted)

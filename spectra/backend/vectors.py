@@ -16,7 +16,7 @@ import torch
 CHUNK_SIZES = {"cpu": 1 << 16, "cuda": 1 << 22}  # entries processed at once, which fit into a CPU's cache or fill a GPU
 DOT_CHUNK_SIZES = {"cpu": 1 << 17, "cuda": 1 << 26}  # length up to which a float32 dot product is accurate
 CHOLESKY_LIMIT = 1e-6  # smallest ratio of a Cholesky factor's diagonal entries at which Cholesky QR is accurate
-SECOND_PASS_BELOW = 0.1  # ratio of norms after and before a Gram-Schmidt pass below which a second pass is made
+SECOND_PASS_BELOW = 0.7  # ratio of norms after and before a Gram-Schmidt pass below which a second pass is made
 
 
 def dot(u: torch.Tensor, v: torch.Tensor) -> float:

@@ -24,6 +24,7 @@ from spectra.runs.settings import DEFLATED, MeasurementSettings
 
 DEFAULTS = MeasurementSettings()
 NOT_SETTINGS = ("command", "model", "json", "csv")  # options that config.json does not repeat
+IN_BLOCKS = ("negative_share", "rms", "lambda_max", "lambda_min", "trace")  # quantities in the table of blocks
 USAGE = "spectra measure MODEL (--text FILE... | --labelled FILE... | --images DIR) --out DIR [options]"
 
 
@@ -42,6 +43,12 @@ def add_parser(commands: Any) -> None:
     inputs.add_options(parser)
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="run folder to make")
+    add(
+        "--blocks",
+        nargs="+",
+        metavar="GLOB",
+        help='the spectrum of each layer too ("layers"), or of the parameters that fit each glob ("*attn*" "*mlp*")',
+    )
     add(
         "--probes",
         type=int,
@@ -69,26 +76,28 @@ def run(options: argparse.Namespace) -> None:
     """Measure, write the run folder, and print the record."""
     known = is_recorded(options.out)
     try:
-        record = _measure(options)
+        records = _measure(options)
     except KeyboardInterrupt:
         kept = f"the spectrum is kept in {options.out}" if is_recorded(options.out) else ""
         lost = "interrupted before the spectrum was complete; nothing is kept"
         raise KeyboardInterrupt(f"interrupted: {kept}" if kept else lost) from None
+    record, blocks = records[0], records[1:]
     if options.json:
-        print_json({"out": options.out, **record.to_dict()})
+        of_blocks = {"blocks": {each.block: each.to_dict() for each in blocks}} if blocks else {}
+        print_json({"out": options.out, **record.to_dict(), **of_blocks})
         return
     if options.csv:
-        print_csv([{"quantity": key, **estimate.to_dict()} for key, estimate in record.estimates.items()])
+        print_csv([row for each in records for row in _rows(each)])
         return
-    for line in _record_lines(record):
+    for line in [*_record_lines(record), *_block_lines(blocks)]:
         print(line)
     folder = shlex.quote(options.out)
     done = "measured before, in" if known else "written to"
     print(f"{done} {options.out}; next: spectra plot {folder}, or spectra report {folder}")
 
 
-def _measure(options: argparse.Namespace) -> SpectrumRecord:
-    """Measure and write the run folder."""
+def _measure(options: argparse.Namespace) -> list[SpectrumRecord]:
+    """Measure and write the run folder. Returns the record of the whole, then those of the blocks."""
     from spectra.integrations.loading import quiet_transformers
 
     inputs.check(options)  # before the minutes that loading a model may take
@@ -103,6 +112,8 @@ def _measure(options: argparse.Namespace) -> SpectrumRecord:
     unused = [name for name in inputs.SINCE if getattr(options, name) is None]
     config = {key: value for key, value in vars(options).items() if key not in (*NOT_SETTINGS, *unused)}
     config["checkpoint"] = options.model
+    chosen = config.pop("blocks")
+    blocks = chosen if chosen is None or chosen != ["layers"] else "layers"
     _check_same(options.out, config)
     found = inputs.load(options)
     ParameterSpace(found.model, options.params)  # refuses a glob that matches nothing before a folder is made
@@ -115,6 +126,7 @@ def _measure(options: argparse.Namespace) -> SpectrumRecord:
             found.batches,
             out=options.out,
             params=options.params,
+            blocks=blocks,
             loss=found.loss,
             settings=settings,
             config=config,
@@ -138,13 +150,13 @@ def _check_same(out: str, config: Mapping[str, Any]) -> None:
     refuse_differences(run, plain(given), {name for name in run.config if name not in given})
 
 
-def _measure_once(probe: SpectrumProbe) -> SpectrumRecord:
-    """Measure, or take the record that the folder holds; if that fails, leave the folder free for another try."""
+def _measure_once(probe: SpectrumProbe) -> list[SpectrumRecord]:
+    """Measure, or take the records that the folder holds; if that fails, leave the folder free for another try."""
     try:
         weights = {record.weights for record in probe.records}
         if weights - {"", fingerprint_of_weights(probe.model)}:
             raise InputError("out= holds the spectrum of a checkpoint with other weights: choose another out=")
-        return probe.measure(0)[0]
+        return probe.measure(0)
     finally:
         run = probe.run
         if run is not None:
@@ -168,6 +180,24 @@ def _record_lines(record: SpectrumRecord) -> list[str]:
     if record.count:
         heading += f"; {record.count['products']} of them count the eigenvalues below zero after a change of variables"
     return [heading, *aligned(rows, "<><<"), *(f"note: {note}" for note in record.notes)]
+
+
+def _rows(record: SpectrumRecord) -> list[dict[str, Any]]:
+    """The estimates of a record, a row each; the block is empty for the whole."""
+    return [{"block": record.block, "quantity": key, **found.to_dict()} for key, found in record.estimates.items()]
+
+
+def _block_lines(records: list[SpectrumRecord]) -> list[str]:
+    """The lines that show the records of blocks: a table with a row for each."""
+    if not records:
+        return []
+    keys = [key for key in IN_BLOCKS if key in records[0].estimates]
+    rows = [("block", "parameters", *(quantity_name(key, records[0]) for key in keys))]
+    for record in records:
+        cells = [str(record.estimates[key]).replace(" (unresolved)", " ?") for key in keys]
+        rows.append((record.block, f"{record.dimension:,}", *cells))
+    unresolved = any("?" in cell for row in rows for cell in row)
+    return ["", *aligned(rows, "<>" + ">" * len(keys)), *(["?: unresolved"] if unresolved else [])]
 
 
 @contextmanager

@@ -44,6 +44,39 @@ class Preflight:
     precision_error: float = 0.0
 
 
+@dataclass(frozen=True)
+class Block:
+    """The coordinates of a diagonal block of an operator, such as those of the parameters of a layer.
+
+    Attributes:
+        name: What results call it.
+        ranges: (start, stop) of each run of consecutive coordinates, in ascending order and disjoint.
+        positions: Positions of its parameters among those of the operator; empty for an operator without parameters.
+    """
+
+    name: str
+    ranges: tuple[tuple[int, int], ...]
+    positions: tuple[int, ...] = ()
+
+    @property
+    def dimension(self) -> int:
+        """The number of coordinates, n_b."""
+        return sum(stop - start for start, stop in self.ranges)
+
+    def take(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The coordinates of the block in vectors of the whole space: (..., n) -> (..., n_b)."""
+        return torch.cat([vectors[..., start:stop] for start, stop in self.ranges], dim=-1)
+
+    def embed(self, vectors: torch.Tensor, n: int) -> torch.Tensor:
+        """Vectors of the block as vectors of the whole space, zero elsewhere: (..., n_b) -> (..., n)."""
+        whole = vectors.new_zeros(*vectors.shape[:-1], n)
+        first = 0
+        for start, stop in self.ranges:
+            whole[..., start:stop] = vectors[..., first : first + stop - start]
+            first += stop - start
+        return whole
+
+
 class LinearOperator:
     """A symmetric n x n matrix A, known only through its products v -> A v (Hessian-vector products for a Hessian).
 
@@ -140,6 +173,38 @@ class LinearOperator:
         for product, vector in zip(products, vectors, strict=True):
             product.copy_(self._matvec(vector))
         return products
+
+    # -- diagonal blocks
+
+    def multiply_block_rows(self, vectors: torch.Tensor, block: Block) -> torch.Tensor:
+        """The diagonal block A_bb applied to each row, without a check for NaN.
+
+        Args:
+            vectors: (k, n_b), on the operator's device and in its dtype.
+            block: The coordinates b.
+
+        Returns:
+            The products, (k, n_b).
+        """
+        self.products += len(vectors)
+        return self._multiply_block_rows(vectors, block)
+
+    def _multiply_block_rows(self, vectors: torch.Tensor, block: Block) -> torch.Tensor:
+        """A_bb applied to each row; a subclass overrides it where a block costs less than the whole."""
+        return block.take(self._multiply_rows(block.embed(vectors, self.shape[0])))
+
+    def block_rounding(self, block: Block) -> float | None:
+        """How far rounding error may move an eigenvalue of a block, relative to its norm; None where it is not known.
+
+        An operator that checks its products checks those of the block here.
+
+        Args:
+            block: The coordinates b.
+
+        Returns:
+            The error, or None: it is then measured as for any operator (`rounding`).
+        """
+        return None
 
     # -- other forms of the matrix
 

@@ -1,16 +1,17 @@
-"""Operators made of other operators: a mean, a deflated operator, and a congruence P^T (A - t I) P."""
+"""Operators made of other operators: a mean, a difference, a deflated operator, a congruence P^T (A - t I) P."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple
-from typing import NoReturn, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 
 from spectra.backend.errors import InputError
-from spectra.backend.vectors import orthonormal_rows, project_out_
-from spectra.operators.base import HasLoss, LinearOperator, Preflight
+from spectra.backend.random_vectors import gaussian
+from spectra.backend.vectors import norm, orthonormal_rows, project_out_
+from spectra.operators.base import Block, HasLoss, LinearOperator, Preflight
 
 
 class MeanOperator(LinearOperator):
@@ -41,6 +42,17 @@ class MeanOperator(LinearOperator):
         for operator in self.operators[1:]:
             total += operator.multiply_rows(vectors)
         return total / len(self.operators)
+
+    def _multiply_block_rows(self, vectors: torch.Tensor, block: Block) -> torch.Tensor:
+        total = self.operators[0].multiply_block_rows(vectors, block)
+        for operator in self.operators[1:]:
+            total += operator.multiply_block_rows(vectors, block)
+        return total / len(self.operators)
+
+    def block_rounding(self, block: Block) -> float | None:
+        """The largest of the members'; None where one is not known."""
+        known = [op.block_rounding(block) for op in self.operators]
+        return None if None in known else max(known)  # type: ignore[type-var]
 
     def in_float64(self) -> MeanOperator | None:
         """See `LinearOperator.in_float64`; None where a member has none."""
@@ -98,6 +110,99 @@ class MeanOperator(LinearOperator):
                 raise InputError(f"a loss is known for Hessian operators only, this one averages a {type(op).__name__}")
             members.append(op)
         return members
+
+
+class DifferenceOperator(LinearOperator):
+    """A - B, such as the residual H - G of a Hessian and its Gauss-Newton matrix. A product costs one of each.
+
+    Args:
+        minuend: A.
+        subtrahend: B, of the same shape.
+
+    Raises:
+        InputError: If the shapes, the dtypes or the parameters differ.
+
+    Example:
+        >>> import numpy as np, spectra
+        >>> difference = spectra.DifferenceOperator(*(spectra.DiagonalOperator(np.array(v)) for v in ([3.0], [1.0])))
+        >>> difference @ np.array([1.0])
+        array([2.])
+    """
+
+    def __init__(self, minuend: LinearOperator, subtrahend: LinearOperator):
+        self.operators = (minuend, subtrahend)
+        for what in ("shape", "dtype", "device"):
+            first, second = (getattr(op, what) for op in self.operators)
+            if first != second:
+                raise InputError(f"operators of one {what} are expected, got {first} and {second}")
+        names = [getattr(getattr(op, "space", None), "names", None) for op in self.operators]
+        if None not in names and names[0] != names[1]:
+            raise InputError("operators in the same parameters are expected: give both the same params=")
+        self.shape, self.dtype, self.device, self.spread = minuend.shape, minuend.dtype, minuend.device, minuend.spread
+
+    @property
+    def space(self) -> Any:
+        """The parameters of A, None where it has none."""
+        return getattr(self.operators[0], "space", None)
+
+    @property
+    def unverified(self) -> str:  # type: ignore[override]
+        """The reason of A, or that of B."""
+        return next((op.unverified for op in self.operators if op.unverified), "")
+
+    def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
+        minuend, subtrahend = self.operators
+        return minuend.multiply_rows(vectors) - subtrahend.multiply_rows(vectors)
+
+    def _multiply_block_rows(self, vectors: torch.Tensor, block: Block) -> torch.Tensor:
+        minuend, subtrahend = self.operators
+        return minuend.multiply_block_rows(vectors, block) - subtrahend.multiply_block_rows(vectors, block)
+
+    def in_float64(self) -> DifferenceOperator | None:
+        """See `LinearOperator.in_float64`; None where one of both has none."""
+        minuend, subtrahend = (op.in_float64() for op in self.operators)
+        return None if minuend is None or subtrahend is None else DifferenceOperator(minuend, subtrahend)
+
+    def close(self) -> None:
+        """Free the memory of the graphs of both, where they have any."""
+        for op in self.operators:
+            if isinstance(op, HasLoss):
+                op.close()
+
+    def block_rounding(self, block: Block) -> float | None:
+        """The error of both products, relative to the difference; None where one is not known."""
+        known = [op.block_rounding(block) for op in self.operators]
+        if None in known:
+            return None
+        u = block.take(gaussian(self, seed=0, index=0, stream="difference"))[None]
+        return self._relative(known, [op.multiply_block_rows(u, block)[0] for op in self.operators])  # type: ignore[arg-type]
+
+    def precision_error(self) -> float:
+        """The error of both products, relative to the difference."""
+        errors = [op.precision_error() for op in self.operators]
+        return self._relative(errors, self._products()) if any(errors) else 0.0
+
+    def rounding(self) -> float:
+        """See `LinearOperator.rounding`; the error of each product counts relative to the difference."""
+        return max(super().rounding(), self._relative([op.rounding() for op in self.operators], self._products()))
+
+    def _products(self) -> list[torch.Tensor]:
+        """A u and B u for a random u."""
+        u = gaussian(self, seed=0, index=0, stream="difference")[None]
+        return [op.multiply_rows(u)[0] for op in self.operators]
+
+    @staticmethod
+    def _relative(errors: list[float], products: list[torch.Tensor]) -> float:
+        """The sum of the errors of A u and B u, which are relative to each, relative to A u - B u."""
+        size = norm(products[0] - products[1])
+        return sum(e * norm(p) for e, p in zip(errors, products, strict=True)) / size if size > 0 else 0.0
+
+    def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
+        """Raise the error of the operator whose product is not finite."""
+        for operator in self.operators:
+            if not torch.isfinite(operator.multiply_rows(vectors)).all():
+                operator.raise_non_finite(vectors)
+        super().raise_non_finite(vectors)
 
 
 class DeflatedOperator(LinearOperator):

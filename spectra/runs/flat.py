@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from spectra.runs.folder import Run
 
-FIRST = ("step", "mode", "label", "status", "reason")
+FIRST = ("step", "mode", "block", "label", "status", "reason")
 NUMBERS = (
     *("loss", "gradient_norm", "dimension", "near_zero_tol", "probes", "lanczos_steps"),
     *("seed", "products", "seconds"),
@@ -116,7 +116,7 @@ def shown(run: Run) -> str:
         rows = [(single.folder.name, *_counted(single.records)) for single in run.runs]
         return markup.table(("run", "records", "failed", "last step"), rows, heading=f"Study {run.folder}")
     records = run.records
-    columns = ("step", "mode", "label", "loss", *(name.replace("_", " ") for name in SHOWN), "")
+    columns = ("step", "mode", "block", "label", "loss", *(name.replace("_", " ") for name in SHOWN), "")
     notes = [f"the last {MOST_SHOWN} of {len(records):,} records"] if len(records) > MOST_SHOWN else []
     rows = [_cells(record) for record in records[-MOST_SHOWN:]]
     return markup.table(columns, rows, heading=f"Run {run.folder}", notes=notes)
@@ -132,5 +132,5 @@ def _cells(record: SpectrumRecord) -> list[str]:
     """A record as texts."""
     estimates = [record.estimates.get(name) for name in SHOWN]
     note = "" if record.is_measured else f"failed: {record.reason}"
-    cells = [str(record.step), record.mode, record.label, f"{record.loss:.4g}"]
+    cells = [str(record.step), record.mode, record.block, record.label, f"{record.loss:.4g}"]
     return [*cells, *("" if estimate is None else str(estimate) for estimate in estimates), note]

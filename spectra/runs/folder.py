@@ -163,9 +163,9 @@ class Run:
     def to_pandas(self) -> DataFrame:
         """The records as a pandas frame, a row a record; for a study those of all runs.
 
-        The columns are "run" (the folder, for a study), "step", "mode", "label", "status" and "reason"; for every
-        quantity q of the spectrum "q", "q_low", "q_high", the ends of its 95 % interval, and "q_resolved"; then "loss",
-        "gradient_norm", how it was measured, and the numbers of checks and extras, as in "checks.linearity_gap". What a
+        The columns are "run" (the folder, for a study), "step", "mode", "block", "label", "status" and "reason"; for
+        every quantity q of the spectrum "q", "q_low", "q_high", the ends of its 95 % interval, and "q_resolved"; then
+        "loss", "gradient_norm", how it was measured, and the numbers of checks and extras, as in "extras.x". What a
         record does not have is missing, and "q_resolved" is False there.
 
         Returns:

@@ -37,6 +37,7 @@ from spectra.estimates.density import SpectralDensity
 from spectra.estimates.estimate import Estimate
 from spectra.estimates.quantities import summarize
 from spectra.operators.base import HasLoss, LinearOperator
+from spectra.operators.blocks import Blocks, blocks_of
 from spectra.operators.hessian.batches import as_batches
 from spectra.operators.hessian.checks import hessian_mode
 from spectra.operators.hessian.isolation import MODULE_TABLES, unwrap
@@ -112,6 +113,9 @@ class SpectrumProbe:
             {"ste": HessianOperator} for a quantized model, whose straight-through derivative is measured, which the
             records then say.
         params: Which parameters, see `spectra.ParameterSpace`. None: all that are trained.
+        blocks: Diagonal blocks to measure beside the whole, from the same graphs: "layers", globs, module types or a
+            mapping, see `spectra.blocks_of`. Each leaves a record whose mode ends in the name of the block, as in
+            "full: model.layers.0".
         loss: (outputs, targets) -> scalar, see `spectra.Objective`. None: the model's own loss.
         settings: How to measure. None: the defaults of `MeasurementSettings`.
         extras: Called with the model before a measurement; returns numbers to store beside the spectrum, by name.
@@ -151,6 +155,7 @@ class SpectrumProbe:
         out: str | os.PathLike[str] | None = None,
         modes: Mapping[str, OperatorBuilder] | None = None,
         params: Selection = None,
+        blocks: Blocks | None = None,
         loss: Callable[..., torch.Tensor] | None = None,
         settings: MeasurementSettings | None = None,
         extras: Callable[[nn.Module], Mapping[str, float]] | None = None,
@@ -182,6 +187,11 @@ class SpectrumProbe:
         self._operator_options = {"params": params, "loss": loss, **self.settings.operator_options()}
         if training:
             self._operator_options["training"] = True
+        if isinstance(blocks, Iterable) and not isinstance(blocks, str | Mapping):
+            blocks = list(blocks)
+        self.blocks = blocks
+        self._block_names: dict[str, list[str]] = {}  # by mode
+        self._operators: dict[str, LinearOperator] = {}  # by mode, those of the measurement that is under way
         with self._undisturbed():
             self.batches = _read(batches)
             self._try_modes()
@@ -347,17 +357,40 @@ class SpectrumProbe:
     def _measure_modes(self, step: int, label: str) -> tuple[list[SpectrumRecord], list[SpectrumRecord]]:
         """What `_measure` returns."""
         self._measured_steps.add(step)
-        held = {mode: self._held(mode, step, label) for mode in self.modes}
+        held = {name: self._held(name, step, label) for name in self._targets()}
         records, new = [], []
         with self._undisturbed():
             extras: dict[str, float] | Failure | None = None
-            for mode, record in held.items():
+            for name, record in held.items():
                 if record is None:
                     extras = self._extras() if extras is None else extras
-                    record = self._record(mode, step, label, extras)
+                    record = self._record(name, step, label, extras)
                     new.append(record)
                 records.append(record)
+            self._close_operators()
         return records, new
+
+    def _targets(self) -> dict[str, tuple[str, str]]:
+        """What is measured, {name in records: (mode, block)}; the block is "" for the whole."""
+        found: dict[str, tuple[str, str]] = {}
+        for mode in self.modes:
+            found[mode] = (mode, "")
+            found |= {f"{mode}: {block}": (mode, block) for block in self._block_names.get(mode, ())}
+        return found
+
+    def _operator(self, mode: str) -> LinearOperator:
+        """The operator of a mode, which the spectra of its blocks share. Those of other modes are closed."""
+        if mode not in self._operators:
+            self._close_operators()
+            self._operators[mode] = self._build(mode, self.batches)
+        return self._operators[mode]
+
+    def _close_operators(self) -> None:
+        """Free the graphs of the operators of a measurement."""
+        for op in self._operators.values():
+            if isinstance(op, HasLoss):
+                op.close()
+        self._operators.clear()
 
     def _is_due(self, step: int) -> bool:
         """Whether the schedule says to measure, the same on all ranks that share a measurement."""
@@ -403,7 +436,8 @@ class SpectrumProbe:
             return
         several, values = len(self.modes) > 1, {}
         for record in records:
-            values |= scalars(record, prefix=self.log_prefix, several_modes=several, occasions=OCCASIONS)
+            named = several or bool(record.block)
+            values |= scalars(record, prefix=self.log_prefix, several_modes=named, occasions=OCCASIONS)
         if not values:
             return
         try:
@@ -441,7 +475,7 @@ class SpectrumProbe:
             return Failure.of(error, where="extras=")
 
     def _record(self, mode: str, step: int, label: str, extras: dict[str, float] | Failure) -> SpectrumRecord:
-        """Measure a mode and append its record; a failure is recorded too, unless `strict`."""
+        """Measure a mode or a block of it and append its record; a failure is recorded too, unless `strict`."""
         started = time.perf_counter()
         if isinstance(extras, Failure):
             return self._failed(mode, step, label, started, extras)
@@ -449,6 +483,7 @@ class SpectrumProbe:
             record, density = self._measure_mode(mode, step, label, extras, started)
             record = self.as_run().append(record, density)
         except Exception as error:
+            self._close_operators()
             if self.strict:
                 raise
             failure = Failure.of(error)
@@ -477,33 +512,38 @@ class SpectrumProbe:
                 warnings.warn(message, stacklevel=2)
 
     def _measure_mode(
-        self, mode: str, step: int, label: str, extras: dict[str, float], started: float
+        self, name: str, step: int, label: str, extras: dict[str, float], started: float
     ) -> tuple[SpectrumRecord, SpectralDensity]:
-        """The spectrum of one mode: its record and density."""
+        """The spectrum of one mode, or of a block of it: its record and density."""
+        mode, block = self._targets()[name]
         weights = fingerprint_of_weights(self.model)
-        op = self._build(mode, self.batches)
+        op = self._operator(mode)
         if not isinstance(op, HasLoss):
             raise _no_loss(mode, op)
-        try:
-            checked = self._check(op, mode)
-            loss, gradient_norm = op.loss(), norm(op.gradient())
-            policy = choose_reorthogonalization(op, self.settings.steps, self.settings.reorthogonalize)
-            with torch.no_grad():
-                density = self._density(op, mode, policy)
-        finally:
-            op.close()
+        if self.blocks is not None and mode not in self._block_names:  # the operator could not be built before
+            self._block_names[mode] = list(blocks_of(op, self.blocks))  # type: ignore[arg-type]
+        checked = self._check(op, mode)
+        loss, gradient = op.loss(), op.gradient()
+        target: LinearOperator = op  # type: ignore[assignment]
+        if block:
+            target = blocks_of(op, self.blocks)[block]  # type: ignore[arg-type]
+            gradient = target.block.take(gradient)  # type: ignore[attr-defined]
+        policy = choose_reorthogonalization(target, self.settings.steps, self.settings.reorthogonalize)
+        with torch.no_grad():
+            density = self._density(target, name, policy)
         estimates = summarize(density, self.settings.near_zero_tol)
-        noise = self._batch_noise(mode, estimates) if self.settings.batch_groups else {}
+        noise = self._batch_noise(mode, estimates) if self.settings.batch_groups and not block else {}
         record = SpectrumRecord(
             step=step,
-            mode=mode,
+            mode=name,
+            block=block,
             loss=loss,
-            gradient_norm=gradient_norm,
-            dimension=op.shape[0],
+            gradient_norm=norm(gradient),
+            dimension=target.shape[0],
             estimates=estimates,
             batch_noise=noise,
             reorthogonalize="exact" if density.exact else policy,
-            products=op.products,
+            products=target.products,
             seconds=time.perf_counter() - started,
             label=label,
             extras={**extras, "zero_share": density.zero_share()},
@@ -607,6 +647,8 @@ class SpectrumProbe:
                 continue
             if not isinstance(op, HasLoss):
                 raise _no_loss(mode, op)
+            if self.blocks is not None:
+                self._block_names[mode] = list(blocks_of(op, self.blocks))  # type: ignore[arg-type]
             op.close()
 
     def _open(self, out: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
@@ -639,6 +681,7 @@ class SpectrumProbe:
             "modes": list(self.modes),
             "training": self.training,
             "batches": fingerprint(self.batches),
+            **({} if self.blocks is None else {"blocks": self._block_names}),
         }
 
 

@@ -25,7 +25,7 @@ KINDS = {
     **dict.fromkeys(("step", "dimension", "probes", "lanczos_steps", "seed", "products"), (int,)),
     **dict.fromkeys(NUMBERS, (int, float)),
     **dict.fromkeys(("mode", "reorthogonalize", "label", "dtype", "device", "engine"), (str,)),
-    **dict.fromkeys(("weights", "status", "reason", "remedy"), (str,)),
+    **dict.fromkeys(("block", "weights", "status", "reason", "remedy"), (str,)),
     **dict.fromkeys(("estimates", "extras", "checks", "versions", "batch_noise", "count"), (dict,)),
     "notes": (list,),
     "lanczos": (str, type(None)),
@@ -49,7 +49,7 @@ class SpectrumRecord:
 
     Attributes:
         step: The training step.
-        mode: Which Hessian.
+        mode: Which Hessian; for a diagonal block with its name, as in "full: model.layers.0".
         loss: The loss on the measured batches.
         gradient_norm: The norm of its gradient in the measured parameters.
         dimension: The number of measured parameters, n.
@@ -74,6 +74,7 @@ class SpectrumRecord:
         notes: What a reader of the numbers should know of how they were computed.
         wall_time: When the record was made, in seconds since 1970.
         lanczos: The file of the Jacobi matrices, relative to the run folder; None if they were not kept.
+        block: The name of the diagonal block that was measured; "" for the whole.
         weights: A hash of some entries of the weights that were measured; "" where it is not known.
         count: What the count below zero after a change of variables took: its Lanczos "steps", the "search_products"
             for the change of variables, and its "products" in all. Empty without one.
@@ -106,6 +107,7 @@ class SpectrumRecord:
     notes: list[str] = field(default_factory=list)
     wall_time: float = field(default_factory=time.time)
     lanczos: str | None = None
+    block: str = ""
     weights: str = ""
     count: dict[str, int] = field(default_factory=dict)
     status: str = OK

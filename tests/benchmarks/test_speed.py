@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "speed"))
 
+import blocks
 import check_costs
 import libraries
 import measuring
@@ -191,3 +192,15 @@ def test_the_cost_of_the_checks_is_positive_and_stands_in_the_table():
     cells = check_costs.row("llama-64", 1, torch.device("cpu"))
     assert cells[:3] == ["llama-64", "172,352", "1"]
     assert 0 < float(cells[5]) <= float(cells[4]) <= float(cells[6])
+
+
+def test_the_benchmark_of_blocks_gives_the_same_numbers_both_ways(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(blocks.CASES, "tiny", lambda: check_costs.llama(8, 1))
+    arguments = ["blocks.py", "--models", "tiny", "--probes", "1", "--steps", "2", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path / "table.md")])
+    blocks.main()
+    (line,) = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| tiny")]
+    assert line in capsys.readouterr().out
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2] == "4"  # embeddings, a layer, the last norm, the head
+    assert float(cells[-1]) < 1e-3

@@ -236,8 +236,8 @@ def _quick_comparison(
 
 def _central_difference(graphs: GraphStore, offset: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
     """Half of how gradient and loss change from the weights less an offset (n,) to the weights plus it."""
-    more, ahead = graphs.gradient_at(graphs.objective, dtype=dtype, offset=offset)
-    less, behind = graphs.gradient_at(graphs.objective, dtype=dtype, offset=-offset)
+    more, ahead = graphs.differentiated_at(dtype=dtype, offset=offset)
+    less, behind = graphs.differentiated_at(dtype=dtype, offset=-offset)
     return (ahead - behind) / 2, (more - less) / 2
 
 

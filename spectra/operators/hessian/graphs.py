@@ -33,6 +33,7 @@ from spectra.operators.hessian.precision import arithmetic
 from spectra.operators.hessian.substitution import Substitution, WeightsWritten, nodes_of
 
 T = TypeVar("T")
+Part = tuple[int, ...] | None  # positions of the parameters of a diagonal block; None for all of them
 OTHER_SEED = 20240229  # of the random numbers that show whether a forward pass depends on random numbers
 POLICIES = ("auto", "keep", "rebuild")
 GRAPHS_SHARE = 0.5  # of the free memory that kept graphs may take under "auto"
@@ -67,7 +68,7 @@ class _State:
     loss: float
     kept: list[engines.Tensors]
     gradient: torch.Tensor | None  # None where the kept graphs hold all of it
-    forward: dict[int, engines.ForwardOverReverse]
+    forward: dict[tuple[int, Part], engines.ForwardOverReverse]
 
 
 class GraphStore:
@@ -131,6 +132,7 @@ class GraphStore:
         self.writes_to_weights = False  # if so, stand-ins have memory of their own
         self._written: dict[int, torch.Tensor] | None = None  # the weights as the forward pass leaves them
         self._other_numbers = False
+        self._within: Part = None
         self._redirected = False  # whether the loss reads parameters or constants past the modules
         self.unused: tuple[str, ...] = ()
 
@@ -143,7 +145,7 @@ class GraphStore:
         Returns:
             The store.
         """
-        return GraphStore(
+        return type(self)(
             self.model,
             self.space,
             self.objective,
@@ -286,7 +288,13 @@ class GraphStore:
         raise AssertionError("a loss is redirected once")
 
     def build(
-        self, piece: Piece, substitution: Substitution, *, second_order: bool = True, guarded: bool = False
+        self,
+        piece: Piece,
+        substitution: Substitution,
+        *,
+        second_order: bool = True,
+        guarded: bool = False,
+        part: Part = None,
     ) -> tuple[torch.Tensor, engines.Tensors]:
         """The piece's weighted loss and its gradient, with a graph that can be differentiated again.
 
@@ -295,6 +303,7 @@ class GraphStore:
             substitution: The stand-ins for the weights at which it is computed.
             second_order: Whether the gradient has a graph.
             guarded: Whether to raise `WeightsWritten` if the forward pass would write to the model's weights.
+            part: The parameters that the gradient is computed for; it is zero in the others.
 
         Returns:
             The loss, a scalar, and the gradient, a tensor for each chosen parameter.
@@ -314,13 +323,24 @@ class GraphStore:
                     "look for torch.no_grad, .detach(), .item() or argmax in the forward pass and the loss, or choose "
                     "parameters that are used with params=..."
                 )
-            with _second_derivatives_named():
-                gradient = torch.autograd.grad(
-                    loss, substitution.chosen, create_graph=second_order, allow_unused=True, retain_graph=second_order
-                )
-        self._check_used(gradient, piece)
-        filled = zip(gradient, substitution.chosen, strict=True)
-        return loss.detach(), tuple(torch.zeros_like(p) if g is None else _dense(g) for g, p in filled)
+            with second_derivatives_named():
+                gradient = self._differentiated(loss, substitution.chosen, piece, part, second_order=second_order)
+        return loss.detach(), gradient
+
+    def _differentiated(
+        self, loss: torch.Tensor, parameters: engines.Tensors, piece: Piece, part: Part, *, second_order: bool
+    ) -> engines.Tensors:
+        """What is kept of a piece: the gradient of its loss, with a graph if asked for."""
+        return self._filled(gradient_of(loss, parameters, part, create_graph=second_order), parameters, piece, part)
+
+    def _filled(
+        self, gradient: Sequence[torch.Tensor | None], parameters: engines.Tensors, piece: Piece, part: Part
+    ) -> engines.Tensors:
+        """The gradient with zeros where the loss does not reach a parameter, whose names are stored."""
+        if part is None:
+            self._check_used(gradient, piece)
+        filled = zip(gradient, parameters, strict=True)
+        return tuple(torch.zeros_like(p) if g is None else _dense(g) for g, p in filled)
 
     def _guarded_loss(self, piece: Piece, substitution: Substitution) -> torch.Tensor:
         """The loss of a piece. Raises if its forward pass writes to the model's weights or bypasses the stand-ins."""
@@ -341,7 +361,7 @@ class GraphStore:
             "let it compute them from the model when it is called"
         )
 
-    def _check_used(self, gradient: tuple[torch.Tensor | None, ...], piece: Piece) -> None:
+    def _check_used(self, gradient: Sequence[torch.Tensor | None], piece: Piece) -> None:
         """Refuse a loss that uses none of the chosen parameters, and store the names of those that it does not use."""
         unused = [name for name, part in zip(self.space.names, gradient, strict=True) if part is None]
         if len(unused) == len(gradient):
@@ -379,12 +399,24 @@ class GraphStore:
         with random_states_kept(self.device), self.on_stream():
             substitution = self.substitution(dtype=dtype, offset=offset)
             for piece in objective.pieces:
-                value, gradient = self.build(piece, substitution, second_order=False)
+                value, gradient = self.build(piece, substitution, second_order=False, part=self._within)
                 flat = self._flat(gradient)
                 loss += value.item()
                 total = flat if total is None else total.add_(flat)
         assert total is not None  # an objective has at least one piece
         return self._over_ranks(loss, total)
+
+    def differentiated_at(self, *, dtype: torch.dtype, offset: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """The loss, and the vector (n,) whose derivative along the offset products are: the gradient, at other weights.
+
+        Args:
+            dtype: The precision.
+            offset: A vector (n,) added to the chosen parameters.
+
+        Returns:
+            The loss and the vector.
+        """
+        return self.gradient_at(self.objective, dtype=dtype, offset=offset)
 
     def loss_at(
         self,
@@ -459,24 +491,35 @@ class GraphStore:
 
     # -- products
 
-    def multiply(self, vectors: torch.Tensor, engine: str) -> torch.Tensor:
-        """The Hessian-vector products of the rows of `vectors` (k, n) by "reverse", "batched" or "forward"."""
+    def multiply(self, vectors: torch.Tensor, engine: str, part: Part = None) -> torch.Tensor:
+        """The products of the rows of `vectors` (k, n) by "reverse", "batched" or "forward".
+
+        Args:
+            vectors: The vectors; (k, n_b) for a diagonal block.
+            engine: The engine.
+            part: The parameters of a diagonal block. Only they are differentiated, in the graph of the whole.
+
+        Returns:
+            The products, in the shape of the vectors.
+        """
         self.prepare()
         with self.on_stream():
-            return self.sum_over_pieces(vectors, engine)
+            return self.sum_over_pieces(vectors, engine, part)
 
-    def capture(self, example: torch.Tensor, engine: str) -> engines.CapturedProducts:
-        """The products of blocks like `example` (k, n), recorded as a CUDA graph at the current weights."""
+    def capture(self, example: torch.Tensor, engine: str, part: Part = None) -> engines.CapturedProducts:
+        """The products of vectors like `example` (k, n), recorded as a CUDA graph at the current weights."""
         self.prepare()
         if self.stream is None or not self.keeps_every_graph:
             raise InputError("a product can be captured on a CUDA device with every graph kept: use engine='auto'")
-        return engines.CapturedProducts(lambda vectors: self.sum_over_pieces(vectors, engine), example, self.stream)
+        return engines.CapturedProducts(
+            lambda vectors: self.sum_over_pieces(vectors, engine, part), example, self.stream
+        )
 
-    def sum_over_pieces(self, vectors: torch.Tensor, engine: str) -> torch.Tensor:
+    def sum_over_pieces(self, vectors: torch.Tensor, engine: str, part: Part = None) -> torch.Tensor:
         """The sum of the products over all pieces, on the current stream."""
         total = None
         for index, piece in enumerate(self.objective.pieces):
-            products = self._piece_products(index, piece, vectors, engine)
+            products = self._piece_products(index, piece, vectors, engine, part)
             total = products if total is None else total.add_(products)
         assert total is not None  # an objective has at least one piece
         return total
@@ -488,15 +531,17 @@ class GraphStore:
                 self.space.check_finite(product, f"the Hessian product of {piece.name}")
         raise NonFiniteError("the sum of the Hessian products over batches overflows; measure with precision='float64'")
 
-    def _piece_products(self, index: int, piece: Piece, vectors: torch.Tensor, engine: str) -> torch.Tensor:
+    def _piece_products(
+        self, index: int, piece: Piece, vectors: torch.Tensor, engine: str, part: Part = None
+    ) -> torch.Tensor:
         """The products of one piece, from its kept graph or from one built for the occasion."""
         state = self._state
         assert state is not None
         if engine == "forward":
-            return self._forward_over_reverse(state, index, piece, vectors)
+            return self._forward_over_reverse(state, index, piece, vectors, part)
         keep = index < len(state.kept)
-        gradient = state.kept[index] if keep else self.build(piece, state.substitution)[1]
-        return self.through(gradient, state.substitution, vectors, keep=keep, batched=engine == "batched")
+        gradient = state.kept[index] if keep else self.build(piece, state.substitution, part=part)[1]
+        return self.through(gradient, state.substitution, vectors, keep=keep, batched=engine == "batched", part=part)
 
     def through(
         self,
@@ -506,20 +551,27 @@ class GraphStore:
         *,
         keep: bool,
         batched: bool = False,
+        part: Part = None,
     ) -> torch.Tensor:
         """The products of the rows of `vectors` (k, n), computed from a gradient with its graph."""
         multiply = engines.batched if batched else engines.reverse
+        parameters = substitution.chosen
+        if part is not None:
+            gradient, parameters = tuple(gradient[i] for i in part), tuple(parameters[i] for i in part)
         # activation checkpointing runs parts of the model again here, which need the stand-ins of the graph
-        with substitution.active(), differentiating(self.device), self._arithmetic(), _second_derivatives_named():
-            return multiply(gradient, substitution.chosen, vectors, keep=keep)
+        with substitution.active(), differentiating(self.device), self._arithmetic(), second_derivatives_named():
+            return multiply(gradient, parameters, vectors, keep=keep)
 
-    def _forward_over_reverse(self, state: _State, index: int, piece: Piece, vectors: torch.Tensor) -> torch.Tensor:
+    def _forward_over_reverse(
+        self, state: _State, index: int, piece: Piece, vectors: torch.Tensor, part: Part
+    ) -> torch.Tensor:
         """The products of one piece by forward over reverse differentiation."""
-        if index not in state.forward:
-            state.forward[index] = engines.ForwardOverReverse(
+        if (index, part) not in state.forward:
+            positions = range(len(self.space.names)) if part is None else part
+            state.forward[index, part] = engines.ForwardOverReverse(
                 self.model,
-                self.space.names,
-                state.substitution.chosen,
+                [self.space.names[i] for i in positions],
+                tuple(state.substitution.chosen[i] for i in positions),
                 lambda: self.objective.evaluate(piece, self.device, state.substitution.dtype) * piece.share,
             )
         with (
@@ -528,7 +580,7 @@ class GraphStore:
             self._forward_pass(),
             torch.compiler.set_stance("default"),
         ):
-            return state.forward[index](vectors)
+            return state.forward[index, part](vectors)
 
     def product_at(self, vector: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The product of one vector (n,) computed in another precision."""
@@ -536,9 +588,9 @@ class GraphStore:
             substitution = self.substitution(dtype=dtype)
             parts = []
             for piece in self.objective.pieces:
-                gradient = self.build(piece, substitution)[1]
+                gradient = self.build(piece, substitution, part=self._within)[1]
                 parts.append(self.through(gradient, substitution, vector[None].to(dtype), keep=False)[0])
-        product = torch.stack(parts).sum(dim=0)
+        product = self._inside(torch.stack(parts).sum(dim=0))
         return ranks.all_reduce_sum_(product) if self.over_ranks else product
 
     def operations(self) -> Iterable[Any]:
@@ -551,10 +603,27 @@ class GraphStore:
         """The product of one vector (n,) with matrix products in float32, for a measurement in a lower precision."""
         state = self._current()
         with self.in_full_precision(), random_states_kept(self.device), self.on_stream():
-            gradients = [self.build(piece, state.substitution)[1] for piece in self.objective.pieces]
+            pieces = self.objective.pieces
+            gradients = [self.build(piece, state.substitution, part=self._within)[1] for piece in pieces]
             parts = [self.through(g, state.substitution, vector[None], keep=False) for g in gradients]
-            higher = torch.stack(parts).sum(dim=0)[0]
+            higher = self._inside(torch.stack(parts).sum(dim=0)[0])
         return ranks.all_reduce_sum_(higher) if self.over_ranks else higher
+
+    @contextlib.contextmanager
+    def within(self, part: Part) -> Iterator[None]:
+        """A context in which gradients at other weights and products in other precisions are zero outside a block."""
+        self._within = part
+        try:
+            yield
+        finally:
+            self._within = None
+
+    def _inside(self, vector: torch.Tensor) -> torch.Tensor:
+        """The vector (n,), with zeros outside of `within`."""
+        if self._within is None:
+            return vector
+        parts = vector.split(self.space.sizes)
+        return torch.cat([p if i in self._within else torch.zeros_like(p) for i, p in enumerate(parts)])
 
     @contextlib.contextmanager
     def in_full_precision(self) -> Iterator[None]:
@@ -722,13 +791,36 @@ def _requiring_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def gradient_of(
+    outputs: torch.Tensor | Sequence[torch.Tensor],
+    parameters: Sequence[torch.Tensor],
+    part: Part,
+    *,
+    cotangents: Sequence[torch.Tensor] | None = None,
+    create_graph: bool,
+    retain_graph: bool | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradient, a tensor for each parameter; None for those that are not reached or not in part."""
+    positions = range(len(parameters)) if part is None else part
+    found = torch.autograd.grad(
+        outputs,
+        [parameters[i] for i in positions],
+        cotangents,
+        create_graph=create_graph,
+        retain_graph=create_graph if retain_graph is None else retain_graph,
+        allow_unused=True,
+    )
+    by_position = dict(zip(positions, found, strict=True))
+    return tuple(by_position.get(i) for i in range(len(parameters)))
+
+
 def _dense(gradient: torch.Tensor) -> torch.Tensor:
     """A sparse gradient as a dense tensor; others as they are."""
     return gradient.to_dense() if gradient.layout != torch.strided else gradient
 
 
 @contextlib.contextmanager
-def _second_derivatives_named() -> Iterator[None]:
+def second_derivatives_named() -> Iterator[None]:
     """Turn torch's errors about a missing second derivative into one line that names the operation."""
     try:
         yield

@@ -462,6 +462,19 @@ def logits_of(output: Any) -> torch.Tensor:
     )
 
 
+def outputs_of(output: Any) -> list[torch.Tensor]:
+    """The tensors with a graph in what a model returned that a loss may be computed from.
+
+    Args:
+        output: What the model returned. A scalar in it is taken for a loss.
+
+    Returns:
+        The tensor itself, the member `logits`, or all tensors of a tuple, a mapping or a dataclass.
+    """
+    found = [output] if isinstance(output, torch.Tensor) else [_member(output, key) for key in _members(output)]
+    return [tensor for tensor in found if tensor.requires_grad and tensor.ndim]
+
+
 def default_loss(logits: torch.Tensor, targets: Any, *, classes_last: bool = False) -> torch.Tensor:
     """Cross-entropy for integer targets, mean squared error for floating-point targets of the same shape.
 

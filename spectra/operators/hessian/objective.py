@@ -336,8 +336,10 @@ class Objective:
 
     def count(self, batch: Any) -> float:
         """c_b: the number of terms whose mean is the loss of a completed batch."""
-        if self.weight is not None:
-            return self._given_weight(batch)
+        return self.terms(batch) if self.weight is None else self._given_weight(batch)
+
+    def terms(self, batch: Any) -> float:
+        """The number of terms that are counted in a completed batch, whatever `weight` says."""
         rows = rows_in(batch)
         if isinstance(batch, Mapping):
             labels = batch.get("labels")

@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -17,15 +18,32 @@ from spectra.backend import ranks
 from spectra.backend.errors import InputError
 from spectra.backend.random_vectors import gaussian
 from spectra.backend.vectors import dot, norm
-from spectra.operators.base import GAP_TO_ROUNDING, LinearOperator, Preflight
+from spectra.operators.base import GAP_TO_ROUNDING, UNITS_OF_ROUNDING, Block, LinearOperator, Preflight
 from spectra.operators.hessian import checks, pieces
 from spectra.operators.hessian.footprint import Footprint
-from spectra.operators.hessian.graphs import GraphLayout, GraphStore
+from spectra.operators.hessian.graphs import GraphLayout, GraphStore, Part
 from spectra.operators.hessian.isolation import unwrap
 from spectra.operators.hessian.objective import Objective
 from spectra.operators.hessian.parameters import ParameterSpace, Selection
 from spectra.operators.hessian.pick import EnginePick
 from spectra.operators.hessian.precision import LOWER, dtype_of_copy, dtype_of_vectors, note_of_copy
+
+
+@dataclass
+class _BlockState:
+    """What is known of a diagonal block.
+
+    Attributes:
+        engine: Multiplies through the graphs of the whole.
+        checked: Whether its products have been compared with differences of the gradient.
+        product_rounding: The part of the relative error of a product that this showed to be rounding error.
+        rounding: How far rounding error may move an eigenvalue at the current weights; None if not measured yet.
+    """
+
+    engine: EnginePick
+    checked: bool = False
+    product_rounding: float = 0.0
+    rounding: float | None = None
 
 
 class HessianOperator(LinearOperator):
@@ -81,6 +99,8 @@ class HessianOperator(LinearOperator):
         NonFiniteError: For NaN or infinity. The message names the batch and the parameter.
     """
 
+    graph_store: type[GraphStore] = GraphStore
+
     def __init__(
         self,
         model: nn.Module,
@@ -109,7 +129,7 @@ class HessianOperator(LinearOperator):
         self.checks: dict[str, float] = {}
         self.spread = ranks.check_spread(spread, ("none", "batches"))
         objective = Objective(self.model, batches, loss, microbatch=microbatch, weight=weight)
-        self._graphs = GraphStore(
+        self._graphs = self.graph_store(
             self.model,
             space,
             objective if spread == "none" else objective.of_this_rank(),
@@ -127,6 +147,7 @@ class HessianOperator(LinearOperator):
         self._product_rounding = 0.0
         self._linearity_gap: float | None = None
         self._precision_error: float | None = None
+        self._trusted = False  # whether the checks were made by another operator
 
     def _connect(self, engine: str) -> None:
         """Let the graphs and an engine use each other."""
@@ -134,6 +155,8 @@ class HessianOperator(LinearOperator):
         graphs.can_be_cut = functools.cache(lambda: pieces.may_be_cut(graphs))
         self._engine = EnginePick(graphs, engine)
         graphs.when_out_of_memory = self._engine.reduce_memory
+        self._blocks: dict[Part, _BlockState] = {}
+        self._block_in_use: Part = None
 
     def in_float64(self) -> HessianOperator | None:
         """The Hessian of a float64 copy of the weights, at the same batches and with the same options.
@@ -209,6 +232,24 @@ class HessianOperator(LinearOperator):
         products = self._engine.multiply(vectors)
         return ranks.all_reduce_sum_(products) if self.spread == "batches" else products
 
+    def _multiply_block_rows(self, vectors: torch.Tensor, block: Block) -> torch.Tensor:
+        self._prepare()
+        return self._block_products(vectors, block)
+
+    def _block_products(self, vectors: torch.Tensor, block: Block) -> torch.Tensor:
+        """The products of a block, differentiated in its parameters alone. Captured products are kept for one block."""
+        if self._block_in_use not in (None, block.positions):
+            self._blocks[self._block_in_use].engine.forget()
+        self._block_in_use = block.positions
+        products = self._state_of(block).engine.multiply(vectors)
+        return ranks.all_reduce_sum_(products) if self.spread == "batches" else products
+
+    def _state_of(self, block: Block) -> _BlockState:
+        part = block.positions
+        if part not in self._blocks:
+            self._blocks[part] = _BlockState(EnginePick(self._graphs, self._engine.engine, part))
+        return self._blocks[part]
+
     def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
         """Raise the NonFiniteError that names the batch and the parameter where a product is not finite."""
         self._graphs.raise_non_finite(vectors)
@@ -221,17 +262,25 @@ class HessianOperator(LinearOperator):
     def _prepare(self, *, thorough: bool = False) -> None:
         """Build the graphs at the current weights, and run the checks if these parameters have not been checked."""
         if self._graphs.prepare(thorough=thorough):
-            self._engine.forget()
-            self._linearity_gap = self._precision_error = None
+            self._forget_products()
         if self._verified_for != tuple(map(id, self.space.parameters)):
             self._verified_for = tuple(map(id, self.space.parameters))
+            self._blocks.clear()
+            self._block_in_use = None
             self._verify()
 
     def refresh(self) -> None:
         """Forget everything computed at earlier weights."""
-        self._engine.forget()
         self._graphs.forget()
+        self._forget_products()
+
+    def _forget_products(self) -> None:
+        """Forget what belongs to products at earlier weights."""
+        self._engine.forget()
         self._linearity_gap = self._precision_error = None
+        for state in self._blocks.values():
+            state.engine.forget()
+            state.rounding = None
 
     def close(self) -> None:
         """Free the memory of the kept graphs. The operator stays usable, and builds them again at the next product."""
@@ -249,6 +298,7 @@ class HessianOperator(LinearOperator):
         """Use the check figures of another operator of the same model, loss and batches instead of checking again."""
         self.checks = dict(figures)
         self._verified_for = tuple(map(id, self.space.parameters))
+        self._trusted = True
 
     def _verify(self) -> None:
         """Run the checks. A failed check raises, or with strict=False becomes the reason in `unverified`."""
@@ -262,8 +312,12 @@ class HessianOperator(LinearOperator):
             if self.strict:
                 self._verified_for = ()
                 raise
-            self.unverified = str(error)
-            self.notes.append(f"a check failed and strict=False was asked for: {error}")
+            self._not_verified(error)
+
+    def _not_verified(self, error: InputError) -> None:
+        """Note a check that failed where strict=False was asked for."""
+        self.unverified = str(error)
+        self.notes.append(f"a check failed and strict=False was asked for: {error}")
 
     def _check_pieces(self) -> None:
         objective, error, note = pieces.settle_shares(self._graphs)
@@ -276,21 +330,78 @@ class HessianOperator(LinearOperator):
 
     def _check_products(self) -> None:
         """Measure symmetry and linearity from three products, and compare products and gradient with differences."""
+        symmetry, self._linearity_gap, found = self._compare_products(self._products, None)
+        self.checks["symmetry_gap"], self.checks["linearity_gap"] = symmetry, self._linearity_gap
+        self._product_rounding = found.rounding
+        self.checks["product_error"], self.checks["slope_error"] = found.product, found.slope
+
+    def _compare_products(
+        self, multiply: Callable[[torch.Tensor], torch.Tensor], block: Block | None
+    ) -> tuple[float, float, checks.DerivativeErrors]:
+        """The symmetry gap, the linearity gap, and the comparison with differences, of the whole or of a block."""
         u = gaussian(self, seed=0, index=0, stream="linearity")
         v = gaussian(self, seed=0, index=1, stream="linearity")
-        au, av, both = (self._products(vector[None])[0] for vector in (u, v, u + v))
+        if block is not None:
+            u, v = (block.embed(block.take(vector), len(vector)) for vector in (u, v))
+        au, av, both = (multiply(vector[None])[0] for vector in (u, v, u + v))
         if not all(math.isfinite(float(product.sum())) for product in (au, av)):
             self.raise_non_finite(torch.stack([u, v]))
         scale = max(norm(av) * norm(u), norm(au) * norm(v))
-        self.checks["symmetry_gap"] = abs(dot(u, av) - dot(v, au)) / scale if scale > 0 else 0.0
+        symmetry = abs(dot(u, av) - dot(v, au)) / scale if scale > 0 else 0.0
         size = norm(both)
-        self._linearity_gap = norm(both - au - av) / size if size > 0 else 0.0
-        self.checks["linearity_gap"] = self._linearity_gap
-        rounding = max(self._linearity_gap, self._lower_precision_error(u, au))
-        del v, av, both
-        found = checks.check_derivatives(self._graphs, u, au, rounding)
-        self._product_rounding = found.rounding
-        self.checks["product_error"], self.checks["slope_error"] = found.product, found.slope
+        linearity = norm(both - au - av) / size if size > 0 else 0.0
+        with self._graphs.within(None if block is None else block.positions):
+            rounding = max(linearity, self._lower_precision_error(u, au))
+            del v, av, both
+            return symmetry, linearity, checks.check_derivatives(self._graphs, u, au, rounding)
+
+    # -- what can be relied on in a block
+
+    def block_rounding(self, block: Block) -> float | None:
+        """See `LinearOperator.block_rounding`. The products of the block are checked first, as those of the whole are.
+
+        The check of the whole does not see a wrong derivative in a block of small curvature. That of a block costs
+        three products of the block and two gradients in it.
+
+        Args:
+            block: The coordinates b.
+
+        Returns:
+            The error, measured at the current weights.
+
+        Raises:
+            InputError: If the check fails, unless strict=False.
+        """
+        self._prepare(thorough=True)
+        state, n = self._state_of(block), self.shape[0]
+        if not (state.checked or self._trusted):
+            try:
+                _, linearity, found = self._compare_products(
+                    lambda vectors: block.embed(self._block_products(block.take(vectors), block), n), block
+                )
+                state.product_rounding = found.rounding
+                state.rounding = self._block_error(block, linearity)
+            except InputError as error:
+                if self.strict:
+                    raise InputError(f"block '{block.name}': {error}") from error
+                self._not_verified(error)
+            state.checked = True
+        if state.rounding is None:
+            u, v = (block.take(gaussian(self, seed=0, index=i, stream="linearity"))[None] for i in (0, 1))
+            both = self.multiply_block_rows(u + v, block)
+            gap = both - self.multiply_block_rows(u, block) - self.multiply_block_rows(v, block)
+            state.rounding = self._block_error(block, norm(gap[0]) / norm(both[0]) if both.any() else 0.0)
+        return state.rounding
+
+    def _block_error(self, block: Block, linearity: float) -> float:
+        """The bound on the error of an eigenvalue of a block, from the errors of its products."""
+        errors = [linearity, self._state_of(block).product_rounding]
+        if self.precision in LOWER:
+            u = block.embed(block.take(gaussian(self, seed=0, index=0, stream="precision")), self.shape[0])
+            product = block.embed(self.multiply_block_rows(block.take(u)[None], block)[0], self.shape[0])
+            with self._graphs.within(block.positions):
+                errors.append(self._lower_precision_error(u, product))
+        return max(UNITS_OF_ROUNDING * torch.finfo(self.dtype).eps, GAP_TO_ROUNDING * max(errors))
 
     def preflight(self) -> Preflight:
         """Run the checks if they have not been run, and return their figures.
@@ -335,7 +446,8 @@ class HessianOperator(LinearOperator):
         if self.precision not in LOWER:
             return 0.0
         higher = self._graphs.higher_precision_product(vector)
-        return norm(product - higher) / norm(higher)
+        size = norm(higher)
+        return norm(product - higher) / size if size > 0 else 0.0
 
     def rounding(self) -> float:
         """See `LinearOperator.rounding`; the error of products in a lower precision is part of it."""

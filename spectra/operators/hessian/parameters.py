@@ -107,6 +107,21 @@ class ParameterSpace:
         other._set(model, self.names, [now[name] for name in self.names])
         return other
 
+    def part(self, positions: Sequence[int]) -> ParameterSpace:
+        """The space of some of the parameters.
+
+        Args:
+            positions: Their positions among `names`, in ascending order.
+
+        Returns:
+            The space.
+        """
+        other = copy.copy(self)
+        for field in ("names", "parameters", "shapes", "sizes", "_kinds"):
+            setattr(other, field, tuple(getattr(self, field)[i] for i in positions))
+        other.dimension = sum(other.sizes)
+        return other
+
     def flatten(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Tensors shaped like the parameters, laid end to end: (n,)."""
         shapes = tuple(t.shape for t in tensors)

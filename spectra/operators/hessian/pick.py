@@ -9,7 +9,7 @@ import torch
 from spectra.backend import memory
 from spectra.backend.errors import InputError, NonFiniteError, first_line
 from spectra.operators.hessian.engines import ENGINES, CapturedProducts
-from spectra.operators.hessian.graphs import GraphStore
+from spectra.operators.hessian.graphs import GraphStore, Part
 
 CAPTURE_BELOW = 0.2  # seconds a vector and microbatch: slower products are compute-bound, and capturing gains nothing
 CLEARLY_FASTER = 0.9  # part of a simpler engine's time below which another engine replaces it
@@ -26,12 +26,13 @@ class EnginePick:
     Args:
         graphs: The gradient's graphs.
         engine: One of `spectra.operators.hessian.engines.ENGINES`.
+        part: Positions of the parameters of a diagonal block; None for all of them.
     """
 
-    def __init__(self, graphs: GraphStore, engine: str):
+    def __init__(self, graphs: GraphStore, engine: str, part: Part = None):
         if engine not in ENGINES:
             raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-        self.graphs, self.engine, self.used = graphs, engine, ""
+        self.graphs, self.engine, self.part, self.used = graphs, engine, part, ""
         self._picked: dict[int, str] = {}
         self._captured: dict[int, CapturedProducts] = {}
         self._single_calls = 0
@@ -106,14 +107,14 @@ class EnginePick:
             return torch.cat([self._capture("reverse", vector)(vector) for vector in vectors.split(1)])
         if engine == "captured batched":
             return self._capture("batched", vectors)(vectors)
-        return self.graphs.multiply(vectors, engine)
+        return self.graphs.multiply(vectors, engine, self.part)
 
     def _capture(self, engine: str, example: torch.Tensor) -> CapturedProducts:
         if self.graphs.prepare():
             self._captured.clear()  # a recording of earlier weights would multiply by the Hessian there
         count = len(example)
         if count not in self._captured:
-            self._captured[count] = self.graphs.capture(example, engine)
+            self._captured[count] = self.graphs.capture(example, engine, self.part)
         return self._captured[count]
 
     def _pick(self, vectors: torch.Tensor) -> tuple[str, torch.Tensor]:

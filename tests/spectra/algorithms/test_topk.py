@@ -199,3 +199,14 @@ def test_a_notebook_shows_the_pairs():
     html = spectra.topk(spectra.DiagonalOperator(np.array([-7.25, *np.linspace(0, 1, 200), 5.5])), 2)._repr_html_()
     assert [html.count(text) for text in ("-7.25<", "5.5<", ">yes<", ">no<")] == [1, 1, 2, 0]
     assert "a matrix with 202 rows" in html
+
+
+def test_float32_with_eigenvalues_that_fall_off_fast():
+    """One pass of Gram-Schmidt at every step lost orthogonality here, and the search ended in a dense matrix."""
+    generator = torch.Generator().manual_seed(0)
+    q, _ = torch.linalg.qr(torch.randn(600, 600, dtype=torch.float64, generator=generator))
+    values = 50 * 0.85 ** torch.arange(600, dtype=torch.float64)
+    op = spectra.DenseOperator(((q * values) @ q.T).float())
+    pairs = spectra.topk(op, 20, which="LM", tol=1e-3, verify=False)
+    assert pairs.products < 100
+    np.testing.assert_allclose(pairs.values[::-1], values[:20], rtol=1e-4)

@@ -63,6 +63,22 @@ def test_measure_leaves_a_run_and_prints_its_estimates(model, text, tmp_path, ca
     assert run.density(record).rms() == rms
 
 
+def test_measure_prints_a_row_for_each_block(model, text, tmp_path, capsys):
+    quick = ["--sequences", "2", "--count-products", "0", "--deflate", "0"]
+    assert measure(model, text, tmp_path / "run", *quick, "--blocks", "*mlp*", "*norm.weight") == 0
+    lines = capsys.readouterr().out.splitlines()
+    whole, mlp, norm = Run(tmp_path / "run").records
+    assert (whole.block, mlp.block, norm.block) == ("", "*mlp*", "*norm.weight")
+    assert mlp.mode == "full: *mlp*"
+    for record in (mlp, norm):
+        (line,) = [line for line in lines if line.startswith(f"{record.block} ")]
+        assert line.split()[1] == f"{record.dimension:,}"
+        assert str(record.estimates["rms"]).removesuffix(" (unresolved)") in line
+    assert measure(model, text, tmp_path / "all", *quick, "--blocks", "layers", "--json") == 0
+    assert "model.layers.0" in json.loads(capsys.readouterr().out)["blocks"]
+    assert "no parameter matches" in refused(capsys, measure(model, text, tmp_path / "no", "--blocks", "*nothing*"))
+
+
 def test_measure_takes_the_parameters_and_the_loss_it_was_asked_for(model, text, tmp_path):
     import torch
 

@@ -164,7 +164,7 @@ def test_running_out_of_memory_is_survived_in_steps_and_noted(monkeypatch):
     want = spectra.HessianOperator(model, batches) @ vectors
     whole = GraphStore.sum_over_pieces
 
-    def fits_two_rows(self, block, way):
+    def fits_two_rows(self, block, way, part=None):
         if way == "batched" or self.policy == "keep" or max(self.objective.rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return whole(self, block, way)
@@ -220,7 +220,7 @@ def test_graphs_that_fitted_before_may_not_fit_at_new_weights(monkeypatch):
 
 
 def test_what_does_not_fit_at_all_is_refused_in_one_line(monkeypatch):
-    def never(self, block, way):
+    def never(self, block, way, part=None):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     op = spectra.HessianOperator(tiny_models.mlp(), tiny_models.classification((3,)))
@@ -242,7 +242,7 @@ def test_captured_products_are_recorded_again_at_new_weights(engine, monkeypatch
     """Without a GPU: a recording that multiplies, as a CUDA graph does, at the weights that it was made at."""
     made = []
 
-    def record(graphs, example, way):
+    def record(graphs, example, way, part=None):
         images = graphs.multiply(torch.eye(graphs.space.dimension, dtype=example.dtype), "reverse")
         made.append((way, len(example)))
         return lambda vectors: vectors @ images
