@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -17,7 +17,8 @@ from qat.study.workers import MOST_WORKERS, available_cores, threads
 from qat.training.config import PRETRAINED_RATE, SCHEDULES, SMALL_LLAMA_RATE, TrainConfig
 from qat.training.winq import PRESETS, WinQConfig
 from spectra.backend.errors import InputError
-from spectra.cli.command_line import interrupts_say, print_json, run_command
+from spectra.cli.command_line import add_formats, examples, interrupts_say, print_csv, print_json, run_command
+from spectra.runs.flat import flattened
 
 LISTED_BITS = ",".join(f"{bits:g}" for bits in BITS)
 # Options that have the name of the setting they give.
@@ -59,7 +60,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    compare = commands.add_parser("compare", help="train by several methods at several bit-widths, and compare")
+    compare = commands.add_parser(
+        "compare",
+        help="train by several methods at several bit-widths, and compare",
+        **examples(
+            "qat compare --bits 2,4 --out runs/study",
+            "qat compare --bits 2 --model checkpoint --text notes.txt --steps 200 --out runs/own --csv",
+        ),
+    )
     compare.set_defaults(command=_compare)
     compare.add_argument("--bits", default="1,2,4", help=f"of {LISTED_BITS} (default: 1,2,4)")
     compare.add_argument("--methods", default=",".join(METHODS), help=f"default: {','.join(METHODS)}")
@@ -68,13 +76,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_study_options(compare)
 
-    train = commands.add_parser("train", help="train by one method at one bit-width")
+    train = commands.add_parser(
+        "train",
+        help="train by one method at one bit-width",
+        **examples(
+            "qat train --bits 2 --out runs/2bit",
+            "qat train --bits 4 --method baseline --model checkpoint --text notes.txt --out runs/4bit --json",
+        ),
+    )
     train.set_defaults(command=_train)
     train.add_argument("--bits", default="2", help=f"one of {LISTED_BITS} (default: 2)")
     train.add_argument("--method", default="winq", help="baseline or winq (default: winq)")
     _add_study_options(train)
 
-    evaluate = commands.add_parser("evaluate", help="the perplexity of a model on text files")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="the perplexity of a model on text files",
+        **examples(
+            "qat evaluate checkpoint --text notes.txt",
+            "qat evaluate runs/2bit/model --text notes.txt --block 128 --json",
+        ),
+    )
     evaluate.set_defaults(command=_evaluate)
     evaluate.add_argument("model", help="a model folder, or a name on the Hugging Face hub")
     evaluate.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files, UTF-8")
@@ -84,13 +106,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     evaluate.add_argument("--trust-remote-code", action="store_true", help="run the code that a hub model brings")
-    evaluate.add_argument("--json", action="store_true", help="print JSON instead of a sentence")
+    add_formats(evaluate, json="print JSON instead of a sentence")
     return parser
 
 
 def _add_study_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make: records, table, figures, report")
-    parser.add_argument("--json", action="store_true", help="print the rows of the table as JSON, all else on stderr")
+    add_formats(
+        parser,
+        json="print the rows of the table as JSON, all else on stderr",
+        csv="print the rows of the table as CSV, all else on stderr",
+    )
 
     start = parser.add_argument_group("model and text")
     start.add_argument(
@@ -204,9 +230,11 @@ def _compare(options: argparse.Namespace) -> None:
     from qat.study.compare import compare
 
     with _threads_for(config):
-        rows = compare(config, say=_say_on_stderr if options.json else _say)
+        rows = compare(config, say=_saying(options))
     if options.json:
         print_json({"out": config.out, "rows": rows})
+    if options.csv:
+        print_csv([flattened(row) for row in rows])
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -214,9 +242,11 @@ def _train(options: argparse.Namespace) -> None:
     from qat.study.compare import train_one
 
     with _threads_for(config):
-        row = train_one(config, say=_say_on_stderr if options.json else _say)
+        row = train_one(config, say=_saying(options))
     if options.json:
         print_json({"out": config.out, **row})
+    if options.csv:
+        print_csv([flattened(row)])
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -309,6 +339,11 @@ def _given(options: argparse.Namespace, **names: str) -> dict[str, Any]:
 
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _saying(options: argparse.Namespace) -> Callable[[str], None]:
+    """Where the lines for people go: stdout is left to JSON and CSV."""
+    return _say_on_stderr if options.json or options.csv else _say
 
 
 def _say_on_stderr(line: str) -> None:

@@ -209,7 +209,7 @@ class _Watch(TrainerCallback):
         self.loss = math.nan
         self.curve: list[tuple[int, float]] = []
         self.measured: dict[str, float] = {}
-        self.bar = progress_bar(config.steps, name, "step")
+        self.bar = progress_bar(config.steps, name, "steps")
 
     def finite(self, loss: float, what: str, step: int) -> float:
         """The loss. Raises NonFiniteError, and writes a last line of telemetry, if it is NaN or infinite."""

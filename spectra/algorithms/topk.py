@@ -13,7 +13,7 @@ from spectra.algorithms.krylov_search import KrylovSearch, select
 from spectra.algorithms.origin import unverified
 from spectra.algorithms.progress import Callback, Progress
 from spectra.algorithms.wrapped import CountingOperator, HostOperator
-from spectra.backend import memory
+from spectra.backend import markup, memory
 from spectra.backend.errors import InputError
 from spectra.backend.float32 import in_float32
 from spectra.operators.base import LinearOperator
@@ -46,6 +46,14 @@ class Eigenpairs:
     def resolved(self) -> np.ndarray:
         """(k,) whether each pair has converged and the operator's numbers can be relied on."""
         return self.converged & (not self.unverified)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: eigenvalues with residuals."""
+        pairs = zip(self.values, self.residuals, self.converged, strict=True)
+        rows = [(f"{value:.6g}", f"{residual:.2g}", "yes" if ready else "no") for value, residual, ready in pairs]
+        heading = f"{len(rows)} eigenpairs of a matrix with {len(self.vectors):,} rows, {self.products:,} products"
+        notes = [f"unresolved: {self.unverified}"] if self.unverified else []
+        return markup.table(("eigenvalue", "residual norm", "converged"), rows, heading=heading, notes=notes)
 
 
 @in_float32

@@ -17,6 +17,7 @@ EXTRA_OF = {
     "accelerate": "qat",
     "tokenizers": "qat",
     "datasets": "qat",
+    "pandas": "pandas",
     "pyhessian": "pyhessian",
     "pytorch_lightning": "lightning",
 }

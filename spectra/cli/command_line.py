@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import argparse
 import contextlib
+import csv
 import functools
 import io
 import json
@@ -12,7 +13,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -122,8 +123,47 @@ def print_json(value: Any) -> None:
     print(json.dumps(plain(value), indent=2, allow_nan=False))
 
 
+def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows as CSV, with the names of the columns first; a number that is not finite is an empty cell.
+
+    Args:
+        rows: Plain values by column. Columns that a row lacks are empty there.
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(plain(dict(row)) for row in rows)
+
+
+def add_formats(parser: argparse.ArgumentParser, *, json: str, csv: str = "") -> None:
+    """Add --json, and --csv where a table is printed, of which one can be given.
+
+    Args:
+        parser: The parser of the command.
+        json: The help of --json.
+        csv: The help of --csv; "" where the command prints no table.
+    """
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument("--json", action="store_true", help=json)
+    if csv:
+        formats.add_argument("--csv", action="store_true", help=csv)
+
+
+def examples(*commands: str) -> dict[str, Any]:
+    """The end of a command's help.
+
+    Args:
+        *commands: Commands that can be run as they are, in a folder with the files that they name.
+
+    Returns:
+        Arguments of the command's parser.
+    """
+    lines = "\n".join(f"  {command}" for command in commands)
+    return {"epilog": f"examples:\n{lines}", "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
 def on_terminal() -> bool:
-    """Whether stderr is a terminal; progress bars are drawn on a terminal only."""
+    """Whether stderr is a terminal; progress bars are drawn on a terminal only, see `spectra.cli.progress`."""
     return sys.stderr.isatty()
 
 

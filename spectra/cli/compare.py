@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from spectra.backend.errors import InputError
-from spectra.cli.command_line import interrupts_say, print_json
+from spectra.cli.command_line import add_formats, examples, interrupts_say, print_csv, print_json
 from spectra.cli.tables import aligned, known_digits, quantity_name
 from spectra.estimates.changes import Change, compare
 from spectra.estimates.origin import OTHER_BATCHES, notes_on_differences
+from spectra.runs.flat import flattened
 from spectra.runs.folder import Run
 from spectra.runs.planned import unfinished
 from spectra.runs.record import SpectrumRecord
@@ -23,7 +24,14 @@ SAME = {"model": "models", "params": "parameters", "training": "modes (training)
 
 def add_parser(commands: Any) -> None:
     """Add the command to those of a parser."""
-    parser = commands.add_parser("compare", help="what changed between two spectra of a run, or of two runs")
+    parser = commands.add_parser(
+        "compare",
+        help="what changed between two spectra of a run, or of two runs",
+        **examples(
+            "spectra compare runs/study/2bit-baseline runs/study/2bit-winq",
+            "spectra compare runs/study/2bit-winq --from 0 --csv",
+        ),
+    )
     parser.set_defaults(command=run)
     add = parser.add_argument
     add("run", help="run folder")
@@ -31,7 +39,7 @@ def add_parser(commands: Any) -> None:
     add("--from", dest="start", type=int, metavar="STEP", help="training step before (default: the first)")
     add("--to", dest="end", type=int, metavar="STEP", help="training step after (default: the last)")
     add("--mode", help="which Hessian, where a run has several (default: the first)")
-    add("--json", action="store_true", help="print JSON instead of a table")
+    add_formats(parser, json="print the changes as JSON", csv="print the changes as CSV")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -57,6 +65,9 @@ def _compare(options: argparse.Namespace) -> None:
     if options.json:
         places = {"before": _place(first, before), "after": _place(second, after)}
         print_json({**places, "paired": paired, "notes": notes, "changes": _plain(changes)})
+        return
+    if options.csv:
+        print_csv([_flat(key, change) for key, change in changes.items()])
         return
     print(f"{_place(first, before)} -> {_place(second, after)}, {'the same' if paired else 'different'} probe vectors")
     for note in notes:
@@ -97,6 +108,12 @@ def _plain(changes: Mapping[str, Change]) -> dict[str, Any]:
         | {"verdict": change.verdict}
         for key, change in changes.items()
     }
+
+
+def _flat(key: str, change: Change) -> dict[str, Any]:
+    """A change as one row."""
+    estimates = {name: getattr(change, name) for name in ("before", "after", "difference", "ratio")}
+    return {"quantity": key, **flattened(estimates), "paired": change.paired, "verdict": change.verdict}
 
 
 def _two_records(options: argparse.Namespace) -> list[tuple[Run, SpectrumRecord]]:

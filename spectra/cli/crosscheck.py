@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from spectra.backend.errors import InputError
 from spectra.backend.extras import need
 from spectra.cli import inputs
-from spectra.cli.command_line import interrupts_say, print_json
+from spectra.cli.command_line import add_formats, examples, interrupts_say, print_csv, print_json
 from spectra.cli.tables import aligned
 from spectra.operators.hessian.precision import LOWER
+from spectra.runs.flat import flattened
 
 if TYPE_CHECKING:
     from spectra.integrations.crosscheck import CrossCheck
@@ -24,6 +25,10 @@ def add_parser(commands: Any) -> None:
         "crosscheck",
         help="run PyHessian beside this engine on a checkpoint, and compare numbers, times and products",
         usage=USAGE,  # argparse's own would name the model last
+        **examples(
+            "spectra crosscheck checkpoint --text notes.txt",
+            "spectra crosscheck checkpoint --text notes.txt --sequences 4 --top 2 --probes 2 --steps 20 --json",
+        ),
     )
     parser.set_defaults(command=run)
     inputs.add_options(parser)
@@ -39,7 +44,7 @@ def add_parser(commands: Any) -> None:
     )
     add("--tol", type=float, default=1e-3, help="PyHessian's tol, %(default)s by default")
     add("--seed", type=int, default=0, help="of the random vectors, %(default)s by default")
-    add("--json", action="store_true", help="print JSON instead of tables")
+    add_formats(parser, json="print JSON instead of tables", csv="print CSV instead of tables")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -48,6 +53,9 @@ def run(options: argparse.Namespace) -> None:
         found, notes = _crosscheck(options)
     if options.json:
         print_json({"model": options.model, **found.to_dict(), "notes": [*notes, *found.notes]})
+        return
+    if options.csv:
+        print_csv(_flat(found))
         return
     print(f"{found.dimension:,} parameters, loss {found.loss:.4g}, on {found.device}")
     for line in _lines(found):
@@ -80,6 +88,20 @@ def _crosscheck(options: argparse.Namespace) -> tuple[CrossCheck, tuple[str, ...
             seed=options.seed,
         )
     return compared, found.notes
+
+
+def _flat(found: CrossCheck) -> list[dict[str, Any]]:
+    """Both tables as rows: the quantities, then seconds and products of each part of the work."""
+    rows: list[dict[str, Any]] = []
+    for each in found.quantities:
+        numbers = {"pyhessian": each.pyhessian, **flattened({"spectra": each.spectra})}
+        rows.append({"quantity": each.quantity, **numbers, "inside": each.inside, "verdict": each.verdict})
+    for task, (theirs, ours) in found.costs.items():
+        for unit in ("seconds", "products"):
+            rows.append(
+                {"quantity": f"{task}, {unit}", "pyhessian": getattr(theirs, unit), "spectra": getattr(ours, unit)}
+            )
+    return rows
 
 
 def _lines(found: CrossCheck) -> list[str]:

@@ -1,4 +1,4 @@
-"""The `spectra` command: measure a checkpoint's spectrum, draw it, compare it, report on it."""
+"""The `spectra` command: measure spectra, draw, compare and report them, and see what this machine can do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from spectra.backend.version import __version__
-from spectra.cli import compare, crosscheck, measure, plot, report
+from spectra.cli import compare, crosscheck, doctor, measure, plot, report
 from spectra.cli.command_line import OneLineParser, run_command
 
 
@@ -30,6 +30,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="spectra", description="Hessian spectra of PyTorch models.")
     parser.add_argument("--version", action="version", version=f"spectra {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (measure, plot, compare, report, crosscheck):
+    for command in (measure, plot, compare, report, crosscheck, doctor):
         command.add_parser(commands)
     return parser

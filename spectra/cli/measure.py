@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from tqdm import tqdm
-
 from spectra.backend.errors import InputError
 from spectra.cli import inputs
-from spectra.cli.command_line import on_terminal, print_json
+from spectra.cli.command_line import add_formats, examples, print_csv, print_json
+from spectra.cli.progress import progress
 from spectra.cli.tables import aligned, quantity_name
 from spectra.operators.hessian.parameters import ParameterSpace
 from spectra.operators.hessian.precision import LOWER
@@ -24,7 +23,7 @@ from spectra.runs.record import SpectrumRecord
 from spectra.runs.settings import DEFLATED, MeasurementSettings
 
 DEFAULTS = MeasurementSettings()
-NOT_SETTINGS = ("command", "model", "json")  # options that config.json does not repeat
+NOT_SETTINGS = ("command", "model", "json", "csv")  # options that config.json does not repeat
 IN_BLOCKS = ("negative_share", "rms", "lambda_max", "lambda_min", "trace")  # quantities in the table of blocks
 USAGE = "spectra measure MODEL (--text FILE... | --labelled FILE... | --images DIR) --out DIR [options]"
 
@@ -35,6 +34,10 @@ def add_parser(commands: Any) -> None:
         "measure",
         help="measure the spectrum of a checkpoint on some text, labelled text or images",
         usage=USAGE,  # argparse's own would name the model last
+        **examples(
+            "spectra measure checkpoint --text notes.txt --out runs/a",
+            'spectra measure checkpoint --text notes.txt --out runs/mlp --params "*mlp*" --probes 4 --json',
+        ),
     )
     parser.set_defaults(command=run)
     inputs.add_options(parser)
@@ -66,11 +69,11 @@ def add_parser(commands: Any) -> None:
         help="products for the count of negative eigenvalues, %(default)s by default at most; 0 leaves it out",
     )
     add("--seed", type=int, default=DEFAULTS.seed, help="of the probe vectors, %(default)s by default")
-    add("--json", action="store_true", help="print the record as JSON instead of a table")
+    add_formats(parser, json="print the record as JSON", csv="print the estimates as CSV")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, write the run folder, and print the record as a table."""
+    """Measure, write the run folder, and print the record."""
     known = is_recorded(options.out)
     try:
         records = _measure(options)
@@ -82,6 +85,9 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         of_blocks = {"blocks": {each.block: each.to_dict() for each in blocks}} if blocks else {}
         print_json({"out": options.out, **record.to_dict(), **of_blocks})
+        return
+    if options.csv:
+        print_csv([row for each in records for row in _rows(each)])
         return
     for line in [*_record_lines(record), *_block_lines(blocks)]:
         print(line)
@@ -114,7 +120,7 @@ def _measure(options: argparse.Namespace) -> list[SpectrumRecord]:
     config |= found.facts
     if next(found.model.parameters()).device.type == "cpu":
         settings = settings.changed(engine="reverse")  # a choice by time could change the last digits from run to run
-    with quiet_transformers(), _progress_bar() as progress:
+    with quiet_transformers(), _progress() as show:
         probe = SpectrumProbe(
             found.model,
             found.batches,
@@ -124,7 +130,7 @@ def _measure(options: argparse.Namespace) -> list[SpectrumRecord]:
             loss=found.loss,
             settings=settings,
             config=config,
-            progress=progress,
+            progress=show,
             strict=True,
         )
         probe.notes += found.notes
@@ -176,6 +182,11 @@ def _record_lines(record: SpectrumRecord) -> list[str]:
     return [heading, *aligned(rows, "<><<"), *(f"note: {note}" for note in record.notes)]
 
 
+def _rows(record: SpectrumRecord) -> list[dict[str, Any]]:
+    """The estimates of a record, a row each; the block is empty for the whole."""
+    return [{"block": record.block, "quantity": key, **found.to_dict()} for key, found in record.estimates.items()]
+
+
 def _block_lines(records: list[SpectrumRecord]) -> list[str]:
     """The lines that show the records of blocks: a table with a row for each."""
     if not records:
@@ -190,15 +201,15 @@ def _block_lines(records: list[SpectrumRecord]) -> list[str]:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar with the time left, as the callback of a `SpectrumProbe`; None where there is no terminal."""
-    if not on_terminal():
-        yield None
-        return
-    with tqdm(desc="measuring", unit=" products", leave=False) as bar:
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Progress with the time left, as the callback of a `SpectrumProbe`."""
+    shown = progress(None, "measuring", "products")
 
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def show(done: int, total: int) -> None:
+        shown.total = total
+        shown.update(done - shown.n)
 
+    try:
         yield show
+    finally:
+        shown.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra.backend.errors import InputError
-from spectra.cli.command_line import interrupts_say
+from spectra.cli.command_line import examples, interrupts_say
 from spectra.runs.files import write_whole
 from spectra.runs.folder import Run
 from spectra.runs.series import Steps, as_runs, modes
@@ -22,7 +22,11 @@ KINDS = ("cumulative", "tails", "density", "ridge", "trajectory")
 
 def add_parser(commands: Any) -> None:
     """Add the command to those of a parser."""
-    parser = commands.add_parser("plot", help="draw the spectra of runs, or a quantity over the training steps")
+    parser = commands.add_parser(
+        "plot",
+        help="draw the spectra of runs, or a quantity over the training steps",
+        **examples("spectra plot runs/a --kind tails", "spectra plot runs/study --quantity rms --out rms.svg"),
+    )
     parser.set_defaults(command=run)
     add = parser.add_argument
     add("run", nargs="+", metavar="RUN", help="run or study folder; the runs of a study have a panel a group")

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from spectra.backend import markup
 from spectra.backend.errors import InputError
 from spectra.estimates import curves, ends, moments
 from spectra.estimates.band import CumulativeBand, cumulative_band
@@ -28,6 +29,11 @@ from spectra.estimates.quadrature import GaussRule
 from spectra.estimates.shares import share_inside
 from spectra.estimates.signs import DecidedSigns, decided_signs, with_decided_signs
 
+# Methods without arguments that a notebook shows the results of.
+SHOWN = (
+    *("negative_share", "lambda_max", "lambda_min", "rms", "frobenius", "trace"),
+    *("negative_energy_share", "negative_magnitude_share"),
+)
 SEED_BITS = 0xFFFFFFFFFFFFFFFF  # probe vectors depend on the lowest 64 bits of a seed
 
 
@@ -158,6 +164,20 @@ class SpectralDensity:
             origin=origin,
             count=count,
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the estimates, each under the name of its method."""
+        rows = []
+        for name in SHOWN:
+            estimate = getattr(self, name)()
+            value, low, high = estimate.rounded()
+            rows.append((f"{name}()", value, f"[{low}, {high}]", estimate.reason))
+        probes, steps = self.alphas.shape
+        measured = "all known" if self.exact else f"{probes} probe vectors, {steps} Lanczos steps"
+        heading = f"Spectral density of {self.dimension:,} eigenvalues: {measured}"
+        if not self.exact and self.measure.known.total:
+            heading += f", {self.measure.known.total:,} eigenvalues known"
+        return markup.table(("", "value", "95 % interval", "unresolved because"), rows, heading=heading)
 
     # -- what was measured
 

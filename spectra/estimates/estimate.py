@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from spectra.backend import markup
 from spectra.estimates.digits import rounded
 
 CONFIDENCE = 0.95
@@ -54,6 +55,11 @@ class Estimate:
         mark = "" if self.resolved else " (unresolved)"
         value, low, high = self.rounded()
         return f"{value} [{low}, {high}]{mark}"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the value, and paler its interval and why it is unresolved."""
+        value, *ends = self.rounded()
+        return markup.sentence(value, f"[{', '.join(ends)}]" + ("" if self.resolved else f" unresolved: {self.reason}"))
 
     def rounded(self, *, sign: str = "") -> tuple[str, str, str]:
         """Write value, low and high in the digits that the interval warrants, the ends rounded outward.

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from safetensors import SafetensorError
@@ -22,6 +22,9 @@ from spectra.runs.jsonlines import JsonLines, encoded, plain
 from spectra.runs.lock import WriterLock, is_written_here
 from spectra.runs.presentation import Presentation
 from spectra.runs.record import VERSION, VERSION_NUMBER, SpectrumRecord, read_number, read_version
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 CONFIG, RECORDS, TELEMETRY, LANCZOS = "config.json", "records.jsonl", "telemetry.jsonl", "lanczos"
 NOT_COMPARED = ("presentation", "facts", "schedule")  # entries of config.json that may differ when a run goes on
@@ -150,6 +153,30 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the last records, or the runs of a study."""
+        from spectra.runs import flat
+
+        return flat.shown(self)
+
+    def to_pandas(self) -> DataFrame:
+        """The records as a pandas frame, a row a record; for a study those of all runs.
+
+        The columns are "run" (the folder, for a study), "step", "mode", "block", "label", "status" and "reason"; for
+        every quantity q of the spectrum "q", "q_low", "q_high", the ends of its 95 % interval, and "q_resolved"; then
+        "loss", "gradient_norm", how it was measured, and the numbers of checks and extras, as in "extras.x". What a
+        record does not have is missing, and "q_resolved" is False there.
+
+        Returns:
+            The frame.
+
+        Raises:
+            MissingExtraError: If pandas is not installed.
+        """
+        from spectra.runs import flat
+
+        return flat.frame(self)
 
     @property
     def config(self) -> dict[str, Any]:

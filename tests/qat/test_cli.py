@@ -1,5 +1,6 @@
 """The command line: what it does with good options, and one line with exit code 2 for every kind of bad one."""
 
+import csv
 import json
 import math
 import re
@@ -82,6 +83,15 @@ def test_compare_leaves_what_it_says(capfd, llama, tmp_path):
     printed = strict_json(capfd.readouterr().out)
     assert printed["out"] == str(out)
     assert printed["rows"] == rows
+    assert cli.main([*command, "--csv"]) == 0
+    table = list(csv.DictReader(capfd.readouterr().out.splitlines()))
+    assert [(float(row["bits"]), row["method"]) for row in table] == kinds
+    for row, expected in zip(table, rows, strict=True):
+        assert float(row["validation_loss"]) == expected["validation_loss"]
+        assert (float(row["rms_end"]), row["rms_end_low"]) == (
+            expected["rms_end"]["value"],
+            repr(expected["rms_end"]["low"]),
+        )
 
 
 def test_every_option_reaches_the_study(monkeypatch, llama, tmp_path):

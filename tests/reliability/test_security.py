@@ -17,9 +17,11 @@ import saved_models
 import torch
 
 from qat.cli import main as qat
+from spectra.algorithms.topk import topk
 from spectra.backend.errors import InputError
 from spectra.cli.main import main as spectra
 from spectra.integrations.loading import load_model
+from spectra.operators.explicit import DiagonalOperator
 from spectra.views import page
 
 ROOT = Path(__file__).parents[2]
@@ -151,11 +153,37 @@ def test_markup_in_a_run_runs_nothing_in_a_browser(hostile_page, tmp_path):
     assert "Spectra in numbers" in shown
 
 
-def test_nothing_puts_markup_into_a_notebook():
-    """Objects are shown by their repr, and figures by matplotlib; what comes to show HTML has to be escaped here."""
-    functions = [(path, node.name) for path, node in nodes() if isinstance(node, ast.FunctionDef)]
-    assert [(path, name) for path, name in functions if name.startswith("_repr_")] == []
+SHOWN = ("estimates/density", "estimates/estimate", "algorithms/topk", "runs/folder")
+
+
+def test_what_a_notebook_shows_is_made_where_it_is_escaped():
+    """No object builds HTML of its own: each calls `spectra.backend.markup`, which escapes every text."""
+    functions = [(path, node) for path, node in nodes() if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    shown = [path for path, node in functions if node.name.startswith("_repr_")]
+    assert sorted(shown) == sorted(f"spectra/{name}.py" for name in SHOWN)
     assert [path for path, name, _ in calls() if name.rpartition(".")[2] in ("HTML", "Markdown", "display")] == []
+    texts = [(path, node.value) for path, node in nodes() if isinstance(node, ast.Constant)]
+    tags = {path for path, text in texts if isinstance(text, str) and re.search(r"</?(span|table|td|tr|div)\b", text)}
+    assert tags == {"spectra/backend/markup.py"}
+
+
+@pytest.mark.parametrize("kind", ["estimate", "density", "eigenpairs", "run", "study", "failed"])
+def test_markup_is_escaped_in_a_notebook(kind, hostile_page):
+    study = run_folders.Run(hostile_page.parent)
+    density = study.runs[0].density(study.runs[0].records[0])
+    failed = replace(study.runs[0].records[0], status="failed", reason=HOSTILE, estimates={})
+    study.runs[1].append(failed)
+    shown = {
+        "estimate": replace(run_folders.UNRESOLVED, reason=HOSTILE),
+        "density": density.with_origin(replace(density.origin, unverified=HOSTILE)),
+        "eigenpairs": replace(topk(DiagonalOperator(torch.arange(9.0)), 2), unverified=HOSTILE),
+        "run": study.runs[0],
+        "study": study,
+        "failed": study.runs[1],
+    }[kind]
+    text = shown._repr_html_()
+    assert set(re.findall(r"<(\w+)", text)) <= {"div", "span", "table", "thead", "tbody", "tr", "th", "td"}
+    assert "&lt;img" in text  # every one holds HOSTILE or the name of the study
 
 
 def test_no_network_for_folders_and_files(tmp_path, monkeypatch, capsys):

@@ -258,16 +258,32 @@ def _without_accelerates_autocast(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _attention_in(model: nn.Module, allowed: Sequence[str]) -> Iterator[None]:
     """Switch a transformers model to an allowed attention implementation, and restore its own."""
-    setter = getattr(model, "set_attn_implementation", None)
-    current = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if setter is None or current is None or current in allowed:
+    current, used = attention_of(model, allowed)
+    if current == used:
         yield
         return
-    setter(allowed[0])
+    setter: Any = model.set_attn_implementation
+    setter(used)
     try:
         yield
     finally:
         setter(current)
+
+
+def attention_of(model: nn.Module, allowed: Sequence[str] = TWICE_DIFFERENTIABLE) -> tuple[str | None, str | None]:
+    """The attention implementation of a transformers model, and the one that it has during a measurement.
+
+    Args:
+        model: The model.
+        allowed: The implementations that can be used; the first of them replaces any other.
+
+    Returns:
+        Both names; None and None for a model that does not name its own.
+    """
+    current = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if current is None or not hasattr(model, "set_attn_implementation") or current in allowed:
+        return current, current
+    return current, allowed[0]
 
 
 @contextlib.contextmanager

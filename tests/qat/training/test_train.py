@@ -220,7 +220,7 @@ def test_training_is_quiet_where_nobody_watches(capfd):
 
 
 def test_a_terminal_gets_a_bar_with_the_loss_and_the_time_left(capfd, monkeypatch):
-    monkeypatch.setattr("qat.training.progress.on_terminal", lambda: True)
+    monkeypatch.setattr("spectra.cli.progress.on_terminal", lambda: True)
     train(model_of(), blocks(), blocks(3, seed=6), settings(), name="2 bit, winq", device="cpu")
     bar = capfd.readouterr().err
     assert "2 bit, winq" in bar

@@ -195,6 +195,12 @@ def test_the_look_for_missed_pairs_keeps_to_the_number_of_products():
     assert spectra.topk(op, 1).products > alone + 2
 
 
+def test_a_notebook_shows_the_pairs():
+    html = spectra.topk(spectra.DiagonalOperator(np.array([-7.25, *np.linspace(0, 1, 200), 5.5])), 2)._repr_html_()
+    assert [html.count(text) for text in ("-7.25<", "5.5<", ">yes<", ">no<")] == [1, 1, 2, 0]
+    assert "a matrix with 202 rows" in html
+
+
 def test_float32_with_eigenvalues_that_fall_off_fast():
     """One pass of Gram-Schmidt at every step lost orthogonality here, and the search ended in a dense matrix."""
     generator = torch.Generator().manual_seed(0)

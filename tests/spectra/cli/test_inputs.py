@@ -1,5 +1,6 @@
 """`spectra measure` of encoders, classifiers and vision models, and with a loss of the user's own."""
 
+import csv
 import json
 import sys
 
@@ -199,6 +200,13 @@ def test_crosscheck_prints_both_and_their_costs(folders, data, capsys):
     largest = printed["quantities"]["eigenvalue of largest magnitude"]
     assert largest["inside"] is (largest["spectra"]["low"] <= largest["pyhessian"] <= largest["spectra"]["high"])
     assert np.isfinite(largest["pyhessian"])
+    assert main([*command, "--csv"]) == 0
+    rows = {row["quantity"]: row for row in csv.DictReader(capsys.readouterr().out.splitlines())}
+    assert list(rows)[: len(printed["quantities"])] == list(printed["quantities"])
+    read = rows["eigenvalue of largest magnitude"]
+    assert float(read["pyhessian"]) == pytest.approx(largest["pyhessian"], rel=1e-6)
+    assert float(read["spectra_low"]) == pytest.approx(largest["spectra"]["low"], rel=1e-6)
+    assert rows["density, products"]["pyhessian"] == "6"
     (line,) = [line for line in lines if line.startswith("eigenvalue of largest magnitude")]
     assert float(line.split()[4]) == pytest.approx(largest["pyhessian"], rel=1e-3)
     assert "float32" in refused(capsys, main([*command, "--dtype", "bfloat16"]))

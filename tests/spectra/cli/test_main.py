@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import re
@@ -364,7 +365,7 @@ def test_compare_refuses_in_one_line(tmp_path, capsys):
 
 
 def test_a_terminal_gets_a_progress_bar(model, text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("spectra.cli.measure.on_terminal", lambda: True)
+    monkeypatch.setattr("spectra.cli.progress.on_terminal", lambda: True)
     measure(model, text, tmp_path / "run")
     assert re.search(r"measuring: .*products", capsys.readouterr().err)
 
@@ -486,3 +487,44 @@ def test_matrices_of_a_killed_command_are_not_in_the_way(model, text, tmp_path):
     (tmp_path / "run" / "records.jsonl").write_text("")
     assert measure(model, text, tmp_path / "run") == 0
     assert [path.name for path in (tmp_path / "run" / "lanczos").iterdir()] == [name]
+
+
+def read_csv(text):
+    return list(csv.DictReader(text.splitlines()))
+
+
+def test_csv_has_the_numbers_of_json(model, text, tmp_path, capsys):
+    shown = []
+    for form in ("--json", "--csv"):
+        capsys.readouterr()
+        assert measure(model, text, tmp_path / "run", form) == 0  # the second time the run is there
+        shown.append(capsys.readouterr().out)
+    estimates, rows = json.loads(shown[0])["estimates"], read_csv(shown[1])
+    assert [row["quantity"] for row in rows] == list(estimates)
+    for row in rows:
+        for name in ("value", "low", "high"):
+            expected = estimates[row["quantity"]][name]
+            assert row[name] == ("" if expected is None else repr(expected))
+        assert (row["resolved"] == "True") is estimates[row["quantity"]]["resolved"]
+
+
+def test_a_comparison_as_csv(tmp_path, capsys):
+    folder = str(run_folders.run_folder(tmp_path / "run").folder)
+    shown = []
+    for form in ("--json", "--csv"):
+        capsys.readouterr()
+        assert main(["compare", folder, form]) == 0
+        shown.append(capsys.readouterr().out)
+    changes, rows = json.loads(shown[0])["changes"], read_csv(shown[1])
+    assert [row["quantity"] for row in rows] == list(changes)
+    for row in rows:
+        change = changes[row["quantity"]]
+        assert float(row["before"]) == change["before"]["value"]
+        assert float(row["difference_low"]) == change["difference"]["low"]
+        assert row["verdict"] == change["verdict"]
+
+
+def test_json_and_csv_are_not_given_together(tmp_path, capsys):
+    assert main(["compare", str(tmp_path), "--json", "--csv"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "argument --csv: not allowed with argument --json" in line

@@ -305,3 +305,16 @@ def test_a_relative_tolerance_is_that_of_the_largest_size(partial):
 def test_arguments_that_cannot_be_used_are_refused(partial, call, message):
     with pytest.raises(spectra.InputError, match=message):
         call(partial)
+
+
+def test_a_notebook_shows_every_quantity_that_needs_no_tolerance():
+    from spectra.estimates.density import SHOWN
+    from spectra.estimates.quantities import ESTIMATES
+
+    assert set(SHOWN) == set(ESTIMATES) - {"near_zero_share"}
+    html = spectra.SpectralDensity.from_eigenvalues(np.array([-1.0, 1.0, 3.0, 5.0]))._repr_html_()
+    cells = [row.split("</td>")[:2] for row in html.split("<tr>")[2:]]
+    read = {name.rpartition(">")[2]: value.rpartition(">")[2] for name, value in cells}
+    assert read["negative_share()"] == "0.25"
+    assert (read["trace()"], read["lambda_min()"], read["frobenius()"]) == ("8", "-1", "6")
+    assert "4 eigenvalues: all known" in html

@@ -128,3 +128,9 @@ def test_a_sum_whose_interval_is_longer_than_half_of_it_is_unresolved():
     other = Estimate(1.0, -9.0, 9.0, False, "one probe")
     assert judged_by_size(other) is other
     assert unresolved(other, "") is other
+
+
+def test_a_notebook_shows_the_interval_and_why_it_is_unresolved():
+    assert "[1.50, 2.50]" in Estimate(2.0, 1.5, 2.5)._repr_html_()
+    assert "unresolved" not in Estimate(2.0, 1.5, 2.5)._repr_html_()
+    assert "unresolved: use more" in Estimate(2.0, 1.5, 2.5, False, "use more")._repr_html_()
