@@ -2,8 +2,8 @@
 
     python docs/figures.py [--study FOLDER]
 
---study is the folder that `make demo` wrote, runs/demo; docs/density.svg shows its spectra. `make bench-trust
-FIGURE=docs/trust.png` draws the figure of docs/trust.md.
+--study is the folder that `make demo` wrote, runs/demo; docs/negative-share-in-training.svg and docs/density.svg show
+its spectra. `make bench-trust FIGURE=docs/trust.png` draws the figure of docs/trust.md.
 """
 
 from __future__ import annotations
@@ -110,7 +110,14 @@ def negative_share() -> None:
     save(figure, "negative-share.svg")
 
 
-# The README's second figure: the densities of a study at the end of training, a panel for each bit-width.
+# The README's figures of a study: the negative share along the training, and the densities at its end.
+
+
+def trajectory(study: Path) -> None:
+    """Draw the share of negative eigenvalues along the training of every run of a study."""
+    figure, ax = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    spectra.plots.trajectory(spectra.Run(study), "negative_share", ax=ax)
+    save(figure, "negative-share-in-training.svg")
 
 
 def last_curves(name: str, runs: list[spectra.Run]) -> list[Curve]:
@@ -198,13 +205,14 @@ def speed() -> None:
 
 
 def main() -> None:
-    """Draw them all, the densities only where a study is given."""
+    """Draw them all, those of a study only where one is given."""
     parser = argparse.ArgumentParser(description="Draw the figures of the README and of docs/speed.md.")
-    parser.add_argument("--study", type=Path, help="the folder of `make demo`, for docs/density.svg")
+    parser.add_argument("--study", type=Path, help="the folder of `make demo`, for the figures of a study")
     study = parser.parse_args().study
     negative_share()
     speed()
     if study is not None:
+        trajectory(study)
         densities(study)
 
 
