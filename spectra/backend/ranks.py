@@ -65,15 +65,14 @@ def start(*, device: str | None = None, minutes: float = 30.0) -> torch.device:
 def stop() -> None:
     """Leave the process group; does nothing where there is none.
 
-    gloo aborts the process (exit code 134) if one of its threads needs the interpreter after its end. Destroying the
-    group joins these threads, except where another object, such as a DistributedDataParallel model, holds the group.
-    Therefore a short wait lets them finish the last collective operation.
+    A thread of gloo needs the interpreter when it has finished a collective operation. If the group is destroyed before
+    that, the two wait for each other. If the interpreter ends before that, because another object such as a
+    DistributedDataParallel model holds the group, the process is aborted (exit code 134). A short wait prevents both.
     """
     if distributed.is_initialized():
-        is_gloo = distributed.get_backend() == "gloo"
-        distributed.destroy_process_group()
-        if is_gloo:
+        if distributed.get_backend() == "gloo":
             time.sleep(GLOO_REST)
+        distributed.destroy_process_group()
 
 
 def rank() -> int:
