@@ -27,6 +27,23 @@ def sentence(text: str, detail: str = "") -> str:
     return f"<span>{escape(text)}{pale}</span>"
 
 
+def paragraphs(lines: Sequence[str]) -> str:
+    """Texts below each other, which wrap where the page is narrow.
+
+    Args:
+        lines: The texts, in plain letters.
+
+    Returns:
+        HTML.
+
+    Example:
+        >>> paragraphs(["a < b"])
+        '<div style="white-space:normal;line-height:1.4"><div>a &lt; b</div></div>'
+    """
+    inner = "".join(f"<div>{escape(line)}</div>" for line in lines)
+    return f'<div style="white-space:normal;line-height:1.4">{inner}</div>'
+
+
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, heading: str = "", notes: Sequence[str] = ()
 ) -> str:

@@ -13,6 +13,7 @@ import ipywidgets
 import numpy as np
 import plotly.graph_objects as go
 
+from spectra.backend import markup
 from spectra.estimates.quantities import EIGENVALUE_UNIT
 from spectra.views.bands_on_screen import BandOnScreen, band_on_screen
 from spectra.views.choices import Choices, Shown
@@ -303,8 +304,7 @@ class Explorer(ipywidgets.VBox):
         curves = [shown.curve for shown in self.shown]
         missing = unfinished_words(self.choices.runs(self.choice.group))
         lines = (self.choices.lacking(self.choice), nothing, *why, reasons(curves), missing)
-        paragraphs = (f"<div>{html.escape(sentence_case(line))}</div>" for line in lines if line)
-        return f'<div style="white-space: normal; line-height: 1.4">{"".join(paragraphs)}</div>'
+        return markup.paragraphs([sentence_case(line) for line in lines if line])
 
 
 def _layout(level: float) -> dict[str, Any]:
