@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -71,8 +72,8 @@ class MeasurementSettings:
             raise InputError(f"seed must be a whole number, got {self.seed!r}")
         if self.deflate is not None and not _is_count(self.deflate, 0):
             raise InputError(f"deflate must be a number of eigenvalues, 0 or more, got {self.deflate!r}")
-        if not self.near_zero_tol > 0:
-            raise InputError(f"near_zero_tol must be positive, got {self.near_zero_tol}")
+        if not (isinstance(self.near_zero_tol, Real) and self.near_zero_tol > 0):
+            raise InputError(f"near_zero_tol must be a positive number, got {self.near_zero_tol!r}")
         if self.microbatch is not None and not _is_count(self.microbatch, 1):
             raise InputError(f"microbatch must be a number of rows, at least 1, got {self.microbatch!r}")
         if not _is_count(self.batch_groups, 0) or self.batch_groups == 1:
