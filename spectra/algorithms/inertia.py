@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -186,6 +186,7 @@ class _Changed:
 
     op: LinearOperator
     congruence: Congruence
+    _operators: dict[float, CongruentOperator] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def dimension(self) -> int:
@@ -194,10 +195,11 @@ class _Changed:
         return self.op.shape[0] if mask is None else int(mask.sum())
 
     def operator(self, bound: float) -> CongruentOperator:
-        """T = P^T (A - bound I) P, with its rounding error measured."""
-        operator = self.congruence.operator(self.op, bound)
-        operator.rounding()
-        return operator
+        """T = P^T (A - bound I) P, with its rounding error measured; each is made once."""
+        if bound not in self._operators:
+            self._operators[bound] = self.congruence.operator(self.op, bound)
+            self._operators[bound].rounding()
+        return self._operators[bound]
 
 
 def _search(

@@ -187,10 +187,10 @@ def _clearly_better(one: ShareRecurrences, other: ShareRecurrences) -> ShareRecu
     """The one that is clearly better after equally many steps, by its half-width or by the mass that it places."""
     if min(one.steps, other.steps) < max(FIRST_STEPS, FAIR * max(one.steps, other.steps)):
         return None
-    narrow, wide = sorted((one, other), key=lambda side: side.estimate().half_width)
-    width, other_width = narrow.estimate().half_width, wide.estimate().half_width
-    is_clear = width <= CLEARLY * other_width or 0.5 - width >= max(PLACED * (0.5 - other_width), FEWEST_PLACED)
-    return narrow if is_clear else None
+    widths = [side.estimate().half_width for side in (one, other)]
+    narrow, wide = sorted(widths)
+    is_clear = narrow <= CLEARLY * wide or 0.5 - narrow >= max(PLACED * (0.5 - wide), FEWEST_PLACED)
+    return (one, other)[widths.index(narrow)] if is_clear else None
 
 
 def find_outliers(

@@ -13,6 +13,7 @@ from torch import nn
 from spectra.backend.errors import InputError
 from spectra.operators.hessian.checks import hessian_mode
 from spectra.runs.failure import Failure, record_unmade
+from spectra.runs.folder import FolderError
 from spectra.runs.probe import SpectrumProbe
 from spectra.runs.settings import MeasurementSettings
 
@@ -34,16 +35,26 @@ def check_options(batch_count: Any, options: Mapping[str, Any]) -> None:
     MeasurementSettings().changed(**_fields(options))
 
 
-def record_why_unmade(out: str, failure: Failure, model: nn.Module, step: int, options: Mapping[str, Any]) -> None:
-    """Record in a run folder why there is no probe.
+@contextlib.contextmanager
+def recording_why_unmade(out: str, model: nn.Module, step: int, options: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, a probe is made; what fails is raised, and unless `strict` recorded in the run folder before.
 
     Args:
         out: The folder.
-        failure: Why.
         model: The model that is trained.
         step: The training step.
-        options: What the probe was to be made with.
+        options: What the probe is made with, "strict" among it.
     """
+    try:
+        yield
+    except Exception as error:
+        if not options.get("strict") and not isinstance(error, FolderError):
+            _record_why_unmade(out, Failure.of(error), model, step, options)
+        raise
+
+
+def _record_why_unmade(out: str, failure: Failure, model: nn.Module, step: int, options: Mapping[str, Any]) -> None:
+    """Record in a run folder why there is no probe."""
     settings = options.get("settings") or MeasurementSettings()
     with contextlib.suppress(Exception):  # what is wrong may be the settings
         settings = settings.changed(**_fields(options))

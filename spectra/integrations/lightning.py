@@ -15,12 +15,10 @@ from torch import nn
 
 from spectra.backend.errors import InputError
 from spectra.backend.extras import missing
-from spectra.integrations.attached import NO_SPECTRUM, check_options, ending_no_training, record_why_unmade
+from spectra.integrations.attached import NO_SPECTRUM, check_options, ending_no_training, recording_why_unmade
 from spectra.integrations.lightning_loss import batches_as_trained, loss_of, notes_of_training
 from spectra.integrations.trainer_batches import first_batches
 from spectra.operators.hessian.isolation import unwrap
-from spectra.runs.failure import Failure
-from spectra.runs.folder import FolderError
 from spectra.runs.kept import randomness_kept
 from spectra.runs.probe import START, SpectrumProbe
 from spectra.runs.schedule import Schedule
@@ -116,12 +114,8 @@ class SpectrumLightningCallback(_callback_class()):
         out = str(self.out) if self.out is not None else os.path.join(folder or ".", "spectra")
         module = unwrap(pl_module)
         with self._ending_no_training(), randomness_kept():
-            try:
+            with recording_why_unmade(out, module, self._reached, self.options):
                 self.probe = self._probe(trainer, module, out)
-            except Exception as error:
-                if not self.options.get("strict") and not isinstance(error, FolderError):
-                    record_why_unmade(out, Failure.of(error), module, self._reached, self.options)
-                raise
             self.probe.measure(self._reached, START)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:

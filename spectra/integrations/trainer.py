@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spectra.integrations.attached import NO_SPECTRUM, check_options, ending_no_training, record_why_unmade, warn
+from spectra.integrations.attached import NO_SPECTRUM, check_options, ending_no_training, recording_why_unmade, warn
 from spectra.integrations.trainer_batches import first_batches
 from spectra.integrations.trainer_log import TrainerLog
 from spectra.integrations.trainer_loss import (
@@ -22,8 +22,6 @@ from spectra.integrations.trainer_loss import (
     notes_of_precision,
 )
 from spectra.operators.hessian.isolation import unwrap
-from spectra.runs.failure import Failure
-from spectra.runs.folder import FolderError
 from spectra.runs.kept import randomness_kept
 from spectra.runs.probe import START, SpectrumProbe
 from spectra.runs.provenance import fingerprint_of_weights
@@ -122,13 +120,8 @@ class SpectrumCallback(TrainerCallback):
         self._first = self._reached if same and state.global_step == 0 else 0
         self._model, self._out = weakref.ref(model), out
         with self._ending_no_training(), randomness_kept():
-            try:
+            with recording_why_unmade(out, model, self._first + state.global_step, self.options):
                 probe = self._probe(args, trainer, model, kwargs.get("train_dataloader"), state.max_steps)
-            except Exception as error:
-                if not self.options.get("strict") and not isinstance(error, FolderError):
-                    step = self._first + state.global_step
-                    record_why_unmade(self._out, Failure.of(error), model, step, self.options)
-                raise
             self.probe = probe
             if state.global_step == 0:
                 self._first = _first_step(probe, model, self._first)

@@ -191,8 +191,7 @@ class SpectrumProbe:
             blocks = list(blocks)
         self.blocks = blocks
         self._block_names: dict[str, list[str]] = {}  # by mode
-        self._operators: dict[str, LinearOperator] = {}  # by mode, those of the measurement that is under way
-        self._pending: list[str] = []  # the names of what this measurement has still to measure
+        self._operator: LinearOperator | None = None  # of the mode that is measured, for the whole and its blocks
         with self._undisturbed():
             self.batches = _read(batches)
             self._try_modes()
@@ -358,16 +357,17 @@ class SpectrumProbe:
     def _measure_modes(self, step: int, label: str) -> tuple[list[SpectrumRecord], list[SpectrumRecord]]:
         """What `_measure` returns."""
         self._measured_steps.add(step)
-        held = {name: self._held(name, step, label) for name in self._targets()}
+        targets = self._targets()
+        held = {name: self._held(name, step, label) for name in targets}
+        modes = [targets[name][0] for name, record in held.items() if record is None]  # of what is still to measure
         records, new = [], []
         with self._undisturbed():
             extras: dict[str, float] | Failure | None = None
-            self._pending = [name for name, record in held.items() if record is None]
             for name, record in held.items():
                 if record is None:
-                    self._pending.remove(name)
+                    mode = modes.pop(0)
                     extras = self._extras() if extras is None else extras
-                    record = self._record(name, step, label, extras)
+                    record = self._record(name, step, label, extras, last_of_mode=mode not in modes)
                     new.append(record)
                 records.append(record)
         return records, new
@@ -380,19 +380,11 @@ class SpectrumProbe:
             found |= {f"{mode}: {block}": (mode, block) for block in self._block_names.get(mode, ())}
         return found
 
-    def _operator(self, mode: str) -> LinearOperator:
-        """The operator of a mode, which the spectra of its blocks share. Those of other modes are closed."""
-        if mode not in self._operators:
-            self._close_operators()
-            self._operators[mode] = self._build(mode, self.batches)
-        return self._operators[mode]
-
-    def _close_operators(self) -> None:
-        """Free the graphs of the operators of a measurement."""
-        operators, self._operators = self._operators, {}
-        for op in operators.values():
-            if isinstance(op, HasLoss):
-                op.close()
+    def _close_operator(self) -> None:
+        """Free the graphs of the operator of the mode that is measured."""
+        op, self._operator = self._operator, None
+        if isinstance(op, HasLoss):
+            op.close()
 
     def _is_due(self, step: int) -> bool:
         """Whether the schedule says to measure, the same on all ranks that share a measurement."""
@@ -476,18 +468,23 @@ class SpectrumProbe:
                 raise
             return Failure.of(error, where="extras=")
 
-    def _record(self, mode: str, step: int, label: str, extras: dict[str, float] | Failure) -> SpectrumRecord:
-        """Measure a mode or a block of it and append its record; a failure is recorded too, unless `strict`."""
+    def _record(
+        self, mode: str, step: int, label: str, extras: dict[str, float] | Failure, *, last_of_mode: bool
+    ) -> SpectrumRecord:
+        """Measure a mode or a block of it and append its record; a failure is recorded too, unless `strict`.
+
+        The blocks of a mode share an operator, which is closed after the last of them.
+        """
         started = time.perf_counter()
         if isinstance(extras, Failure):
             return self._failed(mode, step, label, started, extras)
         try:
-            record, density = self._measure_mode(mode, step, label, extras, started)
+            record, density = self._measure_mode(mode, step, label, extras, started, last_of_mode=last_of_mode)
             record = self.as_run().append(record, density)
-        except Exception as error:
+        except BaseException as error:
             with contextlib.suppress(Exception):  # the first error is the one to report
-                self._close_operators()
-            if self.strict:
+                self._close_operator()
+            if self.strict or not isinstance(error, Exception):
                 raise
             failure = Failure.of(error)
         else:
@@ -515,12 +512,14 @@ class SpectrumProbe:
                 warnings.warn(message, stacklevel=2)
 
     def _measure_mode(
-        self, name: str, step: int, label: str, extras: dict[str, float], started: float
+        self, name: str, step: int, label: str, extras: dict[str, float], started: float, *, last_of_mode: bool
     ) -> tuple[SpectrumRecord, SpectralDensity]:
         """The spectrum of one mode, or of a block of it: its record and density."""
         mode, block = self._targets()[name]
         weights = fingerprint_of_weights(self.model)
-        op = self._operator(mode)
+        if self._operator is None:
+            self._operator = self._build(mode, self.batches)
+        op = self._operator
         if not isinstance(op, HasLoss):
             raise _no_loss(mode, op)
         if self.blocks is not None and mode not in self._block_names:  # the operator could not be built before
@@ -534,8 +533,8 @@ class SpectrumProbe:
         policy = choose_reorthogonalization(target, self.settings.steps, self.settings.reorthogonalize)
         with torch.no_grad():
             density = self._density(target, name, policy)
-        if not any(self._targets()[later][0] == mode for later in self._pending):
-            self._close_operators()
+        if last_of_mode:
+            self._close_operator()
         estimates = summarize(density, self.settings.near_zero_tol)
         noise = self._batch_noise(mode, estimates) if self.settings.batch_groups and not block else {}
         record = SpectrumRecord(

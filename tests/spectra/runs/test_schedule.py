@@ -25,9 +25,9 @@ def case():
 @pytest.fixture
 def quick(case, monkeypatch):
     """Probes that record a spectrum measured once, where only the training steps matter."""
-    known, density = spectra.SpectrumProbe(*case, **OPTIONS)._measure_mode("full", 0, "", {}, 0.0)
+    known, density = spectra.SpectrumProbe(*case, **OPTIONS)._measure_mode("full", 0, "", {}, 0.0, last_of_mode=True)
 
-    def measure_mode(probe, mode, step, label, extras, started):
+    def measure_mode(probe, mode, step, label, extras, started, *, last_of_mode):
         notes = [*probe.notes, *probe._why]
         return dataclasses.replace(known, step=step, label=label, notes=notes, seconds=0.5), density
 
