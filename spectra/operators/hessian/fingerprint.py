@@ -30,8 +30,8 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> list[float]:
     """A number for each tensor that changes with its values: on a CPU a sum of its bits, on a GPU its norm.
 
     Args:
-        tensors: The tensors. Those without memory of their own and those with another layout (sparse) are left out. Of a sharded
-            tensor the part of this rank is looked at.
+        tensors: The tensors. Those without memory of their own and those with another layout (sparse) are left out. Of
+            a sharded tensor the part of this rank is looked at.
 
     Returns:
         The numbers.

@@ -681,6 +681,15 @@ class GraphStore:
 
     # -- memory
 
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of the weights that are gathered from other ranks."""
+        return 0
+
+    def exchanged_bytes(self, vectors: int) -> int:
+        """Bytes of the whole vectors that a product of so many sharded vectors gathers."""
+        return 0
+
     def layout(self) -> GraphLayout:
         """The layout that fits into the memory that is free now. Calling this changes nothing.
 

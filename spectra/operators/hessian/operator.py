@@ -467,6 +467,15 @@ class HessianOperator(LinearOperator):
         """The memory of a microbatch, measured once on a few rows."""
         return self._graphs.footprint()
 
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of the whole weights that this rank gathers from the others; 0 where the model is not sharded."""
+        return self._graphs.gathered_bytes
+
+    def exchanged_bytes(self, vectors: int) -> int:
+        """Bytes of the whole vectors that a product of so many sharded ones gathers; 0 where they are not sharded."""
+        return self._graphs.exchanged_bytes(vectors)
+
     def graph_layout(self) -> GraphLayout:
         """How graphs would be kept in the memory that is free now. Asking changes nothing."""
         return self._graphs.layout()

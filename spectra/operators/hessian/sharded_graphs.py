@@ -1,11 +1,11 @@
 """Graphs of a model whose parameters and vectors are sharded over the ranks of torch.distributed.
 
-With L_r the part of the loss on the batches of rank r, L = sum_r L_r and H v = sum_r H_r v. Each rank gathers the weights
-once, and builds the graphs of its own part. For a product the parts of v are gathered (all-gather), every rank multiplies
-with H_r, and the products are summed and cut again (reduce-scatter). This is the product that autograd computes through
-a differentiable all-gather of the weights, whose backward is a reduce-scatter and whose second backward an all-gather.
-But nothing is exchanged inside of autograd. So graphs may differ from rank to rank, an error on one rank ends all, and
-engines and memory are chosen by each rank for itself.
+With L_r the part of the loss on the batches of rank r, L = sum_r L_r and H v = sum_r H_r v. Each rank gathers the
+weights once, and builds the graphs of its own part. For a product the parts of v are gathered (all-gather), every rank
+multiplies with H_r, and the products are summed and cut again (reduce-scatter). This is the product that autograd
+computes through a differentiable all-gather of the weights, whose backward is a reduce-scatter and whose second backward
+is an all-gather. But nothing is exchanged inside of autograd. So graphs may differ from rank to rank, an error on one
+rank ends all, and engines and memory are chosen by each rank for itself.
 """
 
 from __future__ import annotations
@@ -292,6 +292,15 @@ class ShardedGraphStore(GraphStore):
         raise NonFiniteError("the sum of the Hessian products over ranks overflows; measure with precision='float64'")
 
     # -- memory
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of the whole weights."""
+        return self._weights.size
+
+    def exchanged_bytes(self, vectors: int) -> int:
+        """Bytes of the whole vectors that a product of so many vectors gathers, which its whole products are beside."""
+        return min(vectors, self._together) * self.shards.count * self.shards.length * self.dtype.itemsize
 
     def footprint(self) -> Footprint:
         """The memory that a microbatch takes on this rank. All ranks call this together."""

@@ -86,6 +86,11 @@ class WholeWeights:
             int, tuple[nn.Parameter, nn.Parameter]
         ] = {}  # by the id of the sharded one, which comes first
 
+    @property
+    def size(self) -> int:
+        """Bytes of all whole parameters, whether they are gathered now or not."""
+        return sum(p.numel() * p.element_size() for p in self._model.parameters() if _is_distributed(p))
+
     def gather(self) -> None:
         """Gather all parameters, in place of those gathered before. All ranks call this together."""
         reshard(self._model)
