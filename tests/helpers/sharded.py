@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-import qat
 import spectra
 from spectra import distributed
 from spectra.backend import ranks
@@ -23,6 +22,8 @@ def language_model(name):
     """A tiny model from a config; "-2bit" quantizes its linear layers."""
     model = tiny_models.causal_lm(name.removesuffix("-2bit"))
     if name.endswith("-2bit"):
+        import qat  # with transformers, which the other tasks do not need
+
         qat.quantize_model(model, qat.QuantConfig(bits=2))
     return model.eval()
 
@@ -51,7 +52,7 @@ def part(op, vector):
 def measured(op, *, everything=False):
     """What an operator gives, with whole vectors."""
     vector = torch.linspace(-1, 1, op.shape[0], dtype=op.dtype)
-    density = spectra.slq(op, probes=3, steps=12, seed=3, deflate=3)
+    density = spectra.slq(op, probes=2, steps=10, seed=3, deflate=2)
     found = {
         "product": whole(op, op @ part(op, vector)),
         "gradient": whole(op, op.gradient()),
@@ -62,15 +63,13 @@ def measured(op, *, everything=False):
         "symmetry": np.array([max(op.checks["symmetry_gap"], 1e-6), op.unverified == ""]),
     }
     if everything:
-        pairs = spectra.topk(op, 4, which="BE", seed=1)
-        share = spectra.resolve(op, budget=200, seed=1)
+        pairs = spectra.topk(op, 2, which="BE", seed=1)
         traces = [spectra.trace(op, method=method, probes=12, seed=2) for method in ("hutchinson", "hutch++", "xtrace")]
-        diagonal = op.diagonal(products=6)
+        diagonal = op.diagonal(products=4)
         found |= {
             "topk": pairs.values,
             "squared eigenvectors": whole(op, pairs.vectors.T.contiguous()) ** 2,
             "traces": np.array([[t.value, t.low, t.high] for t in traces]),
-            "share": np.array([share.value, share.low, share.high]),
             "diagonal": np.array([diagonal.value, diagonal.low, diagonal.high]),
         }
     return found
@@ -83,7 +82,11 @@ def models(out):
         model = sharded(language_model(name))
         mine = batches[distributed.rank() :: distributed.rank_count()]
         with spectra.HessianOperator(model, mine, **options_of(name)) as op:
-            save(out / f"{name}.npz", measured(op, everything=name == "llama"))
+            found = measured(op, everything=name == "llama")
+            if name == "llama":
+                share = spectra.resolve(op, budget=100, seed=1)
+                found["share"] = np.array([share.low, share.high])
+            save(out / f"{name}.npz", found)
 
 
 def save(path, found):
@@ -121,7 +124,7 @@ def uneven(out):
     ):
         save(out / f"{name}.npz", measured(spectra.HessianOperator(model, given, **options)))
     exact = spectra.HessianOperator(model, mine)
-    save(out / "matrix.npz", {"matrix": exact.to_dense().numpy(), "nodes": spectra.slq(exact, steps=200).nodes})
+    save(out / "matrix.npz", {"matrix": exact.to_dense().numpy(), "nodes": spectra.slq(exact, steps=60).nodes})
     save(out / "gauss-newton.npz", measured(spectra.GaussNewtonOperator(model, mine)))
     with torch.no_grad():
         model(mine[0][0])  # leaves the parameters of the outermost module whole
@@ -135,14 +138,33 @@ def full(parameter):
     return parameter.detach().full_tensor().flatten()
 
 
-def train(model, batches, steps=3):
+def train(model, batches, steps=3, step=lambda i: None):
     """Steps of Adam, through the hooks of FSDP2."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    for step in range(steps):
-        inputs, targets = batches[step % len(batches)]
+    for i in range(steps):
+        step(i)
+        inputs, targets = batches[i % len(batches)]
         nn.functional.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def probed(out):
+    """A probe beside a training: one run folder, and the training as it is without the probe."""
+    batches, trained = tiny_models.classification((5, 3, 4, 2, 6)), {}
+    mine = batches[distributed.rank() :: distributed.rank_count()]
+    for watched in (False, True):
+        model = fully_shard(Uneven())
+        if watched:
+            settings = {"every": 2, "probes": 3, "steps": 8, "deflate": 2, "strict": True}
+            with spectra.SpectrumProbe(model, mine, out=out / "run", **settings) as probe:
+                train(model, mine, step=probe.step)
+        else:
+            train(model, mine)
+        trained[watched] = torch.cat([full(p) for p in model.parameters()])
+    assert torch.equal(trained[False], trained[True])
+    assert (probe.run is None) == (distributed.rank() != 0)
+    assert [record.step for record in probe.records] == [0, 2]
 
 
 def errors(out):
@@ -207,7 +229,13 @@ def die(out):
     spectra.slq(op, probes=2, steps=5)
 
 
-TASKS = {"models": models, "uneven": uneven, "errors": errors, "refusals": refusals, "die": die}
+def small(out):
+    """All that needs no language model."""
+    for task in (uneven, probed, errors, refusals):
+        task(out)
+
+
+TASKS = {"models": models, "small": small, "die": die}
 
 
 def main(task, out):

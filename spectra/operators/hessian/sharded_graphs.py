@@ -3,9 +3,9 @@
 With L_r the part of the loss on the batches of rank r, L = sum_r L_r and H v = sum_r H_r v. Each rank gathers the
 weights once, and builds the graphs of its own part. For a product the parts of v are gathered (all-gather), every rank
 multiplies with H_r, and the products are summed and cut again (reduce-scatter). This is the product that autograd
-computes through a differentiable all-gather of the weights, whose backward is a reduce-scatter and whose second backward
-is an all-gather. But nothing is exchanged inside of autograd. So graphs may differ from rank to rank, an error on one
-rank ends all, and engines and memory are chosen by each rank for itself.
+computes through a differentiable all-gather of the weights, whose backward is a reduce-scatter and whose second
+backward is an all-gather. But nothing is exchanged inside of autograd. So graphs may differ from rank to rank, an error
+on one rank ends all, and engines and memory are chosen by each rank for itself.
 """
 
 from __future__ import annotations
