@@ -153,14 +153,15 @@ def together(run: Callable[[], T], device: torch.device) -> T:
         What `run` returns on this rank.
     """
     error: Exception | None = None
+    result: list[T] = []
     try:
-        result = run()
+        result.append(run())
     except RankError:
         raise
     except Exception as caught:  # whatever it is, the other ranks have to know
         error = caught
     if all_reduce_min(0 if error is not None else 1, device):
-        return result  # pyright: ignore[reportPossiblyUnboundVariable]
+        return result[0]
     found = all_gather(None if error is None else (type(error), str(error)))
     number, (kind, text) = next((i, each) for i, each in enumerate(found) if each is not None)
     try:

@@ -196,7 +196,10 @@ class SpectrumProbe:
         self._block_names: dict[str, list[str]] = {}  # by mode
         self._operator: LinearOperator | None = None  # of the mode that is measured, for the whole and its blocks
         with self._undisturbed():
-            self.batches = _read(batches)
+            if is_sharded(unwrap(model)):
+                self.batches = ranks.together(lambda: _read(batches), next(model.parameters()).device)
+            else:
+                self.batches = _read(batches)
             self._try_modes()
         self._checked: dict[str, Checked] = {}  # by mode
         self._outliers: dict[str, torch.Tensor] = {}  # by mode, the last checkpoint's deflated vectors

@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import fully_shard
 
 import spectra
@@ -123,6 +124,9 @@ def uneven(out):
         ("part", mine, {"params": "4.*"}),
     ):
         save(out / f"{name}.npz", measured(spectra.HessianOperator(model, given, **options)))
+    checkpointed = Uneven()
+    apply_activation_checkpointing(checkpointed, check_fn=lambda module: isinstance(module, nn.Linear))
+    save(out / "checkpointed.npz", measured(spectra.HessianOperator(fully_shard(checkpointed), mine)))
     exact = spectra.HessianOperator(model, mine)
     save(out / "matrix.npz", {"matrix": exact.to_dense().numpy(), "nodes": spectra.slq(exact, steps=60).nodes})
     save(out / "gauss-newton.npz", measured(spectra.GaussNewtonOperator(model, mine)))
@@ -229,13 +233,41 @@ def die(out):
     spectra.slq(op, probes=2, steps=5)
 
 
+def trainer(out):
+    """The Trainer with and without the callback, on a model that is sharded as accelerate does it on GPUs."""
+    import transformers
+
+    rows = torch.randint(2, tiny_models.VOCABULARY, (16, 8), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row.clone()} for row in rows]
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no", "use_cpu": True}
+    settings |= {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "learning_rate": 1e-2}
+    trained = {}
+    for watched in (False, True):
+        transformers.set_seed(3)
+        model = sharded(tiny_models.causal_lm("llama", dtype=torch.float32))
+        arguments = transformers.TrainingArguments(output_dir=str(out / "trainer"), ddp_timeout=60, **settings)
+        callback = spectra.SpectrumCallback(every=2, probes=1, steps=3, deflate=0, params="*mlp*", strict=True)
+        run = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback] if watched else [])
+        run.accelerator.prepare_model = lambda model, **_: (
+            model
+        )  # on CPUs accelerate would wrap it for data parallelism
+        run.train()
+        trained[watched] = torch.cat([full(p) for p in model.parameters()])
+    assert torch.equal(trained[False], trained[True])
+    assert [record.step for record in callback.probe.records] == [0, 2, 3]
+    assert all(record.is_measured for record in callback.probe.records)
+    assert (callback.probe.run is None) == (distributed.rank() != 0)
+    losses = [entry["spectra/loss"] for entry in run.state.log_history if "spectra/loss" in entry]
+    assert len(losses) == (3 if distributed.rank() == 0 else 0)
+
+
 def small(out):
     """All that needs no language model."""
     for task in (uneven, probed, errors, refusals):
         task(out)
 
 
-TASKS = {"models": models, "small": small, "die": die}
+TASKS = {"models": models, "trainer": trainer, "small": small, "die": die}
 
 
 def main(task, out):

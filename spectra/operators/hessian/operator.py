@@ -60,6 +60,12 @@ class HessianOperator(LinearOperator):
     if parameters were replaced. One change is not detected: on a GPU, a write through `.data` between the products of
     one algorithm. Call `refresh()` after it. `close()`, or a `with` block, frees the memory of the graphs.
 
+    A model that FSDP2 (`torch.distributed.fsdp.fully_shard`) has sharded over all ranks is measured as it is. Every
+    rank is given its own batches, or all the same ones, and L is the mean over what all ranks count. Each rank holds
+    n / ranks numbers of every vector: `op @ v` takes and gives this rank's part, `op.shards.take(whole)` and
+    `op.shards.gather(part)` go from whole vectors to parts and back. Weights are gathered once for as long as graphs
+    are kept. All ranks make the same calls. See docs/scale.md.
+
     Before the first product the operator checks its assumptions on the model itself (see
     `spectra.operators.hessian.checks`). This costs about five products.
 
@@ -91,6 +97,7 @@ class HessianOperator(LinearOperator):
         shape: (n, n).
         space: the chosen parameters.
         products: HVPs so far.
+        shards: which part of every vector this rank holds, for a sharded model; else None.
         mode: which Hessian: "full", "ste" for a model with straight-through derivatives, "" where `context` says it.
         training: whether the model is measured in training mode.
         notes: what a reader of the numbers should know of how they were computed.

@@ -76,6 +76,7 @@ def test_language_models_on_two_ranks_are_measured_as_on_one(language_models, na
         ("summed", {"loss": nn.CrossEntropyLoss(reduction="sum")}),
         ("microbatches", {}),
         ("part", {"params": "4.*"}),
+        ("checkpointed", {}),
         ("gauss-newton", {}),
         ("evaluated", {}),
         ("probed", {}),
@@ -118,6 +119,13 @@ def test_a_training_step_through_fsdp_is_seen(small_models):
     compare(small_models / "again.npz", op)
     for name in ("product", "gradient", "loss"):
         np.testing.assert_allclose(found[name], np.load(small_models / "again.npz")[name], **SUMS)
+
+
+def test_the_callback_measures_a_model_that_a_trainer_shards(tmp_path):
+    done = torchrun("trainer", tmp_path, count=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = spectra.Run(tmp_path / "trainer" / "spectra").records
+    assert [record.step for record in records] == [0, 2, 3]
 
 
 def test_a_rank_that_dies_ends_the_run(tmp_path):
