@@ -197,6 +197,8 @@ class SpectrumProbe:
         self._operator: LinearOperator | None = None  # of the mode that is measured, for the whole and its blocks
         with self._undisturbed():
             if is_sharded(unwrap(model)):
+                if self.settings.batch_groups:
+                    raise InputError("batch_groups is not supported for a sharded model: leave it out")
                 self.batches = ranks.together(lambda: _read(batches), next(model.parameters()).device)
             else:
                 self.batches = _read(batches)

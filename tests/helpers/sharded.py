@@ -41,6 +41,14 @@ def options_of(name):
     return {"params": lambda n, p: p.ndim > 1 and not n.endswith("scale")} if name.endswith("2bit") else {}
 
 
+def noisy_product(model, batches):
+    """A product of the mean Hessian over draws of weight noise."""
+    from qat.hessian import hessian_operator
+
+    op = hessian_operator(model, batches, "noisy", sigma=1e-2, draws=2)
+    return whole(op, op @ part(op, torch.linspace(-1, 1, op.shape[0], dtype=op.dtype)))
+
+
 def whole(op, vector):
     """A vector of an operator, whole also where the operator's vectors are sharded."""
     return (vector if op.shards is None else op.shards.gather(vector)).numpy()
@@ -87,6 +95,8 @@ def models(out):
             if name == "llama":
                 share = spectra.resolve(op, budget=100, seed=1)
                 found["share"] = np.array([share.low, share.high])
+            if name == "llama-2bit":
+                found["noisy"] = noisy_product(model, mine)
             save(out / f"{name}.npz", found)
 
 
@@ -196,6 +206,7 @@ def errors(out):
         op @ torch.full((op.entries,), torch.inf if rank == 0 else 1.0)
     for refused, message in (
         (lambda: op.to_scipy(), "SciPy takes whole vectors"),
+        (lambda: spectra.SpectrumProbe(model, mine, batch_groups=2), "batch_groups is not supported for a sharded"),
         (lambda: spectra.slq(op, blocks="layers"), "blocks= is not supported for a sharded model"),
         (lambda: op @ torch.ones(op.shape[0]), "this rank's part"),
     ):
