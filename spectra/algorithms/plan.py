@@ -19,7 +19,7 @@ from spectra.backend.float64 import is_fast_in_float64
 if TYPE_CHECKING:
     from spectra.operators.hessian.operator import HessianOperator
 
-PARTS = ("graphs", "product", "recurrence", "deflation", "search", "count")  # that the plan lists
+PARTS = ("gathered", "graphs", "product", "recurrence", "deflation", "search", "count")  # that the plan lists
 COUNT_VECTORS = 8  # of a count: the three of a recurrence, and those that the change of variables passes through
 SEARCHED_FACTORS = 3  # sets of factors in float64 during the search: the best, the current and the next ones
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -38,6 +38,8 @@ class _Measurable(Protocol):
 class MemoryPlan:
     """Bytes that a measurement takes on the operator's device, apart from the model and its batches.
 
+    For a sharded model they are those of this rank.
+
     Attributes:
         graphs: Bytes of the gradient and of its autograd graphs that are kept between products.
         product: Additional bytes while one product runs.
@@ -53,6 +55,7 @@ class MemoryPlan:
         host: Bytes of the search in host memory, where the device has too little memory for it.
         count: Bytes of the change of variables and of the recurrence after it, from which the negative share is read.
         recomputed: What every product computes again instead of keeping it: "", "attention and loss" or "layers".
+        gathered: Bytes of the whole weights that this rank gathers from the others, where the model is sharded.
     """
 
     graphs: int
@@ -68,11 +71,14 @@ class MemoryPlan:
     host: int = 0
     count: int = 0
     recomputed: str = ""
+    gathered: int = 0
 
     @property
     def peak(self) -> int:
         """The largest number of bytes in use at once; search, recurrences and count come one after another."""
-        return self.graphs + self.product + max(self.search, self.deflation + self.recurrence, self.count)
+        return (
+            self.gathered + self.graphs + self.product + max(self.search, self.deflation + self.recurrence, self.count)
+        )
 
     def __str__(self) -> str:
         parts = {name: getattr(self, name) for name in PARTS}
@@ -139,7 +145,7 @@ def plan(
     search = basis.vectors * vector if deflate else 0
     return MemoryPlan(
         graphs=graphs + vector,
-        product=transient + together * vector,
+        product=transient + together * vector + op.exchanged_bytes(together),
         recurrence=together * (VECTORS_PER_PROBE - 1 + basis_size) * vector,
         deflation=deflate * vector,
         search=0 if basis.on_host else search,
@@ -149,8 +155,9 @@ def plan(
         together=together,
         basis=basis.size,
         host=search if basis.on_host else 0,
-        count=_count_bytes(op, count_products) if count_products else 0,
         recomputed=layout.recomputed,
+        count=_count_bytes(op, count_products) if count_products and op.shards is None else 0,
+        gathered=op.gathered_bytes,
     )
 
 

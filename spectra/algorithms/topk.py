@@ -28,7 +28,7 @@ class Eigenpairs:
 
     Attributes:
         values: (k,) ascending.
-        vectors: (n, k) with orthonormal columns.
+        vectors: (n, k) with orthonormal columns; this rank's part of each where vectors are sharded.
         residuals: (k,) the residual norms ||A x - lambda x||.
         converged: (k,) whether each residual met the tolerance.
         products: How many products the search took.
@@ -258,4 +258,6 @@ def _dense(op: LinearOperator, k: int, which: str) -> Eigenpairs:
     values, vectors = values[wanted], vectors[:, wanted]
     residuals = np.linalg.norm(matrix @ vectors - vectors * values, axis=0)
     vectors = torch.as_tensor(vectors, dtype=op.dtype, device=op.device)
+    if op.shards is not None:
+        vectors = op.shards.take(vectors.T).T
     return Eigenpairs(values, vectors, residuals, np.ones(k, dtype=bool), n)

@@ -16,6 +16,7 @@ from torch import nn
 
 from spectra.backend import memory, ranks
 from spectra.backend.errors import InputError, NonFiniteError, first_line
+from spectra.backend.shards import Shards
 from spectra.operators.hessian import engines
 from spectra.operators.hessian.fingerprint import fingerprint, optimizer_steps
 from spectra.operators.hessian.footprint import Footprint, measure_footprint
@@ -126,7 +127,11 @@ class GraphStore:
             `reduce_memory`.
         each_forward: Returns a further context manager around every forward pass; the checks set it temporarily.
         reserved: Bytes that an algorithm will need for its vectors.
+        context: See the argument.
+        shards: Which part of every vector this rank holds, where vectors are sharded; else None.
     """
+
+    shards: Shards | None = None
 
     def __init__(
         self,
@@ -151,7 +156,7 @@ class GraphStore:
         self.can_be_cut: Callable[[], bool] = lambda: True
         self.each_forward: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         self.when_out_of_memory: Callable[[], str] = self.reduce_memory
-        self._context = context
+        self.context = context
         # a graph that is to be captured has to be built on the stream that it is captured on
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._state: _State | None = None
@@ -186,17 +191,53 @@ class GraphStore:
             copy=torch.float64,
             precision="float64",
             training=self.training,
-            context=self._context,
+            context=self.context,
             policy=self.policy,
             over_ranks=self.over_ranks,
             notes=notes,
         )
+
+    # -- over the ranks
+
+    @property
+    def local(self) -> GraphStore:
+        """The graphs that this process holds: the store itself, unless parameters are sharded."""
+        return self
+
+    def on_this_rank(self, check: Callable[[GraphStore], T]) -> T:
+        """Call a check with the graphs that this process holds; it needs no other rank."""
+        return check(self)
+
+    def adopt(self, objective: Objective, note: str) -> bool:
+        """Take over the objective that `settle_shares` found for the graphs of this process. Whether it is another.
+
+        Args:
+            objective: The objective, with the shares of its pieces.
+            note: What that check noted.
+
+        Returns:
+            Whether anything computed before belongs to another objective.
+        """
+        changed, self.objective = objective is not self.objective, objective
+        return changed
+
+    def products_over_ranks(
+        self, multiply: Callable[[torch.Tensor], torch.Tensor], vectors: torch.Tensor
+    ) -> torch.Tensor:
+        """The products of the rows of `vectors` (k, n), from those with the part of the objective of this rank."""
+        products = multiply(vectors)
+        return ranks.all_reduce_sum_(products) if self.over_ranks else products
 
     # -- what is known at the current weights
 
     def loss(self) -> float:
         """The loss at the current weights."""
         return self._current().loss
+
+    def loss_found(self) -> float:
+        """The loss that was computed last, whatever the current weights are."""
+        assert self._state is not None
+        return self._state.loss
 
     def gradient(self) -> torch.Tensor:
         """The gradient at the current weights, (n,)."""
@@ -562,11 +603,15 @@ class GraphStore:
         assert total is not None  # an objective has at least one piece
         return total
 
-    def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
-        """Raise the NonFiniteError that names the batch and the parameter where a product is not finite."""
+    def check_products(self, vectors: torch.Tensor) -> None:
+        """Raise the NonFiniteError that names the batch and the parameter, if a product of a piece is not finite."""
         for index, piece in enumerate(self.objective.pieces):
             for product in self._piece_products(index, piece, vectors, "reverse"):
                 self.space.check_finite(product, f"the Hessian product of {piece.name}")
+
+    def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
+        """Raise the NonFiniteError that names the batch and the parameter where a product is not finite."""
+        self.check_products(vectors)
         raise NonFiniteError("the sum of the Hessian products over batches overflows; measure with precision='float64'")
 
     def _piece_products(
@@ -681,6 +726,15 @@ class GraphStore:
             self.precision = precision
 
     # -- memory
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of the weights that are gathered from other ranks."""
+        return 0
+
+    def exchanged_bytes(self, vectors: int) -> int:
+        """Bytes of the whole vectors that a product of so many sharded vectors gathers."""
+        return 0
 
     def layout(self, *, reserved: int | None = None, free: int | None = None) -> GraphLayout:
         """The layout that fits into the memory that is free. Calling this changes nothing.
@@ -812,6 +866,8 @@ class GraphStore:
         self.reserved = vectors * self._vector_bytes
         if self._state is None or self.policy != "auto" or self._recomputed not in self._footprints:
             return False
+        if self.over_ranks:  # ranks have different amounts of memory, and build graphs together
+            return False
         current = GraphLayout(self.objective, len(self._state.kept), self._recomputed)
         held = sum(self.footprint().graph(rows) for rows in self.objective.rows[: current.kept])
         available = memory.available(self.device)
@@ -832,7 +888,8 @@ class GraphStore:
 
     @property
     def _vector_bytes(self) -> int:
-        return self.space.dimension * self.dtype.itemsize
+        numbers = self.space.dimension if self.shards is None else self.shards.length
+        return numbers * self.dtype.itemsize
 
     def reduce_memory(self) -> str:
         """Use less memory from here on: recompute attention and loss, rebuild graphs, cut rows, then recompute layers.
@@ -923,7 +980,7 @@ class GraphStore:
     @contextlib.contextmanager
     def _forward_pass(self) -> Iterator[None]:
         """The contexts around a forward pass."""
-        with self._context(), self.each_forward(), self._arithmetic():
+        with self.context(), self.each_forward(), self._arithmetic():
             yield
 
     @contextlib.contextmanager

@@ -57,6 +57,7 @@ RANDOM = (
     "the loss draws random numbers, so that batches could not be compared with all of them together: they weigh by "
     "what they count"
 )
+NO_MEAN = "the loss of a batch is not the mean over its rows"
 NOT_TOGETHER = (
     "batches of several shapes, or that cannot be joined, could not be compared with all of them together: they weigh "
     "by what they count; pass weight= for another"
@@ -83,7 +84,7 @@ def settle_shares(graphs: GraphStore) -> tuple[Objective, float, str]:
     Raises:
         InputError: Where microbatches were asked for that change the loss.
     """
-    if not graphs.over_ranks:
+    if not graphs.objective.is_part:
         return _settled(graphs, graphs.objective)
     # every rank compares the batches of all ranks, as its own shares depend on those of the others
     everything = graphs.objective.of_all_ranks()
@@ -94,7 +95,7 @@ def settle_shares(graphs: GraphStore) -> tuple[Objective, float, str]:
 def _settled(graphs: GraphStore, objective: Objective) -> tuple[Objective, float, str]:
     first = objective.pieces[0]
     if len(objective.pieces) == 1 and first.batch is objective.batches[first.index]:  # the others count nothing
-        return objective, 0.0, ""
+        return _settled_among_ranks(graphs, objective) if objective.has_others else (objective, 0.0, "")
     with _comparable(graphs):
         found, refusal = None, None
         try:
@@ -113,6 +114,32 @@ def _settled(graphs: GraphStore, objective: Objective) -> tuple[Objective, float
             assert refusal is not None
             raise refusal
         return found
+
+
+def _settled_among_ranks(graphs: GraphStore, objective: Objective) -> tuple[Objective, float, str]:
+    """The objective of one batch, which weighs by what it counts beside those of other ranks, if its thirds do.
+
+    The note is `SUMMED` or `UNSHIFTED` if its weight is another, and `NO_MEAN` if that is not known.
+    """
+    if objective.weight is not None or objective.adds_up:
+        return objective, 0.0, ""
+    unshifted = objective.counting_unshifted()
+    ways = ((objective, ""), (unshifted, UNSHIFTED), (objective.summed(), SUMMED))
+    errors = []
+    with _comparable(graphs):
+        for way, note in ways:
+            if way is None:
+                continue
+            comparison = _Comparison(graphs, way)
+            error = comparison.error_of_thirds(way.pieces[0])
+            if error is None:
+                return objective, 0.0, ""
+            if error <= SUM_TOLERANCE:
+                return way, error, note
+            if comparison.is_random:
+                return objective, 0.0, RANDOM
+            errors.append(error)
+    return objective, errors[0], NO_MEAN
 
 
 def _settled_as_counted(graphs: GraphStore, objective: Objective) -> tuple[Objective, float, str]:
