@@ -174,7 +174,9 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
         "--quantizer", help=_with_default(StudyConfig.quantizer, f"auto (by bit-width), {', '.join(SUPPORTED_BITS)}")
     )
     quantization.add_argument(
-        "--group-size", type=int, help="columns of a row that share a scale, such as 32, 64, 128 (default: the whole row)"
+        "--group-size",
+        type=int,
+        help="columns of a row that share a scale, such as 32 (default: the whole row)",
     )
     quantization.add_argument(
         "--initial-scale",
