@@ -57,7 +57,7 @@ class QuantLayer(nn.Module):
         self.weight_override: Callable[[QuantLayer], Tensor] | None = None
         self.weight = weight
         if group_size is not None:
-            check_group_size({"the weight": self.rows().shape[1]}, group_size)
+            check_group_size({"the weight": self.rows().shape[-1]}, group_size)
         if initial_scale not in INITIAL_SCALES:
             raise InputError(f"initial_scale must be one of {', '.join(INITIAL_SCALES)}; got {initial_scale!r}")
         if quantizer.learned_scale:
@@ -117,16 +117,18 @@ class QuantLayer(nn.Module):
 
     def _training(self, weight: Tensor, scale: Tensor) -> Tensor:
         """The quantizer of the mode: annealed in train mode, on the grid in evaluation mode."""
-        return self.quantizer.annealed(weight, scale) if self.training else self.quantizer(weight, scale)
+        if self.training and self.scheme.anneals:
+            return self.quantizer.annealed(weight, scale)
+        return self.quantizer(weight, scale)
 
     def _first_scale(self, initial_scale: str) -> Tensor:
         """The scales that training starts from, (rows, groups)."""
         rows = self.rows()
         if initial_scale == "max":
             return self.quantizer.initial_scale(rows)
-        size = self.quantizer.size if isinstance(self.quantizer, Grouped) else rows.shape[1]
+        size = self.quantizer.size if isinstance(self.quantizer, Grouped) else rows.shape[-1]
         found = least_error_scale(self.scheme, rows.reshape(-1, size))
-        return found.reshape(rows.shape[0], -1)
+        return found.reshape(*rows.shape[:-1], -1)
 
     def _flip(self, matrix: Tensor) -> Tensor:
         """Change between the layout of the weight and (rows, columns): transpose where `transposed`."""
