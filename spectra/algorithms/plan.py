@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
-from spectra.algorithms.basis_size import Basis, choose_basis
+from spectra.algorithms.basis_size import Basis, choose_basis, vectors_to_reserve
 from spectra.algorithms.block_size import VECTORS_PER_PROBE, probe_block_size
 from spectra.algorithms.inertia import count_basis_size
 from spectra.algorithms.kronecker import KroneckerTransform, blocks_of
@@ -29,9 +29,9 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 class _Measurable(Protocol):
     """An operator whose graphs and products can be measured."""
 
-    def footprint(self) -> Any: ...
+    def footprint(self, recomputed: str | None = None) -> Any: ...
 
-    def graph_layout(self) -> Any: ...
+    def graph_layout(self, *, reserved: int | None = None) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class MemoryPlan:
         host: Bytes of the search in host memory, where the device has too little memory for it.
         count: Bytes of the change of variables and of the recurrence after it, from which the negative share is read.
         gathered: Bytes of the whole weights that this rank gathers from the others, where the model is sharded.
+        recomputed: What every product computes again instead of keeping it: "", "attention and loss" or "layers".
     """
 
     graphs: int
@@ -70,6 +71,7 @@ class MemoryPlan:
     host: int = 0
     count: int = 0
     gathered: int = 0
+    recomputed: str = ""
 
     @property
     def peak(self) -> int:
@@ -82,6 +84,7 @@ class MemoryPlan:
         parts = {name: getattr(self, name) for name in PARTS}
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         graphs = "all graphs kept" if self.kept == self.pieces else f"{self.kept} of {self.pieces} graphs kept"
+        graphs += f", {self.recomputed} computed again in every product" if self.recomputed else ""
         search = f", {self.basis} Krylov basis vectors" if self.basis else ""
         search += f" in {format_bytes(self.host)} of host memory" if self.host else ""
         return (
@@ -133,8 +136,9 @@ def plan(
     vector = op.vector_bytes
     basis_size = steps if choose_reorthogonalization(op, steps, reorthogonalize) == "full" else 0
     together = min(probe_block_size(op, basis_size, deflated=deflate > 0), probes)
-    footprint, layout = op.footprint(), op.graph_layout()
-    rows = layout.objective.rows
+    vectors = max(vectors_to_reserve(deflate), deflate + VECTORS_PER_PROBE + basis_size)
+    layout = op.graph_layout(reserved=vectors)
+    footprint, rows = op.footprint(layout.recomputed), layout.objective.rows
     graphs = sum(footprint.graph(count) for count in rows[: layout.kept])
     transient = footprint.product(max(rows)) + (footprint.graph(max(rows)) if layout.kept < len(rows) else 0)
     basis = choose_basis(op, deflate, default_basis_size(deflate)) if deflate else Basis(0, 0)
@@ -153,6 +157,7 @@ def plan(
         host=search if basis.on_host else 0,
         count=_count_bytes(op, count_products) if count_products and op.shards is None else 0,
         gathered=op.gathered_bytes,
+        recomputed=layout.recomputed,
     )
 
 

@@ -17,6 +17,10 @@ class _Wrapped(LinearOperator):
         self.inner = inner
         self._has_vectors_of(inner)
 
+    def product_bytes(self) -> int | None:
+        """Those of the inner operator."""
+        return self.inner.product_bytes()
+
     def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
         """Raise the error of the inner operator."""
         self.inner.raise_non_finite(vectors.to(self.inner.device))

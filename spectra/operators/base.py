@@ -193,6 +193,19 @@ class LinearOperator:
             product.copy_(self._matvec(vector))
         return products
 
+    # -- memory
+
+    def reserve(self, vectors: int) -> None:
+        """Announce how many vectors (n,) an algorithm will hold, so that the operator leaves memory for them.
+
+        Args:
+            vectors: How many vectors.
+        """
+
+    def product_bytes(self) -> int | None:
+        """Bytes that a product takes while it runs, None where that is not known."""
+        return None
+
     # -- diagonal blocks
 
     def multiply_block_rows(self, vectors: torch.Tensor, block: Block) -> torch.Tensor:

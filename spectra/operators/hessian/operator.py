@@ -78,8 +78,10 @@ class HessianOperator(LinearOperator):
         weight: batch -> its weight, see `spectra.Objective`.
         training: Whether to measure in training mode.
         context: Returns a context manager, which is entered around every forward pass.
-        graph: "keep" the graph of every microbatch, "rebuild" it at each product (three gradients instead of two, and
-            the memory of one microbatch), or "auto": keep as many as fit in half of the free memory.
+        graph: "keep" the graph of every microbatch; "recompute" attention and cross-entropy in each product, whose
+            graphs are the largest for long sequences and vocabularies; "recompute layers", which keeps the inputs of
+            layers alone (three gradients a product instead of two); "rebuild" whole graphs in each product (three
+            gradients too, and the memory of one microbatch); or "auto": the first of these that fits in memory.
         engine: How several vectors at once are multiplied, see `spectra.operators.hessian.engines`. "auto" times the
             engines that may be fast at the first block of vectors, and keeps the fastest. All engines give the same
             numbers up to rounding error.
@@ -470,9 +472,11 @@ class HessianOperator(LinearOperator):
 
     # -- memory
 
-    def footprint(self) -> Footprint:
-        """The memory of a microbatch, measured once on a few rows."""
-        return self._graphs.footprint()
+    def reserve(self, vectors: int) -> None:
+        """See `LinearOperator.reserve`: under graph="auto", graphs leave the memory of these vectors free."""
+        if self._graphs.reserve(vectors):
+            self._forget_products()
+            self._engine.pick_again()
 
     @property
     def gathered_bytes(self) -> int:
@@ -483,6 +487,28 @@ class HessianOperator(LinearOperator):
         """Bytes of the whole vectors that a product of so many sharded ones gathers; 0 where they are not sharded."""
         return self._graphs.exchanged_bytes(vectors)
 
-    def graph_layout(self) -> GraphLayout:
-        """How graphs would be kept in the memory that is free now. Asking changes nothing."""
-        return self._graphs.layout()
+    def product_bytes(self) -> int | None:
+        """See `LinearOperator.product_bytes`; known where the memory of a few rows was measured."""
+        return self._graphs.product_bytes()
+
+    def footprint(self, recomputed: str | None = None) -> Footprint:
+        """The memory of a microbatch, measured once on a few rows.
+
+        Args:
+            recomputed: What every product computes again, see `GraphLayout`; None for what it computes again now.
+
+        Returns:
+            The `Footprint`.
+        """
+        return self._graphs.footprint(recomputed)
+
+    def graph_layout(self, *, reserved: int | None = None) -> GraphLayout:
+        """How graphs would be kept in the memory that is free now. Asking changes nothing.
+
+        Args:
+            reserved: How many vectors (n,) an algorithm will hold beside them; None for what `reserve` was told.
+
+        Returns:
+            The `GraphLayout`.
+        """
+        return self._graphs.layout(reserved=reserved)
