@@ -54,8 +54,8 @@ class MemoryPlan:
         basis: How many Krylov basis vectors the search holds at once; fewer than usual where memory is short.
         host: Bytes of the search in host memory, where the device has too little memory for it.
         count: Bytes of the change of variables and of the recurrence after it, from which the negative share is read.
-        gathered: Bytes of the whole weights that this rank gathers from the others, where the model is sharded.
         recomputed: What every product computes again instead of keeping it: "", "attention and loss" or "layers".
+        gathered: Bytes of the whole weights that this rank gathers from the others, where the model is sharded.
     """
 
     graphs: int
@@ -70,8 +70,8 @@ class MemoryPlan:
     basis: int = 0
     host: int = 0
     count: int = 0
-    gathered: int = 0
     recomputed: str = ""
+    gathered: int = 0
 
     @property
     def peak(self) -> int:
@@ -155,9 +155,9 @@ def plan(
         together=together,
         basis=basis.size,
         host=search if basis.on_host else 0,
+        recomputed=layout.recomputed,
         count=_count_bytes(op, count_products) if count_products and op.shards is None else 0,
         gathered=op.gathered_bytes,
-        recomputed=layout.recomputed,
     )
 
 

@@ -126,9 +126,9 @@ class GraphStore:
         when_out_of_memory: Makes later computations need less memory, and says how in words; by default
             `reduce_memory`.
         each_forward: Returns a further context manager around every forward pass; the checks set it temporarily.
+        reserved: Bytes that an algorithm will need for its vectors.
         context: See the argument.
         shards: Which part of every vector this rank holds, where vectors are sharded; else None.
-        reserved: Bytes that an algorithm will need for its vectors.
     """
 
     shards: Shards | None = None
@@ -866,6 +866,8 @@ class GraphStore:
         self.reserved = vectors * self._vector_bytes
         if self._state is None or self.policy != "auto" or self._recomputed not in self._footprints:
             return False
+        if self.over_ranks:  # ranks have different amounts of memory, and build graphs together
+            return False
         current = GraphLayout(self.objective, len(self._state.kept), self._recomputed)
         held = sum(self.footprint().graph(rows) for rows in self.objective.rows[: current.kept])
         available = memory.available(self.device)
@@ -886,7 +888,8 @@ class GraphStore:
 
     @property
     def _vector_bytes(self) -> int:
-        return self.space.dimension * self.dtype.itemsize
+        numbers = self.space.dimension if self.shards is None else self.shards.length
+        return numbers * self.dtype.itemsize
 
     def reduce_memory(self) -> str:
         """Use less memory from here on: recompute attention and loss, rebuild graphs, cut rows, then recompute layers.

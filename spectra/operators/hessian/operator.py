@@ -478,15 +478,6 @@ class HessianOperator(LinearOperator):
             self._forget_products()
             self._engine.pick_again()
 
-    @property
-    def gathered_bytes(self) -> int:
-        """Bytes of the whole weights that this rank gathers from the others; 0 where the model is not sharded."""
-        return self._graphs.gathered_bytes
-
-    def exchanged_bytes(self, vectors: int) -> int:
-        """Bytes of the whole vectors that a product of so many sharded ones gathers; 0 where they are not sharded."""
-        return self._graphs.exchanged_bytes(vectors)
-
     def product_bytes(self) -> int | None:
         """See `LinearOperator.product_bytes`; known where the memory of a few rows was measured."""
         return self._graphs.product_bytes()
@@ -512,3 +503,12 @@ class HessianOperator(LinearOperator):
             The `GraphLayout`.
         """
         return self._graphs.layout(reserved=reserved)
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of the whole weights that this rank gathers from the others; 0 where the model is not sharded."""
+        return self._graphs.gathered_bytes
+
+    def exchanged_bytes(self, vectors: int) -> int:
+        """Bytes of the whole vectors that a product of so many sharded ones gathers; 0 where they are not sharded."""
+        return self._graphs.exchanged_bytes(vectors)

@@ -303,26 +303,25 @@ class ShardedGraphStore(GraphStore):
         return min(vectors, self._together) * self.shards.count * self.shards.length * self.dtype.itemsize
 
     def footprint(self, recomputed: str | None = None) -> Footprint:
-        """See `GraphStore.footprint`; of this rank. All ranks call this together."""
+        """The memory that a microbatch takes on this rank, see `GraphStore`. All ranks call this together."""
         return self.on_this_rank(lambda local: local.footprint(recomputed))
 
     def layout(self, *, reserved: int | None = None, free: int | None = None) -> GraphLayout:
         """See `GraphStore.layout`; of this rank. All ranks call this together."""
-        whole = None if reserved is None else self._whole_vectors(reserved)
-        return self.on_this_rank(lambda local: local.layout(reserved=whole, free=free))
+        before = self._local.reserved
+        if reserved is not None:
+            self._local.reserved = reserved * self._vector_bytes
+        try:
+            return self.on_this_rank(lambda local: local.layout(free=free))
+        finally:
+            self._local.reserved = before
 
     def reserve(self, vectors: int) -> bool:
-        """See `GraphStore.reserve`; whether any rank dropped graphs."""
-        whole = self._whole_vectors(vectors)
-        if self._gradient is None:
-            return self._local.reserve(whole)
-        return self.shards.any(self.on_this_rank(lambda local: local.reserve(whole)), self.device)
+        """See `GraphStore.reserve`. Graphs that exist stay: ranks build them together."""
+        self.reserved = self._local.reserved = vectors * self._vector_bytes
+        return False
 
     def product_bytes(self) -> int | None:
-        """See `GraphStore.product_bytes`; of this rank."""
+        """See `GraphStore.product_bytes`; of this rank, with the vector that is gathered."""
         known = self._local.product_bytes()
         return None if known is None else known + self.exchanged_bytes(1)
-
-    def _whole_vectors(self, vectors: int) -> int:
-        """How many whole vectors take the memory of this rank's parts of some, and of one that is gathered."""
-        return -(-vectors // self.shards.count) + 1
