@@ -95,6 +95,9 @@ def models(out):
             if name == "llama":
                 share = spectra.resolve(op, budget=100, seed=1)
                 found["share"] = np.array([share.low, share.high])
+            if name == "gpt2":
+                recomputed = spectra.HessianOperator(model, mine, graph="recompute layers")
+                found["recomputed"] = whole(recomputed, recomputed.multiply_rows(op.gradient()[None])[0])
             if name == "llama-2bit":
                 found["noisy"] = noisy_product(model, mine)
             save(out / f"{name}.npz", found)

@@ -322,5 +322,6 @@ class ShardedGraphStore(GraphStore):
         return False
 
     def product_bytes(self) -> int | None:
-        """See `GraphStore.product_bytes`; of this rank."""
-        return self._local.product_bytes()
+        """See `GraphStore.product_bytes`; of this rank, with the vector that is gathered."""
+        known = self._local.product_bytes()
+        return None if known is None else known + self.exchanged_bytes(1)
