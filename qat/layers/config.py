@@ -12,6 +12,7 @@ from typing import Any
 from spectra.backend.errors import InputError
 
 BITS = (1, 1.58, 2, 3, 4, 8)
+ACTIVATION_BITS = (16, 8, 4)  # 16: not quantized
 
 # The bit-widths that each scheme is defined for; the schemes themselves are in qat/layers/quantizers.
 SUPPORTED_BITS: dict[str, tuple[float, ...]] = {
@@ -32,7 +33,11 @@ class QuantConfig:
     Args:
         bits: 1, 1.58, 2, 3, 4 or 8, as a number or as text.
         quantizer: A scheme in `SUPPORTED_BITS`, or "auto": "binary" at 1 bit, "seq" at 1.58 and 2, "lsq" from 3.
-        activation_bits: 16; activations are not quantized.
+        activation_bits: 16, 8 or 4: the width of the inputs of quantized layers, quantized per token; 16 leaves them
+            in full precision (`qat.layers.activations`).
+        activation_symmetric: Whether their grids, and those of the cache, are symmetric about zero.
+        cache_bits: 16, 8 or 4: the width of keys and values, quantized per token and head; 16 leaves them in full
+            precision (`qat.layers.cache`).
         quantize_head: Whether to quantize the output head.
         quantize_embeddings: Whether to quantize the token embeddings.
         skip: Globs of module names to leave in full precision. A glob that matches a module leaves out everything
@@ -49,6 +54,8 @@ class QuantConfig:
     bits: float = 2
     quantizer: str = "auto"
     activation_bits: int = 16
+    activation_symmetric: bool = True
+    cache_bits: int = 16
     quantize_head: bool = False
     quantize_embeddings: bool = False
     skip: tuple[str, ...] = ()
@@ -58,11 +65,12 @@ class QuantConfig:
         object.__setattr__(self, "bits", bits)
         object.__setattr__(self, "skip", _globs(self.skip))
         check_quantizer(self.quantizer, bits)
-        if self.activation_bits != 16:
-            raise InputError(
-                f"activation_bits must be 16 (activations stay in full precision); got {self.activation_bits!r}"
-            )
-        for name in ("quantize_head", "quantize_embeddings"):
+        for name in ("activation_bits", "cache_bits"):
+            width = getattr(self, name)
+            if isinstance(width, bool) or width not in ACTIVATION_BITS:
+                raise InputError(f"{name} must be {_listed(ACTIVATION_BITS)} (16: full precision); got {width!r}")
+            object.__setattr__(self, name, int(width))
+        for name in ("activation_symmetric", "quantize_head", "quantize_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False; got {getattr(self, name)!r}")
 

@@ -93,6 +93,9 @@ class StudyConfig:
         device: "cpu", "cuda", or None for a GPU if there is one.
         quantizer: A scheme, or "auto" to choose it by bit-width; see `qat.QuantConfig`.
         skip: Globs of module names to leave in full precision.
+        activation_bits: The width of activations, see `qat.QuantConfig`.
+        activation_symmetric: Whether their grids are symmetric about zero.
+        cache_bits: The width of keys and values.
         length: Tokens a sequence, in training and in measuring.
         train: How to train.
         winq: Settings of the method "winq".
@@ -124,6 +127,9 @@ class StudyConfig:
     device: str | None = None
     quantizer: str = "auto"
     skip: tuple[str, ...] = ()
+    activation_bits: int = 16
+    activation_symmetric: bool = True
+    cache_bits: int = 16
     length: int = 128
     train: TrainConfig = field(default_factory=TrainConfig)
     winq: WinQConfig = field(default_factory=WinQConfig)
@@ -158,7 +164,14 @@ class StudyConfig:
 
     def quantization(self, bits: float) -> QuantConfig:
         """How a model of this bit-width is quantized."""
-        return QuantConfig(bits=bits, quantizer=self.quantizer, skip=self.skip)
+        return QuantConfig(
+            bits=bits,
+            quantizer=self.quantizer,
+            skip=self.skip,
+            activation_bits=self.activation_bits,
+            activation_symmetric=self.activation_symmetric,
+            cache_bits=self.cache_bits,
+        )
 
     def measuring_steps(self) -> tuple[int, ...]:
         """The training steps between the first and the last at which spectra are measured.

@@ -52,7 +52,11 @@ def test_a_pair_that_does_not_exist_is_refused_with_the_way_out():
     [
         ({"quantizer": "gptq"}, "quantizer must be one of auto, rtn, lsq, seq, binary; got 'gptq'"),
         ({"quantizer": None}, "quantizer must be one of"),
-        ({"activation_bits": 8}, "activation_bits must be 16"),
+        ({"activation_bits": 5}, r"activation_bits must be 16, 8, 4 \(16: full precision\); got 5"),
+        ({"activation_bits": True}, "activation_bits must be 16, 8, 4"),
+        ({"activation_bits": "8"}, "activation_bits must be 16, 8, 4"),
+        ({"cache_bits": 2}, "cache_bits must be 16, 8, 4"),
+        ({"activation_symmetric": 0}, "activation_symmetric must be True or False"),
         ({"skip": 3}, "skip must be a list of globs"),
         ({"skip": (3,)}, "skip must be a list of globs"),
         ({"quantize_head": 1}, "quantize_head must be True or False"),
