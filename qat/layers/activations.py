@@ -20,8 +20,8 @@ def quantize_activations(x: Tensor, bits: int, *, symmetric: bool = True) -> Ten
     may lie beyond the last level by up to half a step: it is clipped, and dq/dx = 0 there, else 1.
     Scale and zero point are held constant: no gradient passes through them.
 
-    The arithmetic is in float32 for 16-bit activations. Source of the symmetric form: the per-token quantizer of LLM-QAT
-    (arXiv 2305.17888, `SymQuantizer` in its released code). Its asymmetric form has the minimum itself as offset.
+    The arithmetic is in float32 for 16-bit activations. Source of the symmetric form: LLM-QAT (arXiv 2305.17888, the
+    `SymQuantizer` of its released code). The asymmetric form there has the minimum itself as offset.
 
     Args:
         x: (..., features).

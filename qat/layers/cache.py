@@ -80,10 +80,12 @@ def cache_projections(model: nn.Module) -> dict[str, tuple[nn.Module, Heads]]:
         heads = _heads_of(module)
         if heads is None:
             raise InputError(
-                f"cache_bits cannot be used with {type(module).__name__} ({name or 'the model'}): it has neither k_proj "
-                "and v_proj nor a fused projection whose layout is known; leave cache_bits=16"
+                f"cache_bits cannot be used with {type(module).__name__} ({name or 'the model'}): it has neither "
+                "k_proj and v_proj nor a fused projection whose layout is known; leave cache_bits=16"
             )
-        found |= {f"{name}.{child}" if name else child: (getattr(module, child), where) for child, where in heads.items()}
+        found |= {
+            f"{name}.{child}" if name else child: (getattr(module, child), where) for child, where in heads.items()
+        }
     if not found:
         raise InputError(
             f"cache_bits needs a model with attention, and {type(model).__name__} has none: leave cache_bits=16"

@@ -16,12 +16,12 @@ from qat.layers.activations import ActivationQuantizer
 from qat.layers.adapters import adapter_modules, adapter_note
 from qat.layers.cache import CacheQuantizer, cache_projections
 from qat.layers.config import QuantConfig
-from qat.layers.linear import QuantEmbedding, QuantLayer, QuantLinear, quant_layers, weight_names
+from qat.layers.linear import QuantEmbedding, QuantLayer, QuantLinear, distinct_quant_layers, quant_layers, weight_names
 from qat.layers.quantizers.registry import make_quantizer
 from qat.layers.readers import QuantParameter, Read, convert, feeds_inline, weights_read
 from spectra.backend.errors import InputError
 
-HEAD_NAMES = ("lm_head", "embed_out")
+HEAD_NAMES = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")
 UPCAST = (torch.bfloat16, torch.float16)
 
 
@@ -316,6 +316,7 @@ def _token_embeddings(model: nn.Module) -> set[int]:
 def _check_globs(model: nn.Module, config: QuantConfig) -> None:
     """Raises InputError for a glob that matches no module."""
     names = [name for name, _ in model.named_modules() if name]
+    names += [f"{name}.{item.name}" for name, module in model.named_modules() for item in weights_read(module)]
     for pattern in config.skip:
         if not any(fnmatchcase(name, pattern) for name in names):
             linear = next((name for name, module in model.named_modules() if type(module) is nn.Linear), names[-1:])
@@ -406,7 +407,7 @@ def _read_past(parent: nn.Module) -> dict[int, str]:
 
     Found in the source of the parent's methods, as in transformers' Mamba: its kernels take the weights themselves.
     """
-    if isinstance(parent, nn.MultiheadAttention):
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):  # see `readers`, `_call_every_layer`
         return {}
     if getattr(parent, "slow_but_exact", None) is False:  # BLOOM reads weights only to repeat tensor parallelism
         return {}
@@ -470,6 +471,9 @@ def _notes(model: nn.Module, upcast: dict[int, nn.Parameter]) -> tuple[str, ...]
     if upcast:
         notes.append(f"{len(upcast)} weights were 16-bit and have float32 latents now; the layers compute as before")
     latent = {id(layer.weight): name for name, layer in quant_layers(model)}
+    frozen = sum(not layer.weight.requires_grad for _, layer in distinct_quant_layers(model))
+    if frozen:
+        notes.append(f"{frozen} of {len(latent)} quantized weights do not require gradients, and training leaves them")
     for name, module in model.named_modules():
         if not isinstance(module, QuantLayer):
             notes += [

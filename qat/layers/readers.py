@@ -1,9 +1,9 @@
 """Quantized weights of modules that read them in a forward pass of their own, instead of calling linear layers.
 
 Two kinds are known: mixtures of experts of transformers, whose experts lie in one 3-D parameter, and
-nn.MultiheadAttention. Such a module stays in its place, with everything else that it holds. Each of its matrices becomes
-a `QuantParameter`, a child of the parameter's name, and its forward pass runs on a view of the module in which these
-names are the quantized weights. Nothing of the forward pass is written anew, so all of its paths are quantized.
+nn.MultiheadAttention. Such a module stays in its place, with everything else that it holds. Each of its matrices
+becomes a `QuantParameter`, a child of the parameter's name, and its forward pass runs on a view of the module in which
+these names are the quantized weights. The forward pass is not written anew, so all of its paths are quantized.
 """
 
 from __future__ import annotations
@@ -80,9 +80,7 @@ class QuantParameter(QuantLayer):
 
     replaces_module = False
 
-    def __init__(
-        self, weight: nn.Parameter, quantizer: Quantizer, *, transposed: bool = False, **scales: Any
-    ) -> None:
+    def __init__(self, weight: nn.Parameter, quantizer: Quantizer, *, transposed: bool = False, **scales: Any) -> None:
         if weight.dim() == 3:
             quantizer = PerExpert(quantizer, len(weight))  # type: ignore[assignment]
         super().__init__(weight, quantizer, transposed=transposed, **scales)
@@ -101,7 +99,8 @@ class QuantParameter(QuantLayer):
         shape = self.weight.shape
         if not self.transposed:
             return matrix.reshape(shape)
-        return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-2, -1)
+        # Contiguous, as the parameter is: grouped products take no other strides.
+        return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-2, -1).contiguous()
 
 
 class View:
@@ -254,7 +253,9 @@ def weights_read(module: nn.Module) -> tuple[Read, ...]:
 
 def feeds_inline(module: nn.Module) -> bool:
     """Whether experts compute the input of their second matrix in line, where it cannot be quantized."""
-    return len(weights_read(module)) > 1 and type(module) is not nn.MultiheadAttention and not hasattr(module, "has_gate")
+    return (
+        len(weights_read(module)) > 1 and type(module) is not nn.MultiheadAttention and not hasattr(module, "has_gate")
+    )
 
 
 def _experts_transposed(module: nn.Module) -> bool | None:
@@ -274,9 +275,11 @@ def convert(module: nn.Module, layers: dict[str, QuantParameter], activations: A
         layers: Its quantized weights by the names of the parameters.
         activations: As in `Reader`.
     """
-    for name, layer in layers.items():
+    for name in layers:
         del module._parameters[name]
-        module.add_module(name, layer)
+    children = dict(module._modules)
+    module._modules.clear()
+    module._modules.update(layers, **children)  # the weights in the order that they had as parameters
     module.activations = activations  # type: ignore[assignment]
     module.__class__ = _quantized_class(type(module))
 
@@ -284,7 +287,8 @@ def convert(module: nn.Module, layers: dict[str, QuantParameter], activations: A
 @functools.cache
 def _quantized_class(original: type[nn.Module]) -> type[nn.Module]:
     base = QuantAttention if original is nn.MultiheadAttention else QuantExperts
-    return type(f"Quant{original.__name__}", (base, original), {"original": original})
+    made: Any = type(f"Quant{original.__name__}", (base, original), {"original": original})
+    return made
 
 
 def _empty(original: type[nn.Module]) -> nn.Module:
