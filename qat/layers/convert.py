@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cache
 
 import torch
 from torch import nn
@@ -18,7 +14,8 @@ from qat.layers.cache import CacheQuantizer, cache_projections
 from qat.layers.config import QuantConfig
 from qat.layers.linear import QuantEmbedding, QuantLayer, QuantLinear, distinct_quant_layers, quant_layers, weight_names
 from qat.layers.quantizers.registry import make_quantizer
-from qat.layers.readers import QuantParameter, Read, convert, feeds_inline, weights_read
+from qat.layers.read_past import is_conv1d, left_as_read
+from qat.layers.readers import QuantParameter, Read, convert, convert_parent, feeds_inline, weights_read
 from spectra.backend.errors import InputError
 
 HEAD_NAMES = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")
@@ -157,6 +154,8 @@ def _put_in_place(
             read.setdefault(id(item.module), {})[item.name] = layers[name]  # type: ignore[assignment]
     for key, module in modules.items():
         convert(module, read[key], activations)
+    for parent in list(model.modules()):
+        convert_parent(parent)
 
 
 def planned_layers(model: nn.Module, config: QuantConfig | None = None) -> dict[str, QuantLayer]:
@@ -190,7 +189,7 @@ def _check_fresh(model: nn.Module) -> None:
             f"the model is quantized already ({quantized[0][0]} is a {type(quantized[0][1]).__name__}): "
             "start again from the full-precision model"
         )
-    if type(model) is nn.Linear or _is_conv1d(model):
+    if type(model) is nn.Linear or is_conv1d(model):
         raise InputError(
             "the model is a single linear layer, which cannot be swapped in place: wrap it in nn.Sequential"
         )
@@ -202,9 +201,7 @@ def _choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Read], dic
     The name is that of the module to swap, or that of the parameter where its module reads it.
     """
     heads, embeddings = _output_heads(model), _token_embeddings(model)
-    kept = adapter_modules(model)
-    for parent in model.modules():
-        kept = _read_past(parent) | kept
+    kept = left_as_read(model, activations=config.activation_bits < 16) | adapter_modules(model)
     outputs = {id(m.out_proj) for m in model.modules() if type(m) is nn.MultiheadAttention}
     _check_globs(model, config)
     chosen: dict[str, Read] = {}
@@ -252,7 +249,7 @@ def _choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Read], dic
 
 def _reason_by_class(module: nn.Module) -> str:
     """Why a module of this class is left; "" where it can be replaced."""
-    if type(module) in (nn.Linear, nn.Embedding) or _is_conv1d(module) or _is_plain_subclass(module):
+    if type(module) in (nn.Linear, nn.Embedding) or is_conv1d(module) or _is_plain_subclass(module):
         return ""
     for known in (nn.Linear, nn.Embedding):
         if isinstance(module, known):
@@ -364,7 +361,7 @@ def _latent(weight: nn.Parameter) -> nn.Parameter:
 
 def _whole(module: nn.Module) -> Read:
     """A linear layer or an embedding, which is replaced as a whole."""
-    return Read(module, "", _weight(module), _is_conv1d(module))
+    return Read(module, "", _weight(module), is_conv1d(module))
 
 
 def _quantized(item: Read, weight: nn.Parameter, config: QuantConfig, scale: nn.Parameter | None) -> QuantLayer:
@@ -396,50 +393,6 @@ def _attention_notes(chosen: dict[str, Read], config: QuantConfig) -> tuple[str,
     inline = {type(item.module).__name__ for item in chosen.values() if item.name and feeds_inline(item.module)}
     notes += [f"{name}: its inputs are quantized, those of its second matrix are not" for name in sorted(inline)]
     return tuple(notes)
-
-
-SHAPES = "dtype|device|shape|size|ndim|dim|requires_grad|numel|is_meta"
-WEIGHT_OF_CHILD = re.compile(rf"\bself\.(\w+)\.weight\b(?!\s*\.\s*(?:{SHAPES})\b)")
-
-
-def _read_past(parent: nn.Module) -> dict[int, str]:
-    """The linear children whose weight the parent's code reads without calling them, with the reason to leave them.
-
-    Found in the source of the parent's methods, as in transformers' Mamba: its kernels take the weights themselves.
-    """
-    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):  # see `readers`, `_call_every_layer`
-        return {}
-    if getattr(parent, "slow_but_exact", None) is False:  # BLOOM reads weights only to repeat tensor parallelism
-        return {}
-    reads = _weights_in_source(type(parent))
-    return {
-        id(child): f"{type(parent).__name__} reads its weight without calling it"
-        for name, child in parent.named_children()
-        if name in reads and (type(child) is nn.Linear or _is_conv1d(child))
-    }
-
-
-@cache
-def _weights_in_source(kind: type[nn.Module]) -> frozenset[str]:
-    """The names of children whose weight is read in the methods of a class, except where weights are initialised."""
-    found: set[str] = set()
-    for base in kind.__mro__:
-        if base is nn.Module:
-            break
-        for name, method in vars(base).items():
-            if inspect.isfunction(method) and "init" not in name and "tie" not in name:
-                try:
-                    source = inspect.getsource(method)
-                except (OSError, TypeError):  # a class without source, as one typed in
-                    continue
-                found |= set(WEIGHT_OF_CHILD.findall(source))
-    return frozenset(found)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D. If transformers is not imported, the model cannot have one."""
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    return pytorch_utils is not None and type(module) is pytorch_utils.Conv1D
 
 
 def _declare_tied_scales(model: nn.Module) -> None:

@@ -1,9 +1,10 @@
 """Quantized weights of modules that read them in a forward pass of their own, instead of calling linear layers.
 
-Two kinds are known: mixtures of experts of transformers, whose experts lie in one 3-D parameter, and
-nn.MultiheadAttention. Such a module stays in its place, with everything else that it holds. Each of its matrices
-becomes a `QuantParameter`, a child of the parameter's name, and its forward pass runs on a view of the module in which
-these names are the quantized weights. The forward pass is not written anew, so all of its paths are quantized.
+Known are mixtures of experts of transformers, whose experts lie in one 3-D parameter, and nn.MultiheadAttention. Such a
+module stays in its place, with everything else that it holds. Each of its matrices becomes a `QuantParameter`, a child
+of the parameter's name, and its forward pass runs on a view of the module in which these names are the quantized
+weights. The forward pass is not written anew, so all of its paths are quantized. Modules that read the weights of their
+linear layers get such a view as well (`qat.layers.read_past` finds them).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qat.layers.activations import ActivationQuantizer
 from qat.layers.linear import QuantLayer, QuantLinear
 from qat.layers.quantizers.base import Quantizer
 from qat.layers.quantizers.rounding import straight_through
+from qat.layers.read_past import read_layers
 
 # Experts that transformers does not decorate with `use_experts_implementation`, and whether their matrices are
 # (experts, in, out), as the decorator's is_transposed says, and not (experts, out, in).
@@ -122,16 +124,16 @@ class Reader(nn.Module):
     """The base of modules that read quantized weights. `convert` makes a subclass of it and of the module's class.
 
     Attributes:
-        original: The class of the module before, whose forward pass is run.
-        activations: Quantizes inputs; None leaves them in full precision.
+        quantized_from: The class of the module before, whose forward pass is run.
+        input_quantizer: Quantizes inputs; None leaves them in full precision.
     """
 
-    original: ClassVar[type[nn.Module]]
-    activations: ActivationQuantizer | None
+    quantized_from: ClassVar[type[nn.Module]]
+    input_quantizer: ActivationQuantizer | None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time, and made again where a module is loaded."""
-        return _empty, (self.original,), self.__dict__
+        return _empty, (type(self).__mro__[1], self.quantized_from), self.__dict__
 
     def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The quantized weights by the names of the parameters that they replace."""
@@ -146,15 +148,15 @@ class QuantExperts(Reader):
         dtype = _compute_dtype(hidden_states)
         settings: Any = self
         values: dict[str, Any] = dict(self._weights(dtype))
-        run: Callable[..., Any] = self.original.forward
+        run: Callable[..., Any] = self.quantized_from.forward
         decorated = hasattr(self, "has_gate")
         if decorated and dtype == torch.float64 and settings.config._experts_implementation == "grouped_mm":
             run = expert_by_expert  # torch's grouped product does not take float64
-        if self.activations is not None:
-            hidden_states = self.activations(hidden_states)
+        if self.input_quantizer is not None:
+            hidden_states = self.input_quantizer(hidden_states)
             if decorated:  # what goes into the second matrix comes from one of these two
                 second = "_apply_gate" if settings.has_gate else "act_fn"
-                values[second] = _then(getattr(self, second), self.activations)
+                values[second] = _then(getattr(self, second), self.input_quantizer)
                 if settings.config._experts_implementation in (None, "eager"):
                     run = expert_by_expert  # the class's own loop applies the gate in line
         return run(View(self, values), hidden_states, *args, **kwargs)
@@ -171,11 +173,54 @@ class QuantAttention(Reader):
         if isinstance(out, QuantLinear):
             bias = None if out.bias is None else out.bias.to(dtype)
             values["out_proj"] = SimpleNamespace(weight=out.forward_weight().to(dtype), bias=bias)
-        if self.activations is not None:
+        if self.input_quantizer is not None:
             # torch takes a faster path where query, key and value are one object, so equal ones stay one.
-            quantized = {id(x): self.activations(x) for x in (query, key, value)}
+            quantized = {id(x): self.input_quantizer(x) for x in (query, key, value)}
             query, key, value = quantized[id(query)], quantized[id(key)], quantized[id(value)]
-        return self.original.forward(View(self, values), query, key, value, *args, **kwargs)  # type: ignore[arg-type]
+        return self.quantized_from.forward(View(self, values), query, key, value, *args, **kwargs)  # type: ignore[arg-type]
+
+
+class LayerView:
+    """A quantized layer as a parent sees it that reads its weight: the weight is Q(W).
+
+    Args:
+        layer: The layer.
+        dtype: The dtype of the weight.
+    """
+
+    def __init__(self, layer: QuantLinear, dtype: torch.dtype) -> None:
+        self.__dict__.update(_layer=layer, _dtype=dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """Q(W) in the layout of the latent weight."""
+        layer: QuantLinear = self.__dict__["_layer"]
+        return layer._flip(layer.forward_weight()).to(self.__dict__["_dtype"])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the layer puts out."""
+        return self.__dict__["_layer"](x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+
+class QuantParent(Reader):
+    """A module that reads the weights of quantized layers in its forward pass, and sees their quantized values.
+
+    Attributes:
+        quantized_reads: The names of these layers.
+    """
+
+    quantized_reads: tuple[str, ...]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The arguments are those of the original class."""
+        inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+        layers: dict[str, Any] = {name: self._modules[name] for name in self.quantized_reads}
+        dtype = inputs[0].dtype if inputs else next(iter(self.parameters())).dtype
+        values = {name: LayerView(layer, dtype) for name, layer in layers.items()}
+        return self.quantized_from.forward(View(self, values), *args, **kwargs)  # type: ignore[arg-type]
 
 
 def expert_by_expert(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -273,26 +318,34 @@ def convert(module: nn.Module, layers: dict[str, QuantParameter], activations: A
     Args:
         module: Of one of the kinds that `weights_read` knows.
         layers: Its quantized weights by the names of the parameters.
-        activations: As in `Reader`.
+        activations: What quantizes its inputs, or None.
     """
     for name in layers:
         del module._parameters[name]
     children = dict(module._modules)
     module._modules.clear()
     module._modules.update(layers, **children)  # the weights in the order that they had as parameters
-    module.activations = activations  # type: ignore[assignment]
-    module.__class__ = _quantized_class(type(module))
+    module.input_quantizer = activations  # type: ignore[assignment]
+    base = QuantAttention if type(module) is nn.MultiheadAttention else QuantExperts
+    module.__class__ = _quantized_class(base, type(module))
+
+
+def convert_parent(module: nn.Module) -> None:
+    """Make a module see the quantized weights of those of its layers that it reads, in place; leave any other one."""
+    read = tuple(name for name in read_layers(module) if isinstance(module._modules[name], QuantLinear))
+    if read:
+        module.quantized_reads = read  # type: ignore[assignment]
+        module.__class__ = _quantized_class(QuantParent, type(module))
 
 
 @functools.cache
-def _quantized_class(original: type[nn.Module]) -> type[nn.Module]:
-    base = QuantAttention if original is nn.MultiheadAttention else QuantExperts
-    made: Any = type(f"Quant{original.__name__}", (base, original), {"original": original})
+def _quantized_class(base: type[Reader], original: type[nn.Module]) -> type[nn.Module]:
+    made: Any = type(f"Quant{original.__name__}", (base, original), {"quantized_from": original})
     return made
 
 
-def _empty(original: type[nn.Module]) -> nn.Module:
-    quantized = _quantized_class(original)
+def _empty(base: type[Reader], original: type[nn.Module]) -> nn.Module:
+    quantized = _quantized_class(base, original)
     return quantized.__new__(quantized)
 
 

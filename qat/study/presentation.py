@@ -89,7 +89,7 @@ def presentation(
     """
     return {
         **(_reference() if bits is None else _quantized(parse_bits(bits), method, activation_bits, cache_bits)),
-        "modes": dict(MODE_MEANINGS),
+        "modes": _mode_meanings(min(activation_bits, cache_bits) < 16),
         "quantities": {key: dict(entry) for key, entry in QUANTITIES.items()},
         "labels": dict(RECORD_LABELS),
     }
@@ -106,6 +106,16 @@ def width_label(bits: float, activation_bits: int = 16, cache_bits: int = 16) ->
     if activation_bits == cache_bits == 16:
         return f"{bits:g}-bit"
     return f"W{bits:g}A{activation_bits}" + ("" if cache_bits == 16 else f"KV{cache_bits}")
+
+
+def _mode_meanings(activations: bool) -> dict[str, str]:
+    """What each Hessian mode is; with quantized activations also what it takes those for."""
+    if not activations:
+        return dict(MODE_MEANINGS)
+    return {
+        mode: meaning if mode == "full" else f"{meaning}; the network's activations are quantized, straight-through"
+        for mode, meaning in MODE_MEANINGS.items()
+    }
 
 
 def _reference() -> dict[str, Any]:

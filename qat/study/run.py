@@ -132,6 +132,7 @@ def outcome_of(run: Run, config: StudyConfig, bits: float, method: str) -> Outco
         "label": run_label(bits, method, **activation_settings(config)),
         "bits": bits,
         "method": method,
+        **{name: width for name, width in activation_settings(config).items() if width < 16},
         "validation_loss": loss,
         "perplexity": perplexity_of(loss),
         "steps": config.train.steps,
