@@ -339,9 +339,8 @@ def convert_parent(module: nn.Module) -> None:
 
 
 @functools.cache
-def _quantized_class(base: type[Reader], original: type[nn.Module]) -> type[nn.Module]:
-    made: Any = type(f"Quant{original.__name__}", (base, original), {"quantized_from": original})
-    return made
+def _quantized_class(base: type[Reader], original: type[nn.Module]) -> Any:
+    return type(f"Quant{original.__name__}", (base, original), {"quantized_from": original})
 
 
 def _empty(base: type[Reader], original: type[nn.Module]) -> nn.Module:
