@@ -28,6 +28,7 @@ TRAINING_OPTIONS = (
 STUDY_OPTIONS = (
     *("out", "model", "tokenizer", "dataset", "trust_remote_code", "device", "quantizer", "length"),
     *("group_size", "initial_scale"),
+    *("activation_bits", "activation_symmetric", "cache_bits"),
     *("validation_sequences", "probes", "lanczos_steps", "deflate", "count_products", "measure_sequences"),
 )
 
@@ -183,6 +184,23 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
         help=_with_default(
             StudyConfig.initial_scale, f"{', '.join(INITIAL_SCALES)}: learned scales start at the least squared error"
         ),
+    )
+    quantization.add_argument(
+        "--activation-bits",
+        type=int,
+        help=_with_default(StudyConfig.activation_bits, "width of activations: 16 (full precision), 8 or 4, per token"),
+    )
+    quantization.add_argument(
+        "--activation-asymmetric",
+        dest="activation_symmetric",
+        action="store_false",
+        default=None,
+        help="grids from the smallest to the largest activation (default: symmetric about zero)",
+    )
+    quantization.add_argument(
+        "--cache-bits",
+        type=int,
+        help=_with_default(StudyConfig.cache_bits, "width of keys and values: 16, 8 or 4, per token and head"),
     )
     quantization.add_argument("--skip", nargs="+", metavar="GLOB", help="modules to leave in full precision")
     quantization.add_argument("--preset", help="WinQ as in the paper's text (paper, the default) or code (released)")

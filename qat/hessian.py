@@ -48,6 +48,10 @@ def hessian_mode(
     * "noisy": "ste" at W + U. The entries of the weight noise U are drawn from N(0, sigma^2) by a generator seeded with
       (seed, draw, name of the layer). Scales get no noise. The Hessian of this mode is the mean over draws.
 
+    Activations and caches that are quantized (`QuantConfig.activation_bits`, `cache_bits`) belong to the network and
+    stay so in every mode. Their derivative is the straight-through one: H is the Hessian of the network in which each
+    quantized activation is A(x0) + mask (x - x0), with x0 its input at the weights in use.
+
     Only forward passes need the context: a graph that was built inside keeps its derivatives. No global random state
     is used. On exit, every layer computes as before.
 

@@ -15,6 +15,8 @@ from spectra.backend.errors import InputError
 __all__ = ["AUTO_QUANTIZER", "BITS", "INITIAL_SCALES", "SUPPORTED_BITS", "QuantConfig", "check_quantizer", "is_real"]
 __all__ += ["parse_bits"]
 
+ACTIVATION_BITS = (16, 8, 4)  # 16: not quantized
+
 
 @dataclass(frozen=True)
 class QuantConfig:
@@ -27,7 +29,11 @@ class QuantConfig:
             of every quantized weight has to be a multiple of it.
         initial_scale: What learned scales start from. "max" is the scheme's own start: the largest magnitude of the row
             or group, and at 1 bit the mean magnitude. "mse" searches the scale with the least squared error of Q(W).
-        activation_bits: 16; activations are not quantized.
+        activation_bits: 16, 8 or 4: the width of the inputs of quantized layers, quantized per token; 16 leaves them
+            in full precision (`qat.layers.activations`).
+        activation_symmetric: Whether their grids, and those of the cache, are symmetric about zero.
+        cache_bits: 16, 8 or 4: the width of keys and values, quantized per token and head; 16 leaves them in full
+            precision (`qat.layers.cache`).
         quantize_head: Whether to quantize the output head.
         quantize_embeddings: Whether to quantize the token embeddings.
         skip: Globs of module names to leave in full precision. A glob that matches a module leaves out everything
@@ -46,6 +52,8 @@ class QuantConfig:
     group_size: int | None = None
     initial_scale: str = "max"
     activation_bits: int = 16
+    activation_symmetric: bool = True
+    cache_bits: int = 16
     quantize_head: bool = False
     quantize_embeddings: bool = False
     skip: tuple[str, ...] = ()
@@ -56,11 +64,12 @@ class QuantConfig:
         object.__setattr__(self, "skip", _globs(self.skip))
         check_quantizer(self.quantizer, bits)
         self._check_scales()
-        if self.activation_bits != 16:
-            raise InputError(
-                f"activation_bits must be 16 (activations stay in full precision); got {self.activation_bits!r}"
-            )
-        for name in ("quantize_head", "quantize_embeddings"):
+        for name in ("activation_bits", "cache_bits"):
+            width = getattr(self, name)
+            if isinstance(width, bool) or width not in ACTIVATION_BITS:
+                raise InputError(f"{name} must be {listed(ACTIVATION_BITS)} (16: full precision); got {width!r}")
+            object.__setattr__(self, name, int(width))
+        for name in ("activation_symmetric", "quantize_head", "quantize_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False; got {getattr(self, name)!r}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,12 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat.layers.activations import ActivationQuantizer
+from qat.layers.adapters import adapter_modules, adapter_note
+from qat.layers.cache import CacheQuantizer, cache_projections
 from qat.layers.config import QuantConfig
-from qat.layers.linear import QuantEmbedding, QuantLayer, QuantLinear, check_group_size, quant_layers, weight_names
+from qat.layers.linear import (
+    QuantEmbedding,
+    QuantLayer,
+    QuantLinear,
+    check_group_size,
+    distinct_quant_layers,
+    quant_layers,
+    weight_names,
+)
 from qat.layers.quantizers.registry import make_quantizer
+from qat.layers.read_past import is_conv1d, left_as_read
+from qat.layers.readers import QuantParameter, Read, convert, convert_parent, feeds_inline, weights_read
 from spectra.backend.errors import InputError
 
-HEAD_NAMES = ("lm_head", "embed_out")
+HEAD_NAMES = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")
 UPCAST = (torch.bfloat16, torch.float16)
 
 
@@ -26,10 +38,14 @@ class ConversionReport:
     Attributes:
         bits: The bit-width of the quantized weights.
         quantizer: The name of the scheme.
-        swapped: Names of the modules that were replaced.
+        swapped: Names of the modules that were replaced, and of the parameters that are quantized within their module,
+            as the experts of a mixture are.
         skipped: For each other module that holds a matrix, the reason why it was left.
         weight_count: Quantized weights, tied ones counted once.
-        upcast: The replaced modules whose weights were bfloat16 or float16. Their latent weights are float32, since
+        parameter_count: All parameters of the model before, tied ones counted once.
+        activation_bits: The bit-width of the inputs of the quantized layers.
+        cache_bits: The bit-width of keys and values.
+        upcast: What of `swapped` has weights that were bfloat16 or float16. Their latent weights are float32, since
             small updates vanish in 16 bits.
         notes: What else changed, in words.
     """
@@ -39,12 +55,21 @@ class ConversionReport:
     swapped: tuple[str, ...]
     skipped: dict[str, str]
     weight_count: int
+    parameter_count: int
+    activation_bits: int = 16
+    cache_bits: int = 16
     upcast: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def share(self) -> float:
+        """The part of the model's parameters that is quantized, 0 to 1."""
+        return self.weight_count / self.parameter_count
+
     def __str__(self) -> str:
         lines = [
-            f"{len(self.swapped)} modules, {self.weight_count:,} weights at {self.bits} bits by {self.quantizer}",
+            f"{len(self.swapped)} modules, {self.weight_count:,} weights at {self.bits} bits by {self.quantizer}, "
+            f"{self.share:.1%} of all parameters",
             *(f"left {name}: {reason}" for name, reason in self.skipped.items()),
             *self.notes,
         ]
@@ -79,25 +104,29 @@ def quantize_model(model: nn.Module, config: QuantConfig | None = None) -> Conve
     _check_fresh(model)
     chosen, skipped = _choose(model, config)
     _check_ties_of_upcast(model, chosen)
+    if config.cache_bits < 16:
+        cache_projections(model)  # raises before anything is changed
 
-    weights = {name: _weight(module) for name, module in chosen.items()}
-    upcast = {id(weight): _latent(weight) for weight in weights.values() if weight.dtype in UPCAST}
+    parameter_count = sum(parameter.numel() for parameter in model.parameters())
+    upcast = {id(item.weight): _latent(item.weight) for item in chosen.values() if item.weight.dtype in UPCAST}
+    upcast_names = tuple(name for name, item in chosen.items() if id(item.weight) in upcast)
     scales: dict[tuple[int, bool], nn.Parameter] = {}
-    replacements: dict[int, QuantLayer] = {}
-    for name, module in chosen.items():
-        weight = upcast.get(id(weights[name]), weights[name])
+    layers: dict[str, QuantLayer] = {}
+    for name, item in chosen.items():
+        weight = upcast.get(id(item.weight), item.weight)
         # Modules that share a weight share its scale, so that they keep computing with one and the same matrix.
-        key = (id(weight), _is_conv1d(module))
-        layer = _quantized(module, weight, config, scales.get(key))
+        key = (id(weight), item.transposed)
+        layers[name] = layer = _quantized(item, weight, config, scales.get(key))
         if layer.quantizer.learned_scale:
             scales[key] = layer._parameters["scale"]  # type: ignore[assignment]
-        replacements[id(module)] = layer.train(module.training)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if id(child) in replacements:
-                setattr(parent, name, replacements[id(child)])
+        layer.train(item.module.training)
+    notes = _attention_notes(chosen, config)
+    _put_in_place(model, chosen, layers, _activations(config))
     _declare_tied_scales(model)
     _call_every_layer(model)
+    if config.cache_bits < 16:
+        for module, heads in cache_projections(model).values():
+            module.register_forward_hook(CacheQuantizer(heads, config.cache_bits, config.activation_symmetric))
 
     latent = set(weight_names(model))
     return ConversionReport(
@@ -106,9 +135,36 @@ def quantize_model(model: nn.Module, config: QuantConfig | None = None) -> Conve
         swapped=tuple(chosen),
         skipped=skipped,
         weight_count=sum(p.numel() for name, p in model.named_parameters() if name in latent),
-        upcast=tuple(name for name in chosen if id(weights[name]) in upcast),
-        notes=_notes(model, upcast, config),
+        parameter_count=parameter_count,
+        activation_bits=config.activation_bits,
+        cache_bits=config.cache_bits,
+        upcast=upcast_names,
+        notes=(*_notes(model, upcast, config), *notes, *adapter_note(model)),
     )
+
+
+def _put_in_place(
+    model: nn.Module,
+    chosen: dict[str, Read],
+    layers: dict[str, QuantLayer],
+    activations: ActivationQuantizer | None,
+) -> None:
+    """Swap the modules for their layers, wherever they stand, and make the others read quantized weights."""
+    replacements = {id(item.module): layers[name] for name, item in chosen.items() if not item.name}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])
+    read: dict[int, dict[str, QuantParameter]] = {}
+    modules = {}
+    for name, item in chosen.items():
+        if item.name:
+            modules[id(item.module)] = item.module
+            read.setdefault(id(item.module), {})[item.name] = layers[name]  # type: ignore[assignment]
+    for key, module in modules.items():
+        convert(module, read[key], activations)
+    for parent in list(model.modules()):
+        convert_parent(parent)
 
 
 def planned_layers(model: nn.Module, config: QuantConfig | None = None) -> dict[str, QuantLayer]:
@@ -127,11 +183,10 @@ def planned_layers(model: nn.Module, config: QuantConfig | None = None) -> dict[
     config = config or QuantConfig()
     _check_fresh(model)
     layers: dict[int, tuple[str, QuantLayer]] = {}
-    for name, module in _choose(model, config)[0].items():
-        weight = _weight(module)
-        latent = _latent(weight) if weight.dtype in UPCAST else weight
-        if id(weight) not in layers:
-            layers[id(weight)] = f"{name}.weight", _quantized(module, latent, config, None)
+    for name, item in _choose(model, config)[0].items():
+        latent = _latent(item.weight) if item.weight.dtype in UPCAST else item.weight
+        if id(item.weight) not in layers:
+            layers[id(item.weight)] = name if item.name else f"{name}.weight", _quantized(item, latent, config, None)
     return dict(layers.values())
 
 
@@ -143,40 +198,51 @@ def _check_fresh(model: nn.Module) -> None:
             f"the model is quantized already ({quantized[0][0]} is a {type(quantized[0][1]).__name__}): "
             "start again from the full-precision model"
         )
-    if type(model) is nn.Linear or _is_conv1d(model):
+    if type(model) is nn.Linear or is_conv1d(model):
         raise InputError(
             "the model is a single linear layer, which cannot be swapped in place: wrap it in nn.Sequential"
         )
 
 
-def _choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The modules to swap by name, and for each other module that holds a matrix the reason to leave it."""
+def _choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Read], dict[str, str]]:
+    """The weights to quantize by name, and for each other module that holds a matrix the reason to leave it.
+
+    The name is that of the module to swap, or that of the parameter where its module reads it.
+    """
     heads, embeddings = _output_heads(model), _token_embeddings(model)
-    of_attention = {id(c) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for c in m.children()}
+    kept = left_as_read(model, activations=config.activation_bits < 16) | adapter_modules(model)
+    outputs = {id(m.out_proj) for m in model.modules() if type(m) is nn.MultiheadAttention}
     _check_globs(model, config)
-    chosen: dict[str, nn.Module] = {}
+    chosen: dict[str, Read] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
         if not any(parameter is not None and parameter.dim() >= 2 for parameter in module._parameters.values()):
             continue
+        read = weights_read(module)
         reason = (
             _skip_pattern(name, config)
-            or _reason_by_class(module)
-            or ("nn.MultiheadAttention reads its weight without calling it" if id(module) in of_attention else "")
+            or kept.get(id(module), "")
+            or ("" if read or id(module) in outputs else _reason_by_class(module))
             or _reason_by_role(module, config, heads=heads, embeddings=embeddings)
-            or _reason_by_weight(module)
         )
         if reason:
             skipped[name] = reason
-        else:
-            chosen[name] = module
+            continue
+        prefix = f"{name}." if name else ""
+        items = {f"{prefix}{item.name}": item for item in read} or {name: _whole(module)}
+        for key, item in items.items():
+            reason = _skip_pattern(key, config) or _reason_by_weight(item.weight)
+            if reason:
+                skipped[key] = reason
+            else:
+                chosen[key] = item
 
     if config.group_size is not None:
-        columns = {f"{name}.weight": _weight(m).shape[0 if _is_conv1d(m) else 1] for name, m in chosen.items()}
-        check_group_size(columns, config.group_size)
-    if config.quantize_head and not any(id(module) in heads for module in chosen.values()):
+        check_group_size({name: item.columns for name, item in chosen.items()}, config.group_size)
+    modules = {id(item.module) for item in chosen.values()}
+    if config.quantize_head and not modules & heads:
         raise InputError("quantize_head=True, but the model has no output head that can be quantized: leave it False")
-    if config.quantize_embeddings and not any(id(module) in embeddings for module in chosen.values()):
+    if config.quantize_embeddings and not modules & embeddings:
         raise InputError(
             "quantize_embeddings=True, but the model has no nn.Embedding that can be quantized: leave it False"
         )
@@ -194,12 +260,18 @@ def _choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, nn.Module]
 
 def _reason_by_class(module: nn.Module) -> str:
     """Why a module of this class is left; "" where it can be replaced."""
-    if type(module) in (nn.Linear, nn.Embedding) or _is_conv1d(module):
+    if type(module) in (nn.Linear, nn.Embedding) or is_conv1d(module) or _is_plain_subclass(module):
         return ""
     for known in (nn.Linear, nn.Embedding):
         if isinstance(module, known):
             return f"{type(module).__name__} is a subclass of nn.{known.__name__}, whose forward pass may differ"
     return f"{type(module).__name__} is not a linear layer"
+
+
+def _is_plain_subclass(module: nn.Module) -> bool:
+    """Whether it is a subclass of nn.Linear that computes the same: transformers' FalconLinear."""
+    kind = type(module)
+    return kind.__module__.startswith("transformers.models.falcon") and kind.__name__ == "FalconLinear"
 
 
 def _reason_by_role(module: nn.Module, config: QuantConfig, *, heads: set[int], embeddings: set[int]) -> str:
@@ -216,9 +288,8 @@ def _reason_by_role(module: nn.Module, config: QuantConfig, *, heads: set[int], 
     return ""
 
 
-def _reason_by_weight(module: nn.Module) -> str:
+def _reason_by_weight(weight: nn.Parameter) -> str:
     """Why a module with such a weight is left; "" where it can be replaced."""
-    weight = _weight(module)
     if weight.is_meta:
         raise InputError("the weights are on the meta device and have no values: load the model before quantizing it")
     if weight.dtype not in (torch.float32, torch.float64, *UPCAST):
@@ -233,9 +304,10 @@ def _output_heads(model: nn.Module) -> set[int]:
     except (AttributeError, NotImplementedError):
         head = None
     if head is None:
-        heads = {id(module) for name, module in model.named_modules() if name.rpartition(".")[2] in HEAD_NAMES}
+        found = [module for name, module in model.named_modules() if name.rpartition(".")[2] in HEAD_NAMES]
     else:
-        heads = {id(head)}
+        found = [head]
+    heads = {id(inner) for module in found for inner in module.modules()}  # peft wraps heads
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     heads |= {id(module) for module in model.modules() if type(module) is nn.Linear and id(module.weight) in tables}
     return heads
@@ -244,7 +316,7 @@ def _output_heads(model: nn.Module) -> set[int]:
 def _token_embeddings(model: nn.Module) -> set[int]:
     """The token embeddings: what `get_input_embeddings` gives, else every nn.Embedding."""
     try:
-        return {id(model.get_input_embeddings())}  # type: ignore[operator]
+        return {id(inner) for inner in model.get_input_embeddings().modules()}  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return {id(module) for module in model.modules() if isinstance(module, nn.Embedding)}
 
@@ -252,6 +324,7 @@ def _token_embeddings(model: nn.Module) -> set[int]:
 def _check_globs(model: nn.Module, config: QuantConfig) -> None:
     """Raises InputError for a glob that matches no module."""
     names = [name for name, _ in model.named_modules() if name]
+    names += [f"{name}.{item.name}" for name, module in model.named_modules() for item in weights_read(module)]
     for pattern in config.skip:
         if not any(fnmatchcase(name, pattern) for name in names):
             linear = next((name for name, module in model.named_modules() if type(module) is nn.Linear), names[-1:])
@@ -268,16 +341,16 @@ def _skip_pattern(name: str, config: QuantConfig) -> str:
     return ""
 
 
-def _check_ties_of_upcast(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+def _check_ties_of_upcast(model: nn.Module, chosen: dict[str, Read]) -> None:
     """Raises InputError where a 16-bit weight is tied to a module that is not replaced.
 
     The weight gets a new float32 Parameter, which the other module would not share.
     """
-    swapped = {id(module) for module in chosen.values()}
-    sharing = {id(_weight(module)): name for name, module in chosen.items() if _weight(module).dtype in UPCAST}
+    swapped = {(id(item.module), item.name or "weight") for item in chosen.values()}
+    sharing = {id(item.weight): name for name, item in chosen.items() if item.weight.dtype in UPCAST}
     for name, module in model.named_modules():
         for own, parameter in module._parameters.items():
-            if id(module) not in swapped and id(parameter) in sharing:
+            if (id(module), own) not in swapped and id(parameter) in sharing:
                 assert parameter is not None
                 raise InputError(
                     f"{sharing[id(parameter)]}.weight ({_dtype(parameter)}) is tied to {name}.{own}, which stays "
@@ -297,24 +370,44 @@ def _latent(weight: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(weight.detach().float(), requires_grad=weight.requires_grad)
 
 
-def _quantized(module: nn.Module, weight: nn.Parameter, config: QuantConfig, scale: nn.Parameter | None) -> QuantLayer:
-    """The quantized layer that replaces a module."""
-    quantizer = make_quantizer(config.quantizer, config.bits)
+def _whole(module: nn.Module) -> Read:
+    """A linear layer or an embedding, which is replaced as a whole."""
+    return Read(module, "", _weight(module), is_conv1d(module))
+
+
+def _quantized(item: Read, weight: nn.Parameter, config: QuantConfig, scale: nn.Parameter | None) -> QuantLayer:
+    """The quantized layer that replaces a module, or a parameter of it."""
+    quantizer, module = make_quantizer(config.quantizer, config.bits), item.module
     scales: dict[str, Any] = {
         "scale": scale,
         "group_size": config.group_size,
         "initial_scale": config.initial_scale,
     }
+    if item.name:
+        return QuantParameter(weight, quantizer, transposed=item.transposed, **scales)
     if isinstance(module, nn.Embedding):
         return QuantEmbedding(weight, quantizer, padding_idx=module.padding_idx, dtype=module.weight.dtype, **scales)
-    bias = module._parameters.get("bias")
-    return QuantLinear(weight, bias, quantizer, transposed=_is_conv1d(module), **scales)  # type: ignore[arg-type]
+    bias: nn.Parameter | None = module._parameters.get("bias")
+    return QuantLinear(weight, bias, quantizer, transposed=item.transposed, activations=_activations(config), **scales)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D. If transformers is not imported, the model cannot have one."""
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    return pytorch_utils is not None and type(module) is pytorch_utils.Conv1D
+def _activations(config: QuantConfig) -> ActivationQuantizer | None:
+    """What quantizes the inputs of the layers."""
+    if config.activation_bits == 16:
+        return None
+    return ActivationQuantizer(config.activation_bits, config.activation_symmetric)
+
+
+def _attention_notes(chosen: dict[str, Read], config: QuantConfig) -> tuple[str, ...]:
+    """Inputs that stay in full precision although activations are quantized."""
+    if config.activation_bits == 16:
+        return ()
+    notes = []
+    if any(isinstance(item.module, nn.MultiheadAttention) for item in chosen.values()):
+        notes.append("nn.MultiheadAttention: its inputs are quantized, those of its output projection are not")
+    inline = {type(item.module).__name__ for item in chosen.values() if item.name and feeds_inline(item.module)}
+    notes += [f"{name}: its inputs are quantized, those of its second matrix are not" for name in sorted(inline)]
+    return tuple(notes)
 
 
 def _declare_tied_scales(model: nn.Module) -> None:
@@ -348,6 +441,9 @@ def _notes(model: nn.Module, upcast: dict[int, nn.Parameter], config: QuantConfi
     if upcast:
         notes.append(f"{len(upcast)} weights were 16-bit and have float32 latents now; the layers compute as before")
     latent = {id(layer.weight): name for name, layer in quant_layers(model)}
+    frozen = sum(not layer.weight.requires_grad for _, layer in distinct_quant_layers(model))
+    if frozen:
+        notes.append(f"{frozen} of {len(latent)} quantized weights do not require gradients, and training leaves them")
     for name, module in model.named_modules():
         if not isinstance(module, QuantLayer):
             notes += [

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.layers.activations import ActivationQuantizer
 from qat.layers.quantizers.base import Quantizer
 from qat.layers.quantizers.grouped import Grouped
 from qat.layers.quantizers.linearization import Linearization
@@ -36,6 +38,8 @@ class QuantLayer(nn.Module):
     """
 
     weight: nn.Parameter
+    # Whether the layer stands in the place of a module that had a `weight`, or else in that of a parameter.
+    replaces_module: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -74,6 +78,10 @@ class QuantLayer(nn.Module):
             assert scale is not None
             return scale
         return self.quantizer.initial_scale(self.rows())
+
+    def full_precision_name(self, name: str) -> str:
+        """The name that the weight of the layer of this name had in the full-precision model."""
+        return f"{name}.weight" if self.replaces_module else name
 
     def rows(self) -> Tensor:
         """The latent weight as (rows, columns), one output feature or token a row."""
@@ -141,7 +149,7 @@ class QuantLayer(nn.Module):
 
 
 class QuantLinear(QuantLayer):
-    """y = x Q(W)^T + bias, in place of nn.Linear or transformers' Conv1D.
+    """y = A(x) Q(W)^T + bias, in place of nn.Linear or transformers' Conv1D. A quantizes activations, where asked for.
 
     The matrix product is computed in the dtype of x: a bfloat16 model goes on computing in bfloat16 with float32
     latent weights.
@@ -154,6 +162,7 @@ class QuantLinear(QuantLayer):
         transposed: Whether the weight is (in, out).
         group_size: As in `QuantLayer`.
         initial_scale: As in `QuantLayer`.
+        activations: A; None leaves the input in full precision.
     """
 
     def __init__(
@@ -166,6 +175,7 @@ class QuantLinear(QuantLayer):
         transposed: bool = False,
         group_size: int | None = None,
         initial_scale: str = "max",
+        activations: ActivationQuantizer | None = None,
     ) -> None:
         super().__init__(
             weight,
@@ -176,10 +186,13 @@ class QuantLinear(QuantLayer):
             initial_scale=initial_scale,
         )
         self.bias = bias
+        self.activations = activations
         self.out_features, self.in_features = self.rows().shape
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output (..., out) for an input (..., in), in the dtype of the input."""
+        if self.activations is not None:
+            x = self.activations(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.forward_weight().to(x.dtype), bias)
 
@@ -188,6 +201,7 @@ class QuantLinear(QuantLayer):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, quantizer={self.quantizer!r}"
+            + ("" if self.activations is None else f", activations={self.activations!r}")
         )
 
 
@@ -278,6 +292,18 @@ def weight_names(model: nn.Module) -> tuple[str, ...]:
     """The names of the latent weights among `model.named_parameters()`, tied ones once."""
     latent = {id(layer.weight) for _, layer in quant_layers(model)}
     return tuple(name for name, parameter in model.named_parameters() if id(parameter) in latent)
+
+
+def full_precision_names(model: nn.Module) -> dict[str, QuantLayer]:
+    """The quantized layers by the names that their weights had in the full-precision model.
+
+    Args:
+        model: A quantized model.
+
+    Returns:
+        {name among `named_parameters()` of the model before: layer}, layers that share a weight each by its own name.
+    """
+    return {layer.full_precision_name(name): layer for name, layer in quant_layers(model)}
 
 
 def decay_exempt(model: nn.Module) -> frozenset[str]:

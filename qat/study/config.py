@@ -95,6 +95,9 @@ class StudyConfig:
         group_size: Columns that share a scale, or None for one scale a row; see `qat.QuantConfig`.
         initial_scale: Where learned scales start, "max" or "mse"; see `qat.QuantConfig`.
         skip: Globs of module names to leave in full precision.
+        activation_bits: The width of activations, see `qat.QuantConfig`.
+        activation_symmetric: Whether their grids are symmetric about zero.
+        cache_bits: The width of keys and values.
         length: Tokens a sequence, in training and in measuring.
         train: How to train.
         winq: Settings of the method "winq".
@@ -128,6 +131,9 @@ class StudyConfig:
     group_size: int | None = None
     initial_scale: str = "max"
     skip: tuple[str, ...] = ()
+    activation_bits: int = 16
+    activation_symmetric: bool = True
+    cache_bits: int = 16
     length: int = 128
     train: TrainConfig = field(default_factory=TrainConfig)
     winq: WinQConfig = field(default_factory=WinQConfig)
@@ -168,6 +174,9 @@ class StudyConfig:
             group_size=self.group_size,
             initial_scale=self.initial_scale,
             skip=self.skip,
+            activation_bits=self.activation_bits,
+            activation_symmetric=self.activation_symmetric,
+            cache_bits=self.cache_bits,
         )
 
     def measuring_steps(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from qat.layers.convert import quantize_model
-from qat.layers.linear import weight_names
+from qat.layers.linear import full_precision_names
 from qat.study.config import StudyConfig
 from qat.study.presentation import REFERENCE_LABEL, presentation
 from qat.study.resume import check_same, start_again
@@ -97,7 +97,7 @@ def _measure_reference(
     """The one spectrum of the full-precision model."""
     quantized = copy.deepcopy(start.model)
     quantize_model(quantized, config.quantization(config.bits[0]))
-    names = frozenset(weight_names(quantized))
+    names = frozenset(full_precision_names(quantized))
     probe = study_probe(
         model,
         start,

@@ -52,7 +52,13 @@ QUANTITIES = {
 RECORD_LABELS = {"before-reset": "before the reset", "after-reset": "after the reset"}
 
 
-def presentation(*, bits: float | str | None = None, method: str | None = None) -> dict[str, Any]:
+def presentation(
+    *,
+    bits: float | str | None = None,
+    method: str | None = None,
+    activation_bits: int = 16,
+    cache_bits: int = 16,
+) -> dict[str, Any]:
     """The entry "presentation" of a run's config.json, from which the views of `spectra` take names and colours.
 
     Without a bit-width the run is the full-precision reference that the others are compared with.
@@ -60,6 +66,8 @@ def presentation(*, bits: float | str | None = None, method: str | None = None) 
     Args:
         bits: The bit-width of the quantized weights; None for a full-precision run.
         method: How the run is trained, such as "baseline" or "winq"; None leaves it out of the label.
+        activation_bits: The bit-width of activations; 16 leaves it out of the label.
+        cache_bits: The bit-width of keys and values; 16 leaves it out of the label.
 
     Returns:
         Plain values for JSON: `label`, `group`, `color`, `line`, `reference`, `modes`, `quantities` and `labels`.
@@ -80,16 +88,34 @@ def presentation(*, bits: float | str | None = None, method: str | None = None) 
         'full precision'
     """
     return {
-        **(_reference() if bits is None else _quantized(parse_bits(bits), method)),
-        "modes": dict(MODE_MEANINGS),
+        **(_reference() if bits is None else _quantized(parse_bits(bits), method, activation_bits, cache_bits)),
+        "modes": _mode_meanings(min(activation_bits, cache_bits) < 16),
         "quantities": {key: dict(entry) for key, entry in QUANTITIES.items()},
         "labels": dict(RECORD_LABELS),
     }
 
 
-def run_label(bits: float, method: str | None) -> str:
-    """The name of a run: bit-width and method, such as "2-bit WinQ"."""
-    return f"{bits:g}-bit" if method is None else f"{bits:g}-bit {METHOD_NAMES.get(method, method)}"
+def run_label(bits: float, method: str | None, *, activation_bits: int = 16, cache_bits: int = 16) -> str:
+    """The name of a run: bit-widths and method, such as "2-bit WinQ", or "W2A8 WinQ" with quantized activations."""
+    widths = width_label(bits, activation_bits, cache_bits)
+    return widths if method is None else f"{widths} {METHOD_NAMES.get(method, method)}"
+
+
+def width_label(bits: float, activation_bits: int = 16, cache_bits: int = 16) -> str:
+    """The bit-widths of weights, activations, and keys and values: "2-bit" for weights alone, "W2A8", "W2A16KV4"."""
+    if activation_bits == cache_bits == 16:
+        return f"{bits:g}-bit"
+    return f"W{bits:g}A{activation_bits}" + ("" if cache_bits == 16 else f"KV{cache_bits}")
+
+
+def _mode_meanings(activations: bool) -> dict[str, str]:
+    """What each Hessian mode is; with quantized activations also what it takes those for."""
+    if not activations:
+        return dict(MODE_MEANINGS)
+    return {
+        mode: meaning if mode == "full" else f"{meaning}; the network's activations are quantized, straight-through"
+        for mode, meaning in MODE_MEANINGS.items()
+    }
 
 
 def _reference() -> dict[str, Any]:
@@ -103,11 +129,11 @@ def _reference() -> dict[str, Any]:
     }
 
 
-def _quantized(bits: float, method: str | None) -> dict[str, Any]:
+def _quantized(bits: float, method: str | None, activation_bits: int, cache_bits: int) -> dict[str, Any]:
     """Name, colour and line of a quantized run."""
     return {
-        "label": run_label(bits, method),
-        "group": f"{bits:g}-bit",
+        "label": run_label(bits, method, activation_bits=activation_bits, cache_bits=cache_bits),
+        "group": width_label(bits, activation_bits, cache_bits),
         "color": BITS_COLORS[bits],
         "line": "solid" if method is None else METHOD_LINES.get(method, OTHER_LINE),
         "reference": False,

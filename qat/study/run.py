@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from qat.hessian import hessian_operator
 from qat.layers.convert import ConversionReport, quantize_model
-from qat.layers.linear import quant_layers
+from qat.layers.linear import full_precision_names
 from qat.study.config import StudyConfig
 from qat.study.measure import MeasuringCallback, study_probe
 from qat.study.presentation import presentation, run_label
@@ -89,7 +89,7 @@ def train_method(start: Start, config: StudyConfig, bits: float, method: str, fo
         **run_settings(config, bits, method),
         **_conversion_facts(converted),
         **start.facts,
-        "presentation": presentation(bits=bits, method=method),
+        "presentation": presentation(bits=bits, method=method, **activation_settings(config)),
     }
     probe = study_probe(model, start, config, folder, name=name, modes=modes, settings=settings)
     measure = MeasuringCallback(probe, config.measuring_steps())
@@ -131,9 +131,10 @@ def outcome_of(run: Run, config: StudyConfig, bits: float, method: str) -> Outco
     records, curve = run.records, validation_curve(run)
     loss = curve[-1][1]
     row = {
-        "label": run_label(bits, method),
+        "label": run_label(bits, method, **activation_settings(config)),
         "bits": bits,
         "method": method,
+        **{name: width for name, width in activation_settings(config).items() if width < 16},
         "validation_loss": loss,
         "perplexity": perplexity_of(loss),
         "steps": config.train.steps,
@@ -187,6 +188,8 @@ def run_settings(config: StudyConfig, bits: float, method: str) -> dict[str, Any
         **({"measured_sigma": config.winq.sigma} if "noisy" in config.modes else {}),
         "modes": list(config.modes),
         "skip": list(config.skip),
+        **activation_settings(config),
+        "activation_symmetric": config.activation_symmetric,
         "length": config.length,
         "validation_sequences": config.validation_sequences,
         "measure_sequences": config.measure_sequences,
@@ -196,6 +199,11 @@ def run_settings(config: StudyConfig, bits: float, method: str) -> dict[str, Any
         "count_products": config.count_products,
         PLANNED_RECORDS: planned_records(config, method),
     }
+
+
+def activation_settings(config: StudyConfig) -> dict[str, int]:
+    """The bit-widths of activations and of keys and values, for a label and for config.json."""
+    return {"activation_bits": config.activation_bits, "cache_bits": config.cache_bits}
 
 
 def dequantized(trained: nn.Module, full_precision: nn.Module) -> nn.Module:
@@ -209,7 +217,7 @@ def dequantized(trained: nn.Module, full_precision: nn.Module) -> nn.Module:
         A copy of the full-precision model with the trained model's parameters, and Q(W) where it has quantized layers.
     """
     model = copy.deepcopy(full_precision)
-    quantized = {f"{name}.weight": layer.quantized_weight() for name, layer in quant_layers(trained)}
+    quantized = {name: layer.quantized_weight() for name, layer in full_precision_names(trained).items()}
     values = dict(trained.named_parameters()) | quantized
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -228,4 +236,5 @@ def _conversion_facts(converted: ConversionReport) -> dict[str, Any]:
     return {
         "quantized_weights": converted.weight_count,
         "quantized_modules": len(converted.swapped),
+        "quantized_share": converted.share,
     }

@@ -62,6 +62,20 @@ def strict_json(text):
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_quantized_activations_and_caches(capfd, llama, tmp_path):
+    out = tmp_path / "out"
+    command = ["train", "--bits", "2", "--activation-bits", "8", "--activation-asymmetric", "--cache-bits", "4"]
+    assert cli.main([*command, "--out", str(out), *QUICK, *llama, "--json"]) == 0
+    row = strict_json(capfd.readouterr().out)
+    assert (row["label"], row["activation_bits"], row["cache_bits"]) == ("W2A8KV4 WinQ", 8, 4)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["activation_bits"], config["cache_bits"], config["activation_symmetric"]) == (8, 4, False)
+    assert 0 < config["quantized_share"] < 1
+    line = refused(capfd, "train", "--activation-bits", "5", "--out", tmp_path / "other", *QUICK, *llama)
+    assert "activation_bits must be 16, 8, 4" in line
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_compare_leaves_what_it_says(capfd, llama, tmp_path):
     out = tmp_path / "out"
     command = ["compare", "--bits", "1.58,4", "--out", str(out), "--lr", "0.01", *QUICK, *llama]

@@ -271,11 +271,10 @@ def test_what_is_not_a_plain_linear_layer_is_left_with_a_reason():
     )
     model["empty"].weight = nn.Parameter(torch.empty(0, 4))
     report = qat.quantize_model(model, qat.QuantConfig(bits=4))
-    assert report.swapped == ("plain",)
-    left = "doubled attention attention.out_proj convolution table lm_head empty"
+    assert report.swapped == ("plain", "attention.in_proj_weight", "attention.out_proj")
+    left = "doubled convolution table lm_head empty"
     assert set(report.skipped) == set(left.split())
     assert "subclass of nn.Linear" in report.skipped["doubled"]
-    assert "subclass of nn.Linear" in report.skipped["attention.out_proj"]
     assert "not a linear layer" in report.skipped["convolution"]
     assert "empty" in report.skipped["empty"]
     assert all(name in str(report) for name in report.skipped)
@@ -367,10 +366,11 @@ def test_an_encoder_computes_with_its_quantized_layers_with_and_without_a_graph(
     torch.testing.assert_close(without[real], with_graph[real])
 
 
-def test_a_linear_layer_that_attention_reads_without_calling_it_is_left():
+def test_an_output_projection_of_attention_may_be_a_plain_linear_layer():
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     attention.out_proj = nn.Linear(8, 8)
-    model = nn.ModuleDict({"attention": attention, "head": nn.Linear(8, 3)})
+    model = nn.ModuleDict({"attention": attention, "last": nn.Linear(8, 3)})
     report = qat.quantize_model(model, qat.QuantConfig(bits=2))
-    assert report.swapped == ("head",)
-    assert "without calling it" in report.skipped["attention.out_proj"]
+    assert report.swapped == ("attention.in_proj_weight", "attention.out_proj", "last")
+    x = torch.randn(2, 5, 8)
+    assert torch.isfinite(attention(x, x, x)[0]).all()

@@ -35,6 +35,15 @@ def test_a_quantized_run_is_named_by_bits_and_method():
     assert read(bits=4).label == "4-bit"
 
 
+def test_quantized_activations_and_caches_are_in_the_name():
+    shown = read(bits=2, method="winq", activation_bits=8)
+    assert (shown.label, shown.group, shown.color) == ("W2A8 WinQ", "W2A8", "#0072B2")
+    assert read(bits=1.58, method="baseline", activation_bits=4, cache_bits=8).label == "W1.58A4KV8 baseline"
+    assert run_label(4, None, cache_bits=4) == "W4A16KV4"
+    assert "activations are quantized" in shown.modes["ste"]
+    assert "activations" not in shown.modes["full"] + read(bits=2).modes["ste"]
+
+
 def test_the_reference_is_full_precision():
     shown = read()
     assert (shown.label, shown.color, shown.line) == ("full precision", "#000000", "dashdot")
