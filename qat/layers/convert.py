@@ -12,6 +12,7 @@ from torch import nn
 from qat.layers.config import QuantConfig
 from qat.layers.linear import QuantEmbedding, QuantLayer, QuantLinear, quant_layers, weight_names
 from qat.layers.quantizers.registry import make_quantizer
+from qat.layers.saving import save_quantized_values
 from spectra.backend.errors import InputError
 
 HEAD_NAMES = ("lm_head", "embed_out")
@@ -97,6 +98,7 @@ def quantize_model(model: nn.Module, config: QuantConfig | None = None) -> Conve
                 setattr(parent, name, replacements[id(child)])
     _declare_tied_scales(model)
     _call_every_layer(model)
+    save_quantized_values(model, config)
 
     latent = set(weight_names(model))
     return ConversionReport(
