@@ -76,15 +76,38 @@ def export(folder: str | Path, out: str | Path, *, format: str, trust_remote_cod
     return Exported(str(out), format, weights, size, facts)
 
 
+def in_words(made: Exported) -> str:
+    """One sentence about an export.
+
+    Args:
+        made: The export.
+
+    Returns:
+        The sentence, with what the format says of itself.
+    """
+    facts = made.facts
+    text = f"written to {made.out}: {made.weights:,} quantized weights as {made.format}, {made.bytes:,} bytes in all"
+    if "bits_per_weight" in facts:
+        text += f"; {facts['bits_per_weight']:g} bits a weight and {facts['scale_bytes']:,} bytes of scales"
+    if "block_types" in facts:
+        types = ", ".join(f"{count} {name}" for name, count in facts["block_types"].items())
+        text += f"; {types}; float16 changes a scale by {facts['largest_scale_rounding']:.1e} of itself at most"
+    if "vocabulary" in facts:
+        text += f"; tokenizer: {facts['vocabulary']}"
+    if "tensor" in facts:
+        text += f"; {facts['tensor']}"
+    return text
+
+
 def _writer(format: str) -> Callable[[Any, Path, Path], dict[str, Any]]:
     """The function that writes a format: (model, source folder, folder to write) -> facts."""
     if format == "packed":
         return _packed
     if format == "gguf":
-        from qat.export.gguf import write_gguf
+        from qat.export.gguf_file import write_gguf
 
         return write_gguf
-    from qat.export.torchao import write_torchao
+    from qat.export.torchao_tensors import write_torchao
 
     return write_torchao
 

@@ -64,6 +64,26 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
     return _load_latents(folder, settings, trust_remote_code=trust_remote_code)
 
 
+def load_any(name: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """A causal language model: a quantized one as by `load`, or a plain one from a folder or the hub.
+
+    Args:
+        name: A folder, or a name on the Hugging Face hub.
+        trust_remote_code: Run the code that the model brings along.
+
+    Returns:
+        The model on the CPU, in evaluation mode.
+
+    Raises:
+        InputError: There is no such model, or it cannot be loaded.
+    """
+    from spectra.integrations.loading import load_model
+
+    if is_quantized(name):
+        return load(name, trust_remote_code=trust_remote_code)
+    return load_model(name, trust_remote_code=trust_remote_code)
+
+
 def is_quantized(folder: str | Path) -> bool:
     """Whether a folder holds a quantized model that `load` takes."""
     return (Path(folder).expanduser() / FOLDER / SETTINGS).is_file()
