@@ -27,7 +27,7 @@ from qat.study.resume import (
 )
 from qat.study.start import Start
 from qat.study.table import Row, spectrum_columns
-from qat.training.callback import WinQCallback
+from qat.training.callback import PARQCallback, WinQCallback
 from qat.training.evaluate import perplexity_of
 from qat.training.telemetry import Telemetry
 from qat.training.train import train
@@ -94,6 +94,8 @@ def train_method(start: Start, config: StudyConfig, bits: float, method: str, fo
     callbacks: list[TrainerCallback] = [measure]
     if method == "winq":
         callbacks = [WinQCallback(**asdict(config.winq), around_reset=measure.around_reset), measure]
+    if config.quantizer == "parq":
+        callbacks = [PARQCallback(), *callbacks]
     measure(0, "start")
     result = train(
         model,
@@ -177,6 +179,7 @@ def run_settings(config: StudyConfig, bits: float, method: str) -> dict[str, Any
         "bits": bits,
         "method": method,
         "quantizer": config.quantization(bits).scheme,
+        **_scale_settings(config),
         **asdict(config.train),
         **(asdict(config.winq) if method == "winq" else {}),
         **({"measured_sigma": config.winq.sigma} if "noisy" in config.modes else {}),
@@ -191,6 +194,12 @@ def run_settings(config: StudyConfig, bits: float, method: str) -> dict[str, Any
         "count_products": config.count_products,
         PLANNED_RECORDS: planned_records(config, method),
     }
+
+
+def _scale_settings(config: StudyConfig) -> dict[str, Any]:
+    """The settings of the scales that are not the default; runs of earlier versions have none, and the default."""
+    given = {"group_size": config.group_size, "initial_scale": config.initial_scale}
+    return {name: value for name, value in given.items() if value != getattr(StudyConfig, name)}
 
 
 def _conversion_facts(converted: ConversionReport) -> dict[str, Any]:
