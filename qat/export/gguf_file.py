@@ -108,7 +108,7 @@ def _check_architecture(model: nn.Module) -> None:
         raise InputError(f"llama.cpp has no {kind} model with this attention: use --format packed")
     if not getattr(config, "scale_attn_weights", True) or getattr(config, "add_cross_attention", False):
         raise InputError(f"llama.cpp has no {kind} model with this attention: use --format packed")
-    if float(getattr(model.quantization, "activation_bits", 16)) < 16:  # type: ignore[arg-type]
+    if float(getattr(model.qat_config, "activation_bits", 16)) < 16:  # type: ignore[arg-type]
         raise InputError(
             "the model was trained with quantized activations, which GGUF cannot describe (llama.cpp rounds "
             "activations its own way): use --format packed"

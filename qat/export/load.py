@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from qat.layers.config import QuantConfig
 from qat.layers.convert import quantize_model
-from qat.layers.linear import distinct_quant_layers
-from qat.layers.saving import FOLDER, LAYOUT_VERSION, SETTINGS
+from qat.layers.linear import distinct_quant_layers, quant_layers
+from qat.layers.saving import FOLDER, LAYOUT_VERSION, SETTINGS, plain_name
 from spectra.backend.errors import InputError, first_line
 from spectra.backend.extras import need
 
@@ -133,9 +133,7 @@ def _load_latents(folder: Path, settings: Settings, *, trust_remote_code: bool) 
     saved = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if settings.content["tied_to_full_precision"]:
         tie(model)
-    converted = quantize_model(model, settings.config)
-    if list(converted.swapped) != settings.content["layers"]:
-        raise misfit(folder, f"quantizes {len(converted.swapped)} layers, not {len(settings.content['layers'])}")
+    quantize_again(model, settings, folder)
     tensors = _read_latents(folder / FOLDER / settings.content["latents"])
     for name, layer in distinct_quant_layers(model):
         for key, parameter in layer._parameters.items():
@@ -143,6 +141,18 @@ def _load_latents(folder: Path, settings: Settings, *, trust_remote_code: bool) 
                 _fill(parameter, tensors.get(f"{name}.{key}"), f"{name}.{key}", folder)
     _check_same_weights(model, saved, folder)
     return model.eval()
+
+
+def quantize_again(model: nn.Module, settings: Settings, folder: Path) -> None:
+    """Quantize the plain model of a folder, and check that the layers are those of its settings."""
+    config = settings.config
+    quantize_model(model, replace(config, initial_scale="max"))  # the scales come from the file: none is searched
+    for module in model.modules():
+        if hasattr(module, "qat_config"):
+            module.qat_config = config  # type: ignore[assignment]
+    found, expected = [name for name, _ in quant_layers(model)], list(settings.content["layers"])
+    if found != expected:
+        raise misfit(folder, f"has {len(found)} layers to quantize, where {len(expected)} are described")
 
 
 def tie(model: Any) -> None:
@@ -183,7 +193,7 @@ def _fill(parameter: nn.Parameter, tensor: Tensor | None, name: str, folder: Pat
 def _check_same_weights(model: nn.Module, saved: dict[str, Tensor], folder: Path) -> None:
     """Check that the plain weights in the folder are the quantized values of the latents in it."""
     for name, layer in distinct_quant_layers(model):
-        plain = saved[f"{name}.weight"]
+        plain = saved[plain_name(name, layer)]
         with torch.no_grad():
             quantized = layer.quantized_weight().to(plain.dtype)
         differing = (~torch.isclose(quantized, plain, rtol=1e-3, atol=1e-7)).double().mean().item()

@@ -10,7 +10,9 @@ There is no model.safetensors: a program that does not know the format finds no 
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.export.load import Settings, misfit
+from qat.export.load import Settings, misfit, quantize_again
 from qat.export.pack import bits_per_code, pack, unpack
-from qat.layers.convert import quantize_model
 from qat.layers.linear import QuantEmbedding, QuantLayer, QuantLinear, quant_layers
-from qat.layers.saving import FOLDER, SETTINGS, declared_untied, description
+from qat.layers.saving import FOLDER, SETTINGS, declared_untied, description, plain_name
 from spectra.backend.errors import InputError, first_line
 
 PACKED = "packed.safetensors"
@@ -39,7 +40,7 @@ class PackedLayer(QuantLayer):
     scale_kept: Tensor
     code_values: Tensor
 
-    def hold(self, packed: Tensor, scale: Tensor, code_values: Tensor, shape: tuple[int, int]) -> None:
+    def hold(self, packed: Tensor, scale: Tensor, code_values: Tensor, shape: tuple[int, ...]) -> None:
         """Take packed codes and scales, and drop the latent weight and a learned scale.
 
         Args:
@@ -74,7 +75,8 @@ class PackedLayer(QuantLayer):
 
     def codes(self) -> Tensor:
         """The integer code of each weight, int8, in the layout of the weight."""
-        return self._flip(self._codes())
+        numbers = unpack(self.codes_packed, math.prod(self.weight_shape), len(self.code_values))
+        return self.code_values[numbers.int()].view(self.weight_shape)
 
     def quantized_weight(self) -> Tensor:
         """Q(W) in the layout of the weight."""
@@ -82,19 +84,20 @@ class PackedLayer(QuantLayer):
 
     def training_weight(self) -> Tensor:
         """Q(W) as (rows, columns)."""
-        return self.quantizer.dequantize(self._codes(), self.scale_kept)
+        # As a view of the layout of the weight, so that products run as those of the exported model, bit for bit.
+        codes = self.codes().transpose(-2, -1) if self.transposed else self.codes()
+        return self.quantizer.dequantize(codes.reshape(-1, codes.shape[-1]), self.scale_kept)
 
-    def _codes(self) -> Tensor:
-        """The codes as (rows, columns)."""
-        count = self.weight_shape[0] * self.weight_shape[1]
-        numbers = unpack(self.codes_packed, count, len(self.code_values))
-        # In the layout of the weight, so that the matrix product runs as that of the exported model, bit for bit.
-        return self._flip(self.code_values[numbers.int()].view(self.weight_shape))
+    def _flip(self, matrix: Tensor) -> Tensor:
+        """From (rows, columns) back to the layout of the weight, which may be a stack of matrices."""
+        shape = self.weight_shape
+        if not self.transposed:
+            return matrix.reshape(shape)
+        return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-2, -1)
 
     def extra_repr(self) -> str:
         """What printing the model shows of this layer."""
-        rows, columns = self._flip(torch.empty(self.weight_shape, device="meta")).shape
-        return f"rows={rows}, columns={columns}, quantizer={self.quantizer!r}"
+        return f"shape={tuple(self.weight_shape)}, quantizer={self.quantizer!r}, levels={len(self.code_values)}"
 
 
 class PackedLinear(PackedLayer, QuantLinear):
@@ -105,7 +108,18 @@ class PackedEmbedding(PackedLayer, QuantEmbedding):
     """A `QuantEmbedding` with packed weights."""
 
 
-PACKED_CLASSES: dict[type[QuantLayer], type[PackedLayer]] = {QuantLinear: PackedLinear, QuantEmbedding: PackedEmbedding}
+@functools.cache
+def packed_class(kind: type[QuantLayer]) -> type[PackedLayer]:
+    """The packed counterpart of a class of quantized layers.
+
+    Args:
+        kind: The class.
+
+    Returns:
+        `PackedLinear`, `PackedEmbedding`, or a class made here, as for the experts of a mixture.
+    """
+    known = {QuantLinear: PackedLinear, QuantEmbedding: PackedEmbedding}
+    return known.get(kind) or type(f"Packed{kind.__name__.removeprefix('Quant')}", (PackedLayer, kind), {})
 
 
 def write_packed(model: nn.Module, out: Path) -> dict[str, Any]:
@@ -117,9 +131,6 @@ def write_packed(model: nn.Module, out: Path) -> dict[str, Any]:
 
     Returns:
         What the command says: bits a weight as packed, and how many bytes codes and scales take.
-
-    Raises:
-        InputError: The model has a kind of quantized layer that cannot be packed.
     """
     from safetensors.torch import save_file
 
@@ -164,11 +175,9 @@ def load_packed(folder: Path, settings: Settings, *, trust_remote_code: bool = F
     model = _skeleton(folder, settings.dtype, trust_remote_code=trust_remote_code)
     layers = settings.content["layers"]
     state = {name: tensor for name, tensor in tensors.items() if not name.endswith(ENDS)}
-    missing = _load_rest(model, state)
-    converted = quantize_model(model, settings.config)
-    if list(converted.swapped) != list(layers):
-        raise misfit(folder, f"quantizes {len(converted.swapped)} layers, not {len(layers)}")
-    lacking = missing - {f"{name}.weight" for name in layers} - _tied_names(model)
+    missing, tied_names = _load_rest(model, state), _tied_names(model)
+    quantize_again(model, settings, folder)
+    lacking = missing - {plain_name(name, layer) for name, layer in quant_layers(model)} - tied_names
     if lacking:
         raise InputError(f"packed weights {path} lack {min(lacking)}: export again")
     for name, layer in quant_layers(model):
@@ -184,8 +193,6 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict[str, A
     first: dict[tuple[int, ...], str] = {}
     values = code_values(model)
     for name, layer in quant_layers(model):
-        if type(layer) not in PACKED_CLASSES:
-            raise InputError(f"{name} is a {type(layer).__name__}, which cannot be packed: leave it out with skip")
         for key in layer._parameters:
             if key != "bias":
                 state.pop(f"{name}.{key}")
@@ -256,10 +263,10 @@ def _tied_names(model: Any) -> set[str]:
 def _hold(layer: Any, about: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str, folder: Path) -> None:
     """Turn a quantized layer into a packed one."""
     source, shape = about["tensors"], tuple(about["shape"])
-    if tuple(layer.weight.shape) != shape or type(layer) not in PACKED_CLASSES:
+    if tuple(layer.weight.shape) != shape:
         raise misfit(folder, f"has {name} of shape {tuple(layer.weight.shape)}, not {shape}")
     if f"{source}.codes" not in tensors or f"{source}.scale" not in tensors:
         raise InputError(f"packed weights of {folder} lack those of {source}: export again")
-    layer.__class__ = PACKED_CLASSES[type(layer)]
+    layer.__class__ = packed_class(type(layer))
     values = torch.tensor(about["code_values"], dtype=torch.int8)
     layer.hold(tensors[f"{source}.codes"], tensors[f"{source}.scale"], values, shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ class QuantLayer(nn.Module):
     """
 
     weight: nn.Parameter
+    # Whether the layer stands in the place of a module that had a `weight`, or else in that of a parameter.
+    replaces_module: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -73,6 +76,10 @@ class QuantLayer(nn.Module):
             assert scale is not None
             return scale
         return self.quantizer.initial_scale(self.rows())
+
+    def full_precision_name(self, name: str) -> str:
+        """The name that the weight of the layer of this name had in the full-precision model."""
+        return f"{name}.weight" if self.replaces_module else name
 
     def rows(self) -> Tensor:
         """The latent weight as (rows, columns), one output feature or token a row."""

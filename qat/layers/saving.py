@@ -103,7 +103,7 @@ def save_quantized_values(model: nn.Module, config: QuantConfig) -> None:
     """
     for module in model.modules():
         if hasattr(type(module), "save_pretrained") and quant_layers(module):
-            module.quantization = config  # type: ignore[assignment]
+            module.qat_config = config  # type: ignore[assignment]
             module.save_pretrained = SavePretrained(module)  # type: ignore[assignment]
 
 
@@ -126,14 +126,19 @@ def plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
         for key in own:
             plain.pop(f"{name}.{key}", None)
         if f"{name}.weight" not in state:
-            continue
+            continue  # not asked for
         given = {key: state[f"{name}.{key}"] for key in own if f"{name}.{key}" in state}
         identity = (*(tensor.data_ptr() for tensor in given.values()), layer.transposed)
         if identity not in made:
             with torch.no_grad(), parameters_of(layer, {key: tensor.cpu() for key, tensor in given.items()}):
                 made[identity] = layer.quantized_weight().detach().contiguous()
-        plain[f"{name}.weight"] = made[identity]
+        plain[plain_name(name, layer)] = made[identity]
     return plain
+
+
+def plain_name(name: str, layer: QuantLayer) -> str:
+    """The name that the weight of the layer of this name has in the plain model."""
+    return layer.full_precision_name(name)
 
 
 @contextlib.contextmanager
@@ -191,7 +196,7 @@ def description(model: nn.Module) -> dict[str, Any]:
     """What settings.json says of every quantized model: layout version, config, dtype, versions."""
     return {
         "layout_version": LAYOUT_VERSION,
-        "config": asdict(model.quantization),  # type: ignore[arg-type]
+        "config": asdict(model.qat_config),  # type: ignore[arg-type]
         "dtype": str(model_dtype(model)).removeprefix("torch."),
         "versions": {package: _version(package) for package in PACKAGES},
     }
