@@ -12,16 +12,16 @@ The subfolder keeps the latents from tools that read every .safetensors file of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
 import shutil
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,17 +40,16 @@ ONE_SHARD = "model-00001-of-00001.safetensors"
 PACKAGES = ("spectra-qat", "torch", "transformers")
 
 
-class SavePretrained:
-    """The `save_pretrained` of a quantized model of transformers, with its arguments.
+class SavesQuantizedValues:
+    """What a quantized model of transformers gets on top of its class: another `save_pretrained`.
 
-    Args:
-        model: The model, which holds this object as an attribute. So the reference is a weak one.
+    `save_quantized_values` makes a subclass of this and of the model's class, with the name of the latter.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
+    original: ClassVar[type]
+    qat_config: QuantConfig
 
-    def __call__(
+    def save_pretrained(
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
@@ -68,30 +67,37 @@ class SavePretrained:
         Raises:
             InputError: The model has no latents, or a distributed checkpoint is asked for.
         """
-        model = self._model()
-        if model is None:
-            raise InputError("the model that this save_pretrained belonged to is gone: call it on a model")
         if options.get("distributed_checkpoint"):
             raise InputError("a quantized model is not saved with distributed_checkpoint=True: leave it False")
+        model: Any = self
         state = dict(model.state_dict() if state_dict is None else state_dict)
         folder = Path(save_directory)
-        if is_main_process and not folder.is_file():
+        writes = is_main_process and not folder.is_file()
+        if writes:
             write_latents(model, state, folder, variant=options.get("variant"))
-        save = type(model).save_pretrained  # type: ignore[attr-defined]
+        save: Any = super()
         with declared_untied(model):
             plain = plain_state(model, state)
-            save(model, save_directory, is_main_process=is_main_process, state_dict=plain, **options)
-        if is_main_process and not folder.is_file():
+            save.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=plain, **options)
+        if writes:
             _name_dtype(folder, model_dtype(model))
             if CHECKPOINT.fullmatch(folder.name):
                 _as_shard(folder)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
-        model = self._model()
-        return SavePretrained(memo.get(id(model), model))
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made at run time, and made again where a model is loaded."""
+        return _empty, (self.original,), self.__dict__
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SavePretrained, (self._model(),)
+
+@functools.cache
+def _saving_class(original: type) -> type:
+    names = {"original": original, "__module__": original.__module__, "__doc__": original.__doc__}
+    return type(original.__name__, (SavesQuantizedValues, original), names)
+
+
+def _empty(original: type) -> Any:
+    made = _saving_class(original)
+    return made.__new__(made)
 
 
 def save_quantized_values(model: nn.Module, config: QuantConfig) -> None:
@@ -104,7 +110,7 @@ def save_quantized_values(model: nn.Module, config: QuantConfig) -> None:
     for module in model.modules():
         if hasattr(type(module), "save_pretrained") and quant_layers(module):
             module.qat_config = config  # type: ignore[assignment]
-            module.save_pretrained = SavePretrained(module)  # type: ignore[assignment]
+            module.__class__ = _saving_class(type(module))
 
 
 def plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
