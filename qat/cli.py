@@ -197,7 +197,9 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
         "--quantizer", help=_with_default(StudyConfig.quantizer, f"auto (by bit-width), {', '.join(SUPPORTED_BITS)}")
     )
     quantization.add_argument(
-        "--group-size", type=int, help="columns of a row that share a scale, such as 32, 64, 128 (default: the whole row)"
+        "--group-size",
+        type=int,
+        help="columns of a row that share a scale, such as 32, 64, 128 (default: the whole row)",
     )
     quantization.add_argument(
         "--initial-scale",
@@ -359,9 +361,7 @@ def _export(options: argparse.Namespace) -> None:
     from spectra.integrations.loading import quiet_transformers
 
     with interrupts_say("nothing was written"), quiet_transformers():
-        made = export(
-            options.folder, options.out, format=options.format, trust_remote_code=options.trust_remote_code
-        )
+        made = export(options.folder, options.out, format=options.format, trust_remote_code=options.trust_remote_code)
     if options.json:
         print_json(asdict(made))
     else:

@@ -88,8 +88,7 @@ def write_gguf(model: Any, source: Path, out: Path) -> dict[str, Any]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    facts = {"file": FILE, "block_types": dict(counts), "largest_scale_rounding": error, "vocabulary": vocabulary}
-    return facts
+    return {"file": FILE, "block_types": dict(counts), "largest_scale_rounding": error, "vocabulary": vocabulary}
 
 
 def _check_architecture(model: nn.Module) -> None:
@@ -119,7 +118,7 @@ def _check_architecture(model: nn.Module) -> None:
 
 
 def _add_metadata(writer: Any, model: Any, source: Path) -> np.ndarray | None:
-    """Add what llama.cpp needs to know of the model; returns factors of the rotary frequencies, None where all are 1."""
+    """Add what llama.cpp needs to know; returns what rotary frequencies are divided by, None where it is 1."""
     config = model.config
     heads, width = config.num_attention_heads, config.hidden_size
     inner = getattr(config, "n_inner", None) or getattr(config, "intermediate_size", None) or 4 * width
@@ -184,9 +183,8 @@ def _full_precision(tensor: Tensor) -> _Stored:
 
 def _permuted_grid(module: str, grid: Grid, config: Any) -> Grid:
     """The grid with its rows in llama.cpp's order."""
-    return Grid(
-        _permuted(f"{module}.weight", grid.integers, config), _permuted(f"{module}.weight", grid.scale, config), grid.levels
-    )
+    name = f"{module}.weight"
+    return Grid(_permuted(name, grid.integers, config), _permuted(name, grid.scale, config), grid.levels)
 
 
 def _permuted(name: str, tensor: Tensor, config: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def grid_of(name: str, layer: QuantLayer) -> Grid:
 
 def _lattice(levels: tuple[float, ...]) -> tuple[float, frozenset[int]]:
     """The largest unit that every level is a whole multiple of, and the multiples."""
-    step = min(high - low for low, high in zip(levels, levels[1:], strict=False))
+    step = min(high - low for low, high in pairwise(levels))
     for part in (1, 2, 3, 4):
         multiples = [level / step * part for level in levels]
         if all(abs(multiple - round(multiple)) < OFF_GRID for multiple in multiples):

@@ -126,7 +126,7 @@ def read_settings(folder: Path) -> Settings:
 def _load_latents(folder: Path, settings: Settings, *, trust_remote_code: bool) -> nn.Module:
     """The model with its latents and learned scales."""
     from spectra.integrations.architectures import kind_of
-    from spectra.integrations.loading import load_config, load_model, quiet_transformers
+    from spectra.integrations.loading import load_config, load_model
 
     kind = kind_of(load_config(folder, trust_remote_code=trust_remote_code))
     model: Any = load_model(folder, dtype=settings.dtype, trust_remote_code=trust_remote_code, kind=kind)

@@ -2,8 +2,8 @@
 
     config.json, tokenizer files          as in the folder that was exported
     quantization/settings.json            how it is quantized, and the layers: shape, codes in ascending order
-    quantization/packed.safetensors       NAME.codes (uint8, see pack.py), NAME.scale (one a row), and every other tensor of the
-                                          model under its own name
+    quantization/packed.safetensors       NAME.codes (uint8, see pack.py), NAME.scale (one a row or group), and every
+                                          other tensor of the model under its own name
 
 There is no model.safetensors: a program that does not know the format finds no weights, instead of wrong ones.
 """
@@ -198,7 +198,12 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict[str, A
                 state.pop(f"{name}.{key}")
         shared = (id(layer.weight), id(layer._parameters.get("scale")), int(layer.transposed))
         source = first.setdefault(shared, name)
-        layers[name] = {"shape": list(layer.weight.shape), "code_values": values, "bits": bits_per_code(len(values)), "tensors": source}
+        layers[name] = {
+            "shape": list(layer.weight.shape),
+            "code_values": values,
+            "bits": bits_per_code(len(values)),
+            "tensors": source,
+        }
         if source == name:
             codes = layer.codes().cpu().contiguous()
             packed[f"{name}.codes"] = pack(torch.bucketize(codes, torch.tensor(values, dtype=torch.int8)), len(values))

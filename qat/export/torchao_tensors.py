@@ -1,7 +1,7 @@
 """A folder of transformers whose quantized weights are torchao's tensors.
 
     config.json          with a quantization_config of the method "torchao"
-    model.safetensors    each quantized weight as an IntxUnpackedToInt8Tensor: its integers in int8 (whatever the width),
+    model.safetensors    each quantized weight as an IntxUnpackedToInt8Tensor: its integers in int8, whatever the width,
                          a scale a row or group, zero points of 0; all other tensors as they are
 
 `AutoModelForCausalLM.from_pretrained` loads it where torchao is installed.

@@ -160,9 +160,7 @@ def parameters_of(layer: QuantLayer, tensors: Mapping[str, Tensor]) -> Iterator[
         layer._parameters.update(before)
 
 
-def write_latents(
-    model: nn.Module, state: Mapping[str, Tensor], folder: Path, *, variant: str | None = None
-) -> None:
+def write_latents(model: nn.Module, state: Mapping[str, Tensor], folder: Path, *, variant: str | None = None) -> None:
     """Write latents, learned scales and settings beside a model.
 
     Args:
@@ -273,7 +271,10 @@ def _as_shard(folder: Path) -> None:
     (folder / WEIGHTS).replace(folder / ONE_SHARD)
     with safe_open(folder / ONE_SHARD, framework="pt") as file:
         names = list(file.keys())
-    index = {"metadata": {"total_size": (folder / ONE_SHARD).stat().st_size}, "weight_map": dict.fromkeys(names, ONE_SHARD)}
+    index = {
+        "metadata": {"total_size": (folder / ONE_SHARD).stat().st_size},
+        "weight_map": dict.fromkeys(names, ONE_SHARD),
+    }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

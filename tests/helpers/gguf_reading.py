@@ -3,7 +3,7 @@
 import numpy as np
 
 
-class Q1_0:  # noqa: N801 -- the name of the type
+class Q1_0:
     """Blocks of a float16 scale and 128 signs, least significant bit first (llama.cpp, ggml-quants.c)."""
 
     @staticmethod

@@ -31,7 +31,9 @@ def plain(family, *, hidden=64, seed=0, tied=True, **options):
         case "qwen3":
             model = t.Qwen3ForCausalLM(t.Qwen3Config(**common, **modern, head_dim=128, **options))
         case "gpt2":
-            model = t.GPT2LMHeadModel(t.GPT2Config(**common, n_embd=hidden, n_layer=1, n_head=4, n_positions=32, **options))
+            model = t.GPT2LMHeadModel(
+                t.GPT2Config(**common, n_embd=hidden, n_layer=1, n_head=4, n_positions=32, **options)
+            )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -1,4 +1,4 @@
-"""Every block type against the dequantization of the `gguf` package, and Q1_0, which it lacks, against its definition."""
+"""Every block type against the dequantization of the `gguf` package, and Q1_0, which it lacks, by its definition."""
 
 import gguf_reading
 import numpy as np
@@ -33,7 +33,11 @@ def test_what_is_encoded_is_decoded(kind, name):
     integers = rng.choice(levels, size=(3, 512)).astype(np.int8)
     scales = np.repeat(rng.random((3, 512 // kind.block)).astype(np.float16).astype(np.float32), kind.block, axis=1)
     blocks = encode(kind, integers, scales)
-    found = gguf_reading.Q1_0.dequantize(blocks) if kind.name == "Q1_0" else gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind.name])
+    found = (
+        gguf_reading.Q1_0.dequantize(blocks)
+        if kind.name == "Q1_0"
+        else gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind.name])
+    )
     assert np.array_equal(found, integers * scales)
     size, each = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.name]]
     assert (kind.block, blocks.nbytes) == (size, integers.size // size * each)

@@ -41,7 +41,9 @@ def with_float16_scales(model):
 def read(tmp_path, config):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=FILE, config=config, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", gguf_file=FILE, config=config, dtype=torch.float32
+    ).eval()
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -109,7 +109,7 @@ def test_a_damaged_packed_folder_is_refused(tmp_path):
     name = next(iter(content["layers"]))
     content["layers"][name]["shape"] = [1, 2]
     path.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="has .* of shape"):
+    with pytest.raises(InputError, match=r"has .* of shape"):
         qat.load(tmp_path / "packed")
     (tmp_path / "packed" / FOLDER / "packed.safetensors").unlink()
     with pytest.raises(InputError, match="cannot be read"):

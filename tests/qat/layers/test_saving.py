@@ -1,4 +1,4 @@
-"""Folders of quantized models: quantized values for every tool, latents and scales for this one, checkpoints as before."""
+"""Folders of quantized models: quantized values for every tool, latents and scales for this one, checkpoints kept."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ def test_a_saved_model_is_itself_with_qat_load_and_quantized_elsewhere(family, b
     model.save_pretrained(tmp_path)
     loaded = qat.load(tmp_path)
     assert_same_codes_and_scales(model, loaded)
-    latents = {name: tensor for name, tensor in model.state_dict().items()}
+    latents = model.state_dict()
     assert loaded.state_dict().keys() == latents.keys()
     assert all(torch.equal(tensor, latents[name]) for name, tensor in loaded.state_dict().items())
     assert torch.equal(logits(loaded), logits(model))
@@ -135,7 +135,7 @@ def test_a_model_inside_a_model_is_saved_too(tmp_path):
 
 
 def test_saving_changes_nothing_and_keeps_nothing_alive(tmp_path):
-    model = trained(**{"quantize_head": True})
+    model = trained(quantize_head=True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = model.config.to_dict()
     model.save_pretrained(tmp_path)
@@ -184,9 +184,9 @@ def test_the_trainer_resumes_from_latents_and_other_tools_get_quantized_values(b
     trainer_of(tmp_path / "whole", whole).train()
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     trainer_of(tmp_path / "resumed", resumed).train(resume_from_checkpoint=str(checkpoint))
-    assert all(
-        torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items()
-    ), "resumed training ends with the same latents and scales"
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items()), (
+        "resumed training ends with the same latents and scales"
+    )
     last = tmp_path / "whole" / "checkpoint-6"
     assert torch.equal(logits(qat.load(last)), logits(whole.eval()))
     assert torch.equal(logits(from_pretrained(last)), logits(whole))
