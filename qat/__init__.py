@@ -54,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The callbacks are subclasses of transformers' TrainerCallback. Imported at first use, so that `import qat` is fast.
+    # The callbacks are subclasses of transformers' TrainerCallback. Imported at first use: `import qat` stays fast.
     if name in ("PARQCallback", "WinQCallback"):
         need("transformers")
         from qat.training import callback

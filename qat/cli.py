@@ -199,7 +199,7 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
     quantization.add_argument(
         "--group-size",
         type=int,
-        help="columns of a row that share a scale, such as 32, 64, 128 (default: the whole row)",
+        help="columns of a row that share a scale, such as 32 (default: the whole row)",
     )
     quantization.add_argument(
         "--initial-scale",

@@ -9,12 +9,11 @@ from typing import Any
 
 from qat.layers.bits import BITS, is_real, listed, parse_bits
 from qat.layers.quantizers.registry import AUTO_QUANTIZER, QUANTIZERS, SUPPORTED_BITS, check_quantizer
+from qat.layers.quantizers.scale_search import INITIAL_SCALES
 from spectra.backend.errors import InputError
 
 __all__ = ["AUTO_QUANTIZER", "BITS", "INITIAL_SCALES", "SUPPORTED_BITS", "QuantConfig", "check_quantizer", "is_real"]
 __all__ += ["parse_bits"]
-
-INITIAL_SCALES = ("max", "mse")
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,8 @@ class QuantConfig:
         if size is not None:
             if isinstance(size, bool) or not isinstance(size, Integral) or size < 2:
                 raise InputError(
-                    f"group_size must be a whole number of columns, 2 or more, or None for one scale a row; got {size!r}"
+                    f"group_size must be a whole number of columns, 2 or more, or None for one scale a row; "
+                    f"got {size!r}"
                 )
             object.__setattr__(self, "group_size", int(size))
             if not scheme.grouped:
@@ -83,8 +83,8 @@ class QuantConfig:
             raise InputError(f"initial_scale must be one of {listed(INITIAL_SCALES)}; got {self.initial_scale!r}")
         if self.initial_scale == "mse" and not scheme.learned_scale:
             raise InputError(
-                f"initial_scale='mse' is where a learned scale starts; quantizer {scheme.name!r} computes its scale from "
-                "the weights: leave initial_scale at 'max'"
+                f"initial_scale='mse' is where a learned scale starts; quantizer {scheme.name!r} computes its scale "
+                "from the weights: leave initial_scale at 'max'"
             )
 
     @property

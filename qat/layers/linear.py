@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qat.layers.quantizers.base import Quantizer
 from qat.layers.quantizers.grouped import Grouped
 from qat.layers.quantizers.linearization import Linearization
-from qat.layers.quantizers.scale_search import least_error_scale
+from qat.layers.quantizers.scale_search import INITIAL_SCALES, least_error_scale
 from spectra.backend.errors import InputError
 
 
@@ -33,7 +33,7 @@ class QuantLayer(nn.Module):
         initial_scale: Where a learned scale starts, as in `qat.QuantConfig`: "max" or "mse".
 
     Raises:
-        InputError: The group size does not divide the columns.
+        InputError: The group size does not divide the columns, or there is no such start.
     """
 
     weight: nn.Parameter
@@ -60,11 +60,12 @@ class QuantLayer(nn.Module):
         self.weight_override: Callable[[QuantLayer], Tensor] | None = None
         self.weight = weight
         if group_size is not None:
-            check_group_size({"the weight": self.rows().shape[1]}, group_size)
+            check_group_size({"the weight": self.rows().shape[-1]}, group_size)
+        if initial_scale not in INITIAL_SCALES:
+            raise InputError(f"initial_scale must be one of {', '.join(INITIAL_SCALES)}; got {initial_scale!r}")
         if quantizer.learned_scale:
             if scale is None:
-                start = self._least_error_scale() if initial_scale == "mse" else self.quantizer.initial_scale(self.rows())
-                scale = nn.Parameter(start.clone(), requires_grad=weight.requires_grad)
+                scale = nn.Parameter(self._first_scale(initial_scale).clone(), requires_grad=weight.requires_grad)
             # register_parameter refuses a name that the class has as a property.
             self._parameters["scale"] = scale
 
@@ -123,14 +124,18 @@ class QuantLayer(nn.Module):
 
     def _training(self, weight: Tensor, scale: Tensor) -> Tensor:
         """The quantizer of the mode: annealed in train mode, on the grid in evaluation mode."""
-        return self.quantizer.annealed(weight, scale) if self.training else self.quantizer(weight, scale)
+        if self.training and self.scheme.anneals:
+            return self.quantizer.annealed(weight, scale)
+        return self.quantizer(weight, scale)
 
-    def _least_error_scale(self) -> Tensor:
-        """The scales of least squared error, (rows, groups)."""
+    def _first_scale(self, initial_scale: str) -> Tensor:
+        """The scales that training starts from, (rows, groups)."""
         rows = self.rows()
-        size = self.quantizer.size if isinstance(self.quantizer, Grouped) else rows.shape[1]
+        if initial_scale == "max":
+            return self.quantizer.initial_scale(rows)
+        size = self.quantizer.size if isinstance(self.quantizer, Grouped) else rows.shape[-1]
         found = least_error_scale(self.scheme, rows.reshape(-1, size))
-        return found.reshape(rows.shape[0], -1)
+        return found.reshape(*rows.shape[:-1], -1)
 
     def _flip(self, matrix: Tensor) -> Tensor:
         """Change between the layout of the weight and (rows, columns): transpose where `transposed`."""

@@ -90,8 +90,9 @@ class WinQCallback(TrainerCallback):
 class PARQCallback(TrainerCallback):
     """Anneals weights that are quantized by "parq" to their grid while the Trainer trains (PARQ, arXiv 2503.15748).
 
-    The annealing follows the optimizer steps, also when a training is resumed. When training ends, the weights are on the
-    grid. If training raises, the Trainer does not tell its callbacks: call `stop()`. Evaluation is on the grid always.
+    The annealing follows the optimizer steps, also when a training is resumed. When training ends, the weights are on
+    the grid. If training raises, the Trainer does not tell its callbacks: call `stop()`. Evaluation is always on the
+    grid.
 
     Args:
         start: The part of the run that trains in full precision, as in `qat.PARQConfig`.

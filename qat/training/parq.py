@@ -1,7 +1,7 @@
 """PARQ: train in full precision first, and anneal the weights to the quantization grid along the way.
 
-Source of the method: PARQ, arXiv 2503.15748. `PARQ` is for any training loop; `qat.PARQCallback` is for the Hugging Face
-Trainer. The annealed weights themselves are in `qat.layers.quantizers.parq`.
+Source of the method: PARQ, arXiv 2503.15748. `PARQ` is for any training loop; `qat.PARQCallback` is for the Hugging
+Face Trainer. The annealed weights themselves are in `qat.layers.quantizers.parq`.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class PARQConfig:
 def inverse_slope(progress: float, config: PARQConfig) -> float:
     """The inverse slope r of the annealed weights at some point of a run.
 
-    r = (f(t) - f(1)) / (f(0) - f(1)), f(t) = 1 / (1 + exp(steepness (t - 1/2))), with t the part of the annealing that is
-    done: 1 before the annealing, 0 after it.
+    r = (f(t) - f(1)) / (f(0) - f(1)), f(t) = 1 / (1 + exp(steepness (t - 1/2))), with t the part of the annealing that
+    is done: 1 before the annealing, 0 after it.
 
     Args:
         progress: The part of the run that is done, 0 to 1.
@@ -58,7 +58,7 @@ def inverse_slope(progress: float, config: PARQConfig) -> float:
         r, 1 to 0.
 
     Example:
-        >>> inverse_slope(0.5, PARQConfig(start=0.0, end=1.0))
+        >>> round(inverse_slope(0.5, PARQConfig(start=0.0, end=1.0)), 6)
         0.5
     """
     done = (progress - config.start) / (config.end - config.start)
@@ -86,8 +86,8 @@ class PARQ:
         finally:
             parq.stop()
 
-    In train mode the forward pass computes with the annealed weights, in evaluation mode with the grid: a validation loss
-    is that of the quantized model. Codes, telemetry, spectra and exports see the grid, too.
+    In train mode the forward pass computes with the annealed weights, in evaluation mode with the grid: a validation
+    loss is that of the quantized model. Codes, telemetry, spectra and exports see the grid, too.
 
     Args:
         config: The settings; None for the defaults.

@@ -100,8 +100,9 @@ def test_every_option_reaches_the_study(monkeypatch, llama, tmp_path):
     monkeypatch.setattr("qat.study.compare.compare", lambda config, say: seen.append(config))
     options = """--bits 4 --methods winq --out OUT --tokenizer some/name --length 9 --trust-remote-code --device cpu
         --steps 7 --batch-size 3 --lr 0.5 --schedule wsd --warmup 0.1 --weight-decay 0.2 --evaluate-every 2
-        --validation-sequences 5 --seed 11 --quantizer lsq --group-size 4 --initial-scale mse --skip a b --preset released --every 3 --sigma 0.25
-        --modes latent,noisy --probes 6 --lanczos-steps 8 --measure-sequences 4 --workers 2"""
+        --validation-sequences 5 --seed 11 --quantizer lsq --skip a b --preset released --every 3 --sigma 0.25
+        --group-size 4 --workers 2 --initial-scale mse --modes latent,noisy --probes 6 --lanczos-steps 8
+        --measure-sequences 4"""
     assert cli.main(["compare", *options.split(), *llama]) == 0
     (config,) = seen
     folder, text = llama[1], llama[3]

@@ -24,6 +24,13 @@ class Quantizer(ABC):
     Args:
         bits: The bit-width.
 
+    Attributes:
+        name: What `QuantConfig(quantizer=)` calls it.
+        supported_bits: The bit-widths that it is defined at.
+        learned_scale: Whether its scale is a parameter, and not computed from the weights.
+        grouped: Whether it can have a scale for each group of columns.
+        anneals: Whether training computes with `annealed`.
+
     Raises:
         InputError: The scheme is not defined at this bit-width.
     """
@@ -32,6 +39,7 @@ class Quantizer(ABC):
     supported_bits: tuple[float, ...]
     learned_scale: bool
     grouped: bool = True
+    anneals: bool = False
 
     def __init__(self, bits: float) -> None:
         self.bits = parse_bits(bits)

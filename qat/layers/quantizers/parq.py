@@ -28,6 +28,7 @@ class PiecewiseAffine(Quantizer):
     name = "parq"
     supported_bits = (1, 1.58, 2, 3, 4, 8)
     learned_scale = False
+    anneals = True
 
     def __init__(self, bits: float) -> None:
         super().__init__(bits)

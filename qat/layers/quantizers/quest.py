@@ -27,8 +27,8 @@ class QuEST(Quantizer):
     H^T((1 - a) H w + a s level(H w / s)). But a reset changes the row's rms, and with it s, codes and loss.
 
     Source: QuEST (arXiv 2502.05003, section 3). The code released with it has no level 0 at 1.58 bits, and so two
-    levels; here there are the three that c = 1.224 is the best scale of. At 8 bits it has c = 3.885, and the least error
-    is at 3.922.
+    levels; here there are the three that c = 1.224 is the best scale of. At 8 bits it has c = 3.885; the least error is
+    at 3.922.
     """
 
     name = "quest"

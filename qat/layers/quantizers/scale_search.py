@@ -8,6 +8,7 @@ from torch import Tensor
 from qat.layers.quantizers.base import Quantizer
 from qat.layers.quantizers.rounding import floor_scale
 
+INITIAL_SCALES = ("max", "mse")  # the scheme's own start, and that of this module
 COARSE = 2.0 ** (-torch.arange(25, dtype=torch.float64) / 4)  # 1 to 1/64: a group may hold one large outlier
 FINE = 2.0 ** (torch.arange(-7, 8, dtype=torch.float64) / 32)  # between two coarse factors
 POLISHING = 4

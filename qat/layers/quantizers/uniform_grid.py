@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class UniformGrid:
-    """The levels (code + shift) / half between -1 and 1, both included, half a spacing from 0 where their count is even.
+    """The levels (code + shift) / half between -1 and 1, both included, none at 0 where their count is even.
 
     Args:
         bits: The bit-width: 2^bits levels, or 3 at 1.58 bits.

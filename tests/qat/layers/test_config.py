@@ -50,7 +50,10 @@ def test_a_pair_that_does_not_exist_is_refused_with_the_way_out():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantizer": "gptq"}, "quantizer must be one of auto, rtn, lsq, seq, binary, bitnet, quest, parq; got 'gptq'"),
+        (
+            {"quantizer": "gptq"},
+            "quantizer must be one of auto, rtn, lsq, seq, binary, bitnet, quest, parq; got 'gptq'",
+        ),
         ({"quantizer": None}, "quantizer must be one of"),
         ({"activation_bits": 8}, "activation_bits must be 16"),
         ({"group_size": 1}, "group_size must be a whole number of columns, 2 or more, .* got 1"),

@@ -25,8 +25,8 @@ DTYPES = (torch.float32, torch.float64)
 def table(name, bits, w, s):
     """q, dq/dw and dq/ds of each weight, entry by entry; w (rows, columns), s (rows, 1) float64 arrays.
 
-    dq/ds includes the gradient scale, with the number of weights of the whole matrix. For `quest` w and q are transformed
-    weights, see `transform`.
+    dq/ds includes the gradient scale, with the number of weights of the whole matrix. For `quest` w and q are
+    transformed weights, see `transform`.
     """
     count = w.size
     q, slope_w, slope_s = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_the_inverse_slope_falls_from_one_to_zero_as_a_sigmoid():
     assert [inverse_slope(progress, config) for progress in (0, 0.1, 0.2, 0.8, 1)] == [1, 1, 1, 0, 0]
     assert inverse_slope(0.5, config) == pytest.approx(0.5)
     values = [inverse_slope(progress / 100, config) for progress in range(21, 80)]
-    assert all(1 > one > other > 0 for one, other in zip(values, values[1:], strict=False))
+    assert all(1 > one > other > 0 for one, other in pairwise(values))
     for done in (0.1, 0.3, 0.77):
         sigmoids = [1 / (1 + math.exp(10 * (t - 0.5))) for t in (done, 0, 1)]
         want = (sigmoids[0] - sigmoids[2]) / (sigmoids[1] - sigmoids[2])

@@ -94,9 +94,7 @@ def test_the_loss_is_equal_across_a_reset(bits, dtype, architecture, group_size)
         assert not any(torch.equal(one, other) for one, other in zip(weights, moved, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("quantizer", "bits"), [("bitnet", 1.58), ("quest", 2), ("parq", 2), ("parq", 1), ("rtn", 4)]
-)
+@pytest.mark.parametrize(("quantizer", "bits"), [("bitnet", 1.58), ("quest", 2), ("parq", 2), ("parq", 1), ("rtn", 4)])
 def test_scales_that_are_computed_from_the_weights_move_with_a_reset(quantizer, bits):
     """But not max|w| of rtn and mean|w| of parq at one bit, except by rounding: there the reset keeps them."""
     model = causal_lm("llama").eval()
