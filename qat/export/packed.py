@@ -243,7 +243,8 @@ def _skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> A
         if auto:
             options = {"trust_remote_code": trust_remote_code}
             return getattr(transformers, auto).from_config(config, dtype=dtype, **options)
-        return getattr(transformers, architecture_of(config), transformers.AutoModel)._from_config(config, dtype=dtype)
+        kind: Any = getattr(transformers, architecture_of(config), None) or transformers.AutoModel
+        return kind._from_config(config, dtype=dtype)
 
 
 def _load_rest(model: Any, state: Mapping[str, Tensor]) -> set[str]:

@@ -64,7 +64,8 @@ def write_torchao(model: Any, source: Path, out: Path) -> dict[str, Any]:
     tied = _tied_head(model)
     if tied:
         state.pop(tied, None)
-    tensors, metadata = flatten_tensor_state_dict({key: value.detach() for key, value in state.items()})
+    plain: Any = {key: value.detach() for key, value in state.items()}
+    tensors, metadata = flatten_tensor_state_dict(plain)
     save_file({key: value.contiguous() for key, value in tensors.items()}, out / WEIGHTS, {"format": "pt", **metadata})
     copy_companions(source, out)
     model.config.architectures = [type(model).__name__]

@@ -96,7 +96,7 @@ def _saving_class(original: type) -> type:
 
 
 def _empty(original: type) -> Any:
-    made = _saving_class(original)
+    made: Any = _saving_class(original)
     return made.__new__(made)
 
 
