@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qat.export.gguf_blocks import BLOCK_TYPES, choose_type, encode
 from qat.export.gguf_vocabulary import add_vocabulary
-from qat.export.grid import Grid, grid_of
+from qat.export.grid import Grid, check_weights_alone, grid_of
 from qat.layers.linear import QuantEmbedding, QuantLinear, quant_layers
 from spectra.backend.errors import InputError
 from spectra.backend.extras import need
@@ -107,11 +107,7 @@ def _check_architecture(model: nn.Module) -> None:
         raise InputError(f"llama.cpp has no {kind} model with this attention: use --format packed")
     if not getattr(config, "scale_attn_weights", True) or getattr(config, "add_cross_attention", False):
         raise InputError(f"llama.cpp has no {kind} model with this attention: use --format packed")
-    if float(getattr(model.qat_config, "activation_bits", 16)) < 16:  # type: ignore[arg-type]
-        raise InputError(
-            "the model was trained with quantized activations, which GGUF cannot describe (llama.cpp rounds "
-            "activations its own way): use --format packed"
-        )
+    check_weights_alone(model, "GGUF")
     for name, layer in quant_layers(model):
         if type(layer) not in (QuantLinear, QuantEmbedding):
             raise InputError(f"--format gguf does not cover {name}, a {type(layer).__name__}: use --format packed")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat.layers.linear import QuantLayer
 from qat.layers.quantizers.rounding import floor_scale
@@ -67,6 +67,24 @@ def grid_of(name: str, layer: QuantLayer) -> Grid:
             "format needs: use --format packed"
         )
     return Grid(integers.to(torch.int8), scale, levels)
+
+
+def check_weights_alone(model: nn.Module, format: str) -> None:
+    """Check that nothing but weights is quantized.
+
+    Args:
+        model: A quantized model.
+        format: What messages call the format.
+
+    Raises:
+        InputError: The model was trained with quantized activations, or a quantized cache of keys and values.
+    """
+    config = model.qat_config
+    if min(getattr(config, name, 16) for name in ("activation_bits", "cache_bits")) < 16:  # type: ignore[type-var]
+        raise InputError(
+            f"the model was trained with quantized activations or a quantized cache, which {format} cannot describe: "
+            "use --format packed"
+        )
 
 
 def _lattice(levels: tuple[float, ...]) -> tuple[float, frozenset[int]]:

@@ -17,6 +17,7 @@ from qat.layers.saving import FOLDER, LAYOUT_VERSION, SETTINGS, plain_name
 from spectra.backend.errors import InputError, first_line
 from spectra.backend.extras import need
 
+ALIGNMENT = 64  # bytes, that of torch's CPU allocator
 STALE_SHARE = 1e-3  # of the weights may differ by rounding on another machine, where a scale is a mean over a row
 
 
@@ -130,6 +131,7 @@ def _load_latents(folder: Path, settings: Settings, *, trust_remote_code: bool) 
 
     kind = kind_of(load_config(folder, trust_remote_code=trust_remote_code))
     model: Any = load_model(folder, dtype=settings.dtype, trust_remote_code=trust_remote_code, kind=kind)
+    align(model)
     saved = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if settings.content["tied_to_full_precision"]:
         tie(model)
@@ -141,6 +143,16 @@ def _load_latents(folder: Path, settings: Settings, *, trust_remote_code: bool) 
                 _fill(parameter, tensors.get(f"{name}.{key}"), f"{name}.{key}", folder)
     _check_same_weights(model, saved, folder)
     return model.eval()
+
+
+def align(model: nn.Module) -> None:
+    """Copy what lies in a mapped file at any address to an aligned one, as the memory of a trained model is.
+
+    Some products on a CPU round otherwise where memory is not aligned.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def quantize_again(model: nn.Module, settings: Settings, folder: Path) -> None:
@@ -187,7 +199,7 @@ def _fill(parameter: nn.Parameter, tensor: Tensor | None, name: str, folder: Pat
         raise InputError(f"the latents of {folder} lack {name}: save the model again")
     if tensor.shape != parameter.shape:
         raise misfit(folder, f"has {name} of shape {tuple(parameter.shape)}, not {tuple(tensor.shape)}")
-    parameter.data = tensor
+    parameter.data = tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def _check_same_weights(model: nn.Module, saved: dict[str, Tensor], folder: Path) -> None:

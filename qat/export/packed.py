@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.export.load import Settings, misfit, quantize_again
+from qat.export.load import Settings, align, misfit, quantize_again
 from qat.export.pack import bits_per_code, pack, unpack
 from qat.layers.linear import QuantEmbedding, QuantLayer, QuantLinear, quant_layers
 from qat.layers.saving import FOLDER, SETTINGS, declared_untied, description, plain_name
@@ -182,6 +182,7 @@ def load_packed(folder: Path, settings: Settings, *, trust_remote_code: bool = F
         raise InputError(f"packed weights {path} lack {min(lacking)}: export again")
     for name, layer in quant_layers(model):
         _hold(layer, layers[name], tensors, name, folder)
+    align(model)
     return model.eval()
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qat.export.command import copy_companions
-from qat.export.grid import Grid, grid_of
+from qat.export.grid import Grid, check_weights_alone, grid_of
 from qat.layers.linear import QuantLinear, quant_layers
 from qat.layers.saving import WEIGHTS, declared_untied, model_dtype, plain_state
 from spectra.backend.errors import InputError
@@ -43,11 +43,7 @@ def write_torchao(model: Any, source: Path, out: Path) -> dict[str, Any]:
     from safetensors.torch import save_file
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
-    if model.qat_config.activation_bits < 16:
-        raise InputError(
-            "the model was trained with quantized activations, which torchao's weight-only tensors do not have: "
-            "use --format packed"
-        )
+    check_weights_alone(model, "torchao's tensors of weights")
     layers = dict(quant_layers(model))
     for name, layer in layers.items():
         if type(layer) is not QuantLinear or layer.transposed:
