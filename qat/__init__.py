@@ -3,6 +3,7 @@
 report = qat.quantize_model(model, qat.QuantConfig(bits=2))
 trainer.add_callback(qat.WinQCallback(every=0.25, alpha=0.4, sigma=1e-3))
 operator = qat.hessian_operator(model, batches, mode="ste")
+model.save_pretrained(folder); model = qat.load(folder)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from spectra.backend.errors import InputError
 from spectra.backend.extras import need
 
 if TYPE_CHECKING:
+    from qat.export.load import load
     from qat.training.callback import PARQCallback, WinQCallback
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "hessian_mode",
     "hessian_operator",
     "interpolate_",
+    "load",
     "quant_layers",
     "quantize_model",
     "reset_steps",
@@ -57,4 +60,8 @@ def __getattr__(name: str) -> Any:
         from qat.training import callback
 
         return getattr(callback, name)
+    if name == "load":
+        from qat.export.load import load
+
+        return load
     raise AttributeError(f"module 'qat' has no attribute {name!r}")

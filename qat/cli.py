@@ -1,4 +1,4 @@
-"""The `qat` command: compare methods over bit-widths, train one, evaluate a model."""
+"""The `qat` command: compare methods over bit-widths, train one, evaluate a model, export it."""
 
 from __future__ import annotations
 
@@ -96,19 +96,42 @@ def build_parser() -> argparse.ArgumentParser:
         help="the perplexity of a model on text files",
         **examples(
             "qat evaluate checkpoint --text notes.txt",
-            "qat evaluate runs/2bit/model --text notes.txt --block 128 --json",
+            "qat evaluate runs/2bit/model --text notes.txt --block 128 --stride 64 --per-byte --json",
         ),
     )
     evaluate.set_defaults(command=_evaluate)
-    evaluate.add_argument("model", help="a model folder, or a name on the Hugging Face hub")
+    evaluate.add_argument(
+        "model", help="a model folder, plain, trained by qat or exported as packed, or a name on the Hugging Face hub"
+    )
     evaluate.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files, UTF-8")
     evaluate.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="default: the model's own")
+    evaluate.add_argument("--block", type=int, help="tokens a block (default: 2048, or the most that the model takes)")
     evaluate.add_argument(
-        "--block", type=int, help="tokens a block, no overlap (default: 2048, or the most that the model takes)"
+        "--stride",
+        type=int,
+        help="tokens between the starts of blocks; each token counts once (default: blocks do not overlap)",
     )
+    evaluate.add_argument("--limit", type=int, help="blocks at most, from the first (default: all)")
+    evaluate.add_argument("--batch-size", type=int, help="blocks a forward pass (default: what fits into memory)")
+    evaluate.add_argument("--per-byte", action="store_true", help="the loss in bits a byte of the text, too")
     evaluate.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     evaluate.add_argument("--trust-remote-code", action="store_true", help="run the code that a hub model brings")
     add_formats(evaluate, json="print JSON instead of a sentence")
+
+    export = commands.add_parser(
+        "export",
+        help="write a trained model in another format",
+        **examples(
+            "qat export runs/2bit/model --format packed --out packed",
+            "qat export runs/2bit/model --format gguf --out gguf --json",
+        ),
+    )
+    export.set_defaults(command=_export)
+    export.add_argument("folder", help="what qat train left in OUT/model, or save_pretrained of a quantized model")
+    export.add_argument("--format", required=True, help="packed (for qat.load), torchao, or gguf (for llama.cpp)")
+    export.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    export.add_argument("--trust-remote-code", action="store_true", help="run the code that a model brings")
+    add_formats(export, json="print JSON instead of a sentence")
     return parser
 
 
@@ -288,34 +311,79 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _print_perplexity(options: argparse.Namespace) -> None:
     import torch
 
+    from qat.export.load import load_any
     from qat.study.models import check_fit
+    from qat.text.byte_ends import tokens_and_byte_ends
     from qat.text.corpus import Blocks
     from qat.training.evaluate import check_block, perplexity
-    from spectra.integrations.loading import load_model, load_tokenizer, quiet_transformers, read_texts
+    from qat.training.progress import progress_bar
+    from spectra.integrations.loading import load_tokenizer, quiet_transformers, read_texts
 
-    check_block(options.block)
+    check_block(options.block, options.stride, options.limit)
+    if options.batch_size is not None and options.batch_size < 1:
+        raise InputError(f"--batch-size is one block or more, got {options.batch_size}")
     text = "\n\n".join(read_texts(options.text))
     device = choose_device(options.device)
-    model: Any = load_model(options.model, trust_remote_code=options.trust_remote_code)
+    model: Any = load_any(options.model, trust_remote_code=options.trust_remote_code)
     tokenizer = load_tokenizer(
         options.tokenizer or options.model,
         trust_remote_code=options.trust_remote_code,
         remedy="give --tokenizer NAME_OR_FOLDER",
     )
+    byte_ends = None
     with quiet_transformers():
-        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+        if options.per_byte:
+            ids, byte_ends = tokens_and_byte_ends(tokenizer, text)
+        else:
+            ids = tokenizer(text, verbose=False)["input_ids"]
+    tokens = torch.tensor(ids, dtype=torch.int64)
     if len(tokens):
         check_fit(model, Blocks(tokens, 1))
-    result = perplexity(model.to(device), tokens, block=options.block)
+    bar = progress_bar(1, "perplexity", "blocks")
+
+    def show(done: int, total: int) -> None:
+        """Move the bar."""
+        bar.total = total
+        bar.update(done - bar.n)
+
+    with contextlib.closing(bar):
+        result = perplexity(
+            model.to(device),
+            tokens,
+            block=options.block,
+            stride=options.stride,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            byte_ends=byte_ends,
+            progress=show,
+        )
+    chosen = {"stride": result.stride, "bits_per_byte": result.bits_per_byte, "bytes": result.bytes}
     if options.json:
         print_json(
             {"perplexity": result.perplexity, "loss": result.loss, "tokens": result.tokens, "block": result.block}
+            | {name: value for name, value in chosen.items() if value is not None}
         )
         return
+    per_byte = "" if result.bytes is None else f", {result.bits_per_byte:.5f} bits a byte"
+    overlap = "" if result.stride is None else f" that begin every {result.stride}"
     print(
-        f"perplexity {result.perplexity:.4f}, loss {result.loss:.5f} nats a token, over {result.tokens:,} tokens "
-        f"in blocks of {result.block}"
+        f"perplexity {result.perplexity:.4f}, loss {result.loss:.5f} nats a token{per_byte}, over {result.tokens:,} "
+        f"tokens in blocks of {result.block}{overlap}"
     )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from qat.export.command import export, in_words
+    from spectra.integrations.loading import quiet_transformers
+
+    with interrupts_say("nothing was written"), quiet_transformers():
+        made = export(options.folder, options.out, format=options.format, trust_remote_code=options.trust_remote_code)
+    if options.json:
+        print_json(asdict(made))
+    else:
+        print(in_words(made))
 
 
 def _threads_for(config: StudyConfig) -> contextlib.AbstractContextManager[None]:

@@ -25,6 +25,7 @@ from qat.layers.linear import (
 from qat.layers.quantizers.registry import make_quantizer
 from qat.layers.read_past import is_conv1d, left_as_read
 from qat.layers.readers import QuantParameter, Read, convert, convert_parent, feeds_inline, weights_read
+from qat.layers.saving import save_quantized_values
 from spectra.backend.errors import InputError
 
 HEAD_NAMES = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")
@@ -127,6 +128,7 @@ def quantize_model(model: nn.Module, config: QuantConfig | None = None) -> Conve
     if config.cache_bits < 16:
         for module, heads in cache_projections(model).values():
             module.register_forward_hook(CacheQuantizer(heads, config.cache_bits, config.activation_symmetric))
+    save_quantized_values(model, config)
 
     latent = set(weight_names(model))
     return ConversionReport(

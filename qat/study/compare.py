@@ -17,7 +17,7 @@ from typing import Any
 from qat.study.config import StudyConfig
 from qat.study.measure import measure_full_precision
 from qat.study.resume import NOT_COMPARED, check_same, kept_in_words
-from qat.study.run import Outcome, dequantized, finished_outcome, run_settings, train_method
+from qat.study.run import Outcome, finished_outcome, run_settings, train_method
 from qat.study.start import Start, prepare
 from qat.study.table import Row, for_report, terminal, with_steps_to_baseline, write_table
 from qat.study.workers import run_jobs
@@ -99,8 +99,8 @@ def train_one(config: StudyConfig, *, save_model: bool = True, say: Callable[[st
 
     Args:
         config: The settings.
-        save_model: Whether to leave the trained model in `out/model`, with the quantized values as its weights, for
-            any tool that loads a Hugging Face model.
+        save_model: Whether to leave the trained model in `out/model`: the quantized values as its weights, for any tool
+            that loads a Hugging Face model, and latents and scales beside them, for `qat.load`.
         say: Told what happens, a line at a time.
 
     Returns:
@@ -136,7 +136,7 @@ def _train_one(
             raise
         if save_model:
             assert outcome.model is not None
-            _save_model(dequantized(outcome.model, start.model), start.tokenizer, out)
+            _save_model(outcome.model, start.tokenizer, out)
     _write_report(Run(out))
     say(terminal([outcome.row]))
     say(f"written to {out}: telemetry.jsonl, figures/, report.html" + (f", {MODEL}/" if save_model else ""))

@@ -9,13 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 
 from qat.hessian import hessian_operator
 from qat.layers.convert import ConversionReport, quantize_model
-from qat.layers.linear import full_precision_names
 from qat.study.config import StudyConfig
 from qat.study.measure import MeasuringCallback, study_probe
 from qat.study.presentation import presentation, run_label
@@ -204,25 +202,6 @@ def run_settings(config: StudyConfig, bits: float, method: str) -> dict[str, Any
 def activation_settings(config: StudyConfig) -> dict[str, int]:
     """The bit-widths of activations and of keys and values, for a label and for config.json."""
     return {"activation_bits": config.activation_bits, "cache_bits": config.cache_bits}
-
-
-def dequantized(trained: nn.Module, full_precision: nn.Module) -> nn.Module:
-    """The trained model as a plain model, with the quantized values Q(W) as weights of ordinary layers.
-
-    Args:
-        trained: A quantized model.
-        full_precision: The model it was made of; it is copied, not changed.
-
-    Returns:
-        A copy of the full-precision model with the trained model's parameters, and Q(W) where it has quantized layers.
-    """
-    model = copy.deepcopy(full_precision)
-    quantized = {name: layer.quantized_weight() for name, layer in full_precision_names(trained).items()}
-    values = dict(trained.named_parameters()) | quantized
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(values[name])
-    return model
 
 
 def _scale_settings(config: StudyConfig) -> dict[str, Any]:

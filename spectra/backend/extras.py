@@ -20,6 +20,8 @@ EXTRA_OF = {
     "pandas": "pandas",
     "pyhessian": "pyhessian",
     "pytorch_lightning": "lightning",
+    "gguf": "export",
+    "torchao": "export",
 }
 
 

@@ -12,6 +12,7 @@ import saved_models
 import texts
 import torch
 
+import qat
 from qat import cli
 from qat.study.config import SmallLlamaConfig, StudyConfig
 from qat.training.config import SMALL_LLAMA_RATE, TrainConfig
@@ -208,6 +209,34 @@ def test_a_trained_model_can_be_evaluated(capfd, llama, tmp_path):
     assert set(printed) == {"perplexity", "loss", "tokens", "block"}
     assert printed["perplexity"] == pytest.approx(float(found[1]), rel=1e-3)
     assert (f"{printed['tokens']:,}", printed["block"]) == (found[3], 8)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_trained_model_is_exported_and_evaluated_to_the_same_loss(capfd, llama, tmp_path):
+    out = tmp_path / "out"
+    assert cli.main(["train", "--bits", "2", "--method", "winq", "--out", str(out), *QUICK, *llama]) == 0
+    capfd.readouterr()
+    assert cli.main(["export", str(out / "model"), "--format", "packed", "--out", str(tmp_path / "packed")]) == 0
+    shown = capfd.readouterr()
+    assert "quantized weights as packed" in shown.out
+    assert "2 bits a weight" in shown.out
+    given = ["--block", "8", "--stride", "4", "--limit", "5", "--per-byte", *llama[2:], "--device", "cpu", "--json"]
+    found = []
+    for folder in (out / "model", tmp_path / "packed"):
+        assert cli.main(["evaluate", str(folder), *given]) == 0
+        found.append(strict_json(capfd.readouterr().out))
+    assert found[0] == found[1]
+    assert set(found[0]) == {"perplexity", "loss", "tokens", "block", "stride", "bits_per_byte", "bytes"}
+    assert found[0]["tokens"] == 8 + 4 * 4 - 1
+    assert found[0]["bytes"] == 23, "a letter a token"
+    model = qat.load(out / "model")
+    assert [layer.quantizer.bits for _, layer in qat.quant_layers(model)] == [2] * 14
+    line = refused(capfd, "export", out / "model", "--format", "gguf", "--out", tmp_path / "gguf")
+    assert "GGUF's blocks are 32" in line or "byte-level BPE" in line
+    assert "--format is one of packed" in refused(
+        capfd, "export", out / "model", "--format", "x", "--out", tmp_path / "x"
+    )
+    assert "--batch-size is one block" in refused(capfd, "evaluate", out / "model", *given, "--batch-size", "0")
 
 
 def test_evaluate_gives_the_mean_over_blocks_of_the_whole_text(capfd, llama):

@@ -161,11 +161,14 @@ def test_save_pretrained_keeps_every_tensor_once(tied, both, tmp_path):
 
     config = qat.QuantConfig(bits=2, quantize_head=both, quantize_embeddings=both)
     model, fresh = build("llama", tied), build("llama", tied, seed=1)
+    names = set(model.state_dict()) - ({"lm_head.weight"} if tied else set())
     qat.quantize_model(model, config)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
+    assert set(saved) == names, "the plain model's tensors"
+    latents = load_file(tmp_path / "quantization" / "latents.safetensors")
     qat.quantize_model(fresh, config)
-    missing, unexpected = fresh.load_state_dict(saved, strict=False)
+    missing, unexpected = fresh.load_state_dict({**saved, **latents}, strict=False)
     assert not unexpected
     assert set(missing) <= ({"lm_head.weight", "lm_head.scale"} if tied else set())
     assert torch.equal(loss_of(fresh), loss_of(model))
