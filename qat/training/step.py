@@ -58,6 +58,9 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.model, self.loss, self.autocast = model, loss, dtype == "bfloat16"
         if compiled:
+            if callable(getattr(model, "loss_function", None)):
+                # transformers looks it up at each call. For some models it warns then, which would split the graph.
+                model.loss_function = model.loss_function
             # All batches have one shape, so nothing is gained by code for several.
             self.compile(backend=backend, dynamic=False)
 

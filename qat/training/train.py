@@ -19,7 +19,7 @@ from qat.layers.linear import decay_exempt, distinct_quant_layers
 from qat.text.corpus import Blocks
 from qat.training.config import TrainConfig
 from qat.training.evaluate import evaluate
-from qat.training.losses import LOOK_EVERY, StepLosses
+from qat.training.losses import StepLosses, look_every
 from qat.training.progress import progress_bar
 from qat.training.ranks import order_of_rank, rank_count, seed_of_rank, sequences_at_once
 from qat.training.step import TrainingStep, checkpoint_activations, resolved
@@ -288,7 +288,7 @@ class _Watch(TrainerCallback):
         self.blocks, self.config, self.name, self.run, self.telemetry = blocks, config, name, run, telemetry
         self.evaluation_steps = frozenset(config.evaluation_steps())
         self.telemetry_interval = config.telemetry_interval()
-        self.losses = StepLosses(1 if device.type == "cpu" else LOOK_EVERY)
+        self.losses = StepLosses(look_every(device))
         self.loss = math.nan
         self.curve: list[tuple[int, float]] = []
         self.measured: dict[str, float] = {}
