@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from qat.layers.linear import decay_exempt
 from qat.text.corpus import Blocks
+from qat.training.checkpoints import CheckpointingTrainer, Checkpoints
 from qat.training.config import TrainConfig
 from qat.training.evaluate import evaluate
 from qat.training.progress import progress_bar
 from spectra.backend.errors import NonFiniteError
 from spectra.runs.folder import Run
+
+Loss = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,14 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     telemetry: Any = None,
     device: str | None = None,
+    checkpoints: Checkpoints | None = None,
+    loss: Loss | None = None,
 ) -> TrainResult:
     """Train a language model in place.
 
-    The same `config.seed` gives the same batches in the same order.
+    The same `config.seed` gives the same batches in the same order. A training that goes on from a checkpoint ends with
+    the weights and lines of one that was never interrupted, bit for bit on a CPU; `run` then holds what was recorded up
+    to the checkpoint.
 
     Args:
         model: A causal language model of transformers, quantized or not.
@@ -69,6 +76,9 @@ def train(
         callbacks: Further callbacks of the Trainer; at every training step they are called before that of this module.
         telemetry: Has `measure() -> dict`. It is called before the gradients are freed, and its numbers join the line.
         device: "cpu", "cuda", or None for a GPU if there is one.
+        checkpoints: Where and when the training is saved, and what it goes on from; None: not at all.
+        loss: Called as loss(model, inputs), with input_ids and labels; returns the mean loss of a batch. None: the
+            model's own.
 
     Returns:
         The validation curve.
@@ -78,7 +88,8 @@ def train(
     """
     set_seed(config.seed)
     arguments = TrainingArguments(
-        output_dir=tempfile.gettempdir(),  # it asks for a folder, and saves nothing there
+        # it asks for a folder, and without checkpoints saves nothing there
+        output_dir=tempfile.gettempdir() if checkpoints is None else str(checkpoints.folder),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         max_grad_norm=config.gradient_clip,
@@ -101,18 +112,25 @@ def train(
         model=model,
         args=arguments,
         train_dataset=train_blocks,
-        callbacks=[*callbacks, watch],
+        callbacks=[*callbacks, watch, *([] if checkpoints is None else [checkpoints])],
         optimizers=(optimizer, schedule),
     )
-    trainer.watch = watch
+    trainer.watch, trainer.checkpoints, trainer.loss = watch, checkpoints, loss
     trainer.ordered = Subset(train_blocks, data_order(len(train_blocks), config))
     trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
+    resumed = None if checkpoints is None else checkpoints.resumed
     try:
-        watch.validate(model.to(arguments.device), 0)
-        trainer.train()
+        model.to(arguments.device)
+        if resumed is None:
+            watch.validate(model, 0)
+        else:
+            watch.go_on(resumed.step)
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.folder))
     finally:
         watch.close()
+        if checkpoints is not None:
+            checkpoints.close()
         model.zero_grad(set_to_none=True)
     return TrainResult(config.steps, tuple(watch.curve), time.perf_counter() - started)
 
@@ -182,16 +200,19 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
 
 
-class _Trainer(Trainer):
+class _Trainer(CheckpointingTrainer):
     """The Trainer with a fixed data order and a check of every loss."""
 
     watch: _Watch
+    loss: Loss | None
     ordered: Subset
 
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(self.ordered, batch_size=self.args.per_device_train_batch_size)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *arguments: Any, **options: Any) -> Any:
+        if self.loss is not None:
+            return self.loss(model, inputs)
         return model(**inputs).loss  # the mean over the tokens of this batch, in every version of the Trainer
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -230,6 +251,13 @@ class _Watch(TrainerCallback):
         if step == 0 and self.run is not None:
             self.run.append_telemetry({"step": 0, "validation_loss": loss})
         return loss
+
+    def go_on(self, step: int) -> None:
+        """Take up the curve and the bar of a training that was saved after this step."""
+        lines = [] if self.run is None else self.run.telemetry
+        curve = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+        self.curve = curve or [(step, math.nan)]
+        self.bar.update(step)
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         if self.telemetry is not None and self._due(state.global_step + 1):
