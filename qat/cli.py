@@ -377,7 +377,7 @@ def _seeds(text: str | None) -> tuple[int, ...]:
 
 def _distillation(options: argparse.Namespace) -> DistillationConfig | None:
     """The settings of distillation; None where it was not asked for."""
-    given = _given(options, weight="distill", temperature="distill_temperature", hidden="distill_hidden")
+    given = _given(options, distill="weight", distill_temperature="temperature", distill_hidden="hidden")
     if options.distill is None and given:
         raise InputError("--distill-temperature and --distill-hidden set how --distill trains: give --distill too")
     return DistillationConfig(**given) if given else None
