@@ -14,7 +14,7 @@ from qat.hessian import MODES
 from qat.layers.config import BITS, SUPPORTED_BITS
 from qat.study.config import METHODS, SmallLlamaConfig, StudyConfig, choose_device
 from qat.study.workers import MOST_WORKERS, available_cores, threads
-from qat.training.config import PRETRAINED_RATE, SCHEDULES, SMALL_LLAMA_RATE, TrainConfig
+from qat.training.config import DTYPES, PRETRAINED_RATE, SCHEDULES, SMALL_LLAMA_RATE, TrainConfig
 from qat.training.distillation import DistillationConfig
 from qat.training.winq import PRESETS, WinQConfig
 from spectra.backend.errors import InputError
@@ -25,6 +25,8 @@ LISTED_BITS = ",".join(f"{bits:g}" for bits in BITS)
 # Options that have the name of the setting they give.
 TRAINING_OPTIONS = (
     *("steps", "batch_size", "learning_rate", "schedule", "warmup", "weight_decay", "evaluate_every", "seed"),
+    *("scale_learning_rate", "dtype", "compile", "accumulate", "activation_checkpointing", "rank_noise"),
+    "telemetry_every",
 )
 STUDY_OPTIONS = (
     *("out", "model", "tokenizer", "dataset", "trust_remote_code", "device", "quantizer", "length"),
@@ -148,12 +150,22 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
 
     training, given = parser.add_argument_group("training"), TrainConfig
     training.add_argument("--steps", type=int, help=_with_default(given.steps, "training steps"))
-    training.add_argument("--batch-size", type=int, help=_with_default(given.batch_size, "sequences a training step"))
+    training.add_argument(
+        "--batch-size",
+        type=int,
+        help=_with_default(given.batch_size, "sequences a training step, on all ranks together"),
+    )
     training.add_argument(
         "--lr",
         type=float,
         dest="learning_rate",
         help=f"peak learning rate (default: {SMALL_LLAMA_RATE:g}, and {PRETRAINED_RATE:g} for a --model)",
+    )
+    training.add_argument(
+        "--scale-lr",
+        type=float,
+        dest="scale_learning_rate",
+        help="peak learning rate of the learned scales (default: that of the weights)",
     )
     training.add_argument(
         "--schedule", help=_with_default(given.schedule, f"{', '.join(SCHEDULES)}: what wins can depend on it")
@@ -166,6 +178,9 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--evaluate-every", type=int, help="training steps between validation losses (default: a sixteenth of the run)"
+    )
+    training.add_argument(
+        "--telemetry-every", type=int, help="training steps between lines of telemetry (default: a 128th of the run)"
     )
     training.add_argument(
         "--validation-sequences",
@@ -202,6 +217,31 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
     )
     distillation.add_argument(
         "--distill-hidden", type=float, metavar="FACTOR", help="factor of the squared error of hidden states (default: 0)"
+    )
+
+    speed = parser.add_argument_group("speed and memory")
+    speed.add_argument(
+        "--dtype",
+        help=f"{', '.join(DTYPES)}: of matrix products; weights stay float32 (default: bfloat16 on a GPU that has it, "
+        "for models of ten million parameters or more)",
+    )
+    speed.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="use torch.compile (default: on a GPU, for such models)",
+    )
+    speed.add_argument(
+        "--accumulate", type=int, help=_with_default(given.accumulate, "parts that a batch is passed through in")
+    )
+    speed.add_argument(
+        "--activation-checkpointing",
+        action="store_true",
+        default=None,
+        help="compute activations again in the backward pass: less memory, a third more time",
+    )
+    speed.add_argument(
+        "--rank-noise",
+        help=_with_default(given.rank_noise, "under torchrun, weight noise that is the same on all ranks, or own"),
     )
 
     quantization, winq = parser.add_argument_group("quantization and WinQ"), PRESETS["paper"]

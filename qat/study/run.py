@@ -39,6 +39,7 @@ from qat.training.callback import WinQCallback
 from qat.training.checkpoints import Checkpoints
 from qat.training.distillation import Distillation
 from qat.training.evaluate import perplexity_of
+from qat.training.step import Loss, next_token_loss
 from qat.training.telemetry import Telemetry
 from qat.training.train import train
 from spectra.operators.hessian.operator import HessianOperator
@@ -92,7 +93,7 @@ def train_method(start: Start, config: StudyConfig, plan: PlannedRun, *, shared:
     shown = presentation(seed=seed) if plan.is_reference else presentation(bits=plan.bits, method=plan.method, seed=seed)
     settings = {**run_settings(config, plan), **facts, **start.facts, "presentation": shown}
     probe = study_probe(model, start, config, plan.folder, name=plan.name, settings=settings, **options)
-    loss = None
+    loss: Loss = next_token_loss
     if config.distillation is not None and not plan.is_reference:
         probe.notes.append(f"{MEASURED_LOSS} is measured; trained with {config.distillation.in_words()}")
         loss = Distillation(copy.deepcopy(start.model).to(start.device), config.distillation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ class DistillationConfig:
 
 
 class Distillation:
-    """The loss of a student on a batch, see `DistillationConfig`: the `loss` of `qat.training.train.train`.
+    """The loss of a student on a batch, see `DistillationConfig`: a `loss` of `qat.training.step.TrainingStep`.
 
     The teacher is put in evaluation mode and computes without gradients.
 
@@ -70,7 +71,7 @@ class Distillation:
         self.teacher = teacher.eval().requires_grad_(False)
         self.config = config or DistillationConfig()
 
-    def __call__(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """The mean loss of a batch.
 
         Args:
