@@ -15,6 +15,7 @@ from qat.layers.config import BITS, SUPPORTED_BITS
 from qat.study.config import METHODS, SmallLlamaConfig, StudyConfig, choose_device
 from qat.study.workers import MOST_WORKERS, available_cores, threads
 from qat.training.config import DTYPES, PRETRAINED_RATE, SCHEDULES, SMALL_LLAMA_RATE, TrainConfig
+from qat.training.distillation import DistillationConfig
 from qat.training.winq import PRESETS, WinQConfig
 from spectra.backend.errors import InputError
 from spectra.cli.command_line import add_formats, examples, interrupts_say, print_csv, print_json, run_command
@@ -30,6 +31,7 @@ TRAINING_OPTIONS = (
 STUDY_OPTIONS = (
     *("out", "model", "tokenizer", "dataset", "trust_remote_code", "device", "quantizer", "length"),
     *("validation_sequences", "probes", "lanczos_steps", "deflate", "count_products", "measure_sequences"),
+    "save_every",
 )
 
 
@@ -67,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="train by several methods at several bit-widths, and compare",
         **examples(
             "qat compare --bits 2,4 --out runs/study",
+            "qat compare --bits 2 --seeds 0,1,2 --out runs/seeds",
             "qat compare --bits 2 --model checkpoint --text notes.txt --steps 200 --out runs/own --csv",
         ),
     )
@@ -75,6 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--methods", default=",".join(METHODS), help=f"default: {','.join(METHODS)}")
     compare.add_argument(
         "--workers", type=int, help="runs at once, a process each (default: one a core for the default model, else 1)"
+    )
+    compare.add_argument(
+        "--no-reference",
+        action="store_true",
+        help="do not train the unquantized model, whose row is the reference of the table",
     )
     _add_study_options(compare)
 
@@ -179,8 +187,36 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=_with_default(StudyConfig.validation_sequences, "a validation loss is taken over"),
     )
-    training.add_argument(
+    seeds = training.add_mutually_exclusive_group()
+    seeds.add_argument(
         "--seed", type=int, help=_with_default(given.seed, "of the data order, the weight noise and the probe vectors")
+    )
+    seeds.add_argument(
+        "--seeds", metavar="0,1,2", help="train once with each seed, and say the spread; probe vectors are of the first"
+    )
+    training.add_argument(
+        "--save-every",
+        type=int,
+        metavar="STEPS",
+        help="training steps between two checkpoints, from which the same command goes on after an interrupt; 0: none "
+        "(default: by time, at most a fiftieth of the training)",
+    )
+
+    distillation, settings = parser.add_argument_group("distillation"), DistillationConfig
+    distillation.add_argument(
+        "--distill",
+        nargs="?",
+        type=float,
+        const=settings.weight,
+        metavar="WEIGHT",
+        help="train with WEIGHT x KL(full precision || quantized) + (1 - WEIGHT) x cross-entropy (WEIGHT alone: "
+        f"{settings.weight:g}; default: the cross-entropy)",
+    )
+    distillation.add_argument(
+        "--distill-temperature", type=float, metavar="T", help=_with_default(settings.temperature, "divides the logits")
+    )
+    distillation.add_argument(
+        "--distill-hidden", type=float, metavar="FACTOR", help="factor of the squared error of hidden states (default: 0)"
     )
 
     speed = parser.add_argument_group("speed and memory")
@@ -266,27 +302,37 @@ def _compare(options: argparse.Namespace) -> None:
     workers = options.workers
     if workers is None:
         workers = min(available_cores(), MOST_WORKERS) if _is_small(options.model, options.device) else 1
-    config = _study_config(options, bits=_listed(options.bits), methods=_listed(options.methods), workers=workers)
+    chosen = {"bits": _listed(options.bits), "methods": _listed(options.methods), "reference": not options.no_reference}
+    config = _study_config(options, **chosen, workers=workers)
     from qat.study.compare import compare
 
     with _threads_for(config):
         rows = compare(config, say=_saying(options))
     if options.json:
-        print_json({"out": config.out, "rows": rows})
+        _print_rows(config, rows)
     if options.csv:
         print_csv([flattened(row) for row in rows])
 
 
+def _print_rows(config: StudyConfig, rows: list[dict[str, Any]]) -> None:
+    from qat.study.seeds import spread_rows
+
+    print_json({"out": config.out, "rows": rows, **({"seeds": spread_rows(rows)} if config.seeds else {})})
+
+
 def _train(options: argparse.Namespace) -> None:
     config = _study_config(options, bits=(options.bits,), methods=(options.method,))
-    from qat.study.compare import train_one
+    from qat.study.compare import train_one, train_seeds
 
     with _threads_for(config):
-        row = train_one(config, say=_saying(options))
-    if options.json:
-        print_json({"out": config.out, **row})
+        several = bool(config.seeds)
+        rows = train_seeds(config, say=_saying(options)) if several else [train_one(config, say=_saying(options))]
+    if options.json and several:
+        _print_rows(config, rows)
+    elif options.json:
+        print_json({"out": config.out, **rows[0]})
     if options.csv:
-        print_csv([flattened(row)])
+        print_csv([flattened(row) for row in rows])
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -353,8 +399,28 @@ def _study_config(options: argparse.Namespace, **chosen: Any) -> StudyConfig:
         skip=tuple(options.skip or ()),
         train=TrainConfig(**training),
         winq=_winq_config(options),
+        seeds=_seeds(options.seeds),
+        distillation=_distillation(options),
         small_llama=SmallLlamaConfig(**base),
     )
+
+
+def _seeds(text: str | None) -> tuple[int, ...]:
+    try:
+        seeds = tuple(int(part) for part in _listed(text or ""))
+    except ValueError:
+        raise InputError(f"--seeds is a list of whole numbers such as 0,1,2, got {text!r}") from None
+    if text is not None and not seeds:
+        raise InputError("--seeds is empty: give whole numbers, separated by commas")
+    return seeds
+
+
+def _distillation(options: argparse.Namespace) -> DistillationConfig | None:
+    """The settings of distillation; None where it was not asked for."""
+    given = _given(options, distill="weight", distill_temperature="temperature", distill_hidden="hidden")
+    if options.distill is None and given:
+        raise InputError("--distill-temperature and --distill-hidden set how --distill trains: give --distill too")
+    return DistillationConfig(**given) if given else None
 
 
 def _winq_config(options: argparse.Namespace) -> WinQConfig:

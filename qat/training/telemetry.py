@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.layers.linear import distinct_quant_layers
-from spectra.backend.errors import InputError
+from spectra.backend.errors import InputError, first_line
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -84,6 +88,32 @@ class Telemetry:
         if "updates" in total:
             numbers["lost_updates"] = _ratio(total["lost"], total["updates"])
         return numbers
+
+    def save_state(self, path: Path) -> None:
+        """Write the codes that the next flip rate is counted from, for a checkpoint.
+
+        Args:
+            path: A safetensors file to write.
+        """
+        save_file({str(index): codes.contiguous() for index, codes in enumerate(self._codes)}, path)
+
+    def load_state(self, path: Path) -> None:
+        """Take over the codes of a checkpoint.
+
+        Args:
+            path: A file of `save_state`.
+
+        Raises:
+            InputError: It cannot be read, or belongs to other layers.
+        """
+        try:
+            codes = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} cannot be read ({first_line(error)}): delete its folder") from None
+        saved = [codes.get(str(index)) for index in range(len(self._codes))]
+        if len(codes) != len(saved) or any(s is None or s.shape != c.shape for s, c in zip(saved, self._codes, strict=True)):
+            raise InputError(f"{path} holds the codes of other layers: delete its folder")
+        self._codes = [s.to(c.device, c.dtype) for s, c in zip(saved, self._codes, strict=True) if s is not None]
 
 
 def _squares(tensor: Tensor) -> Tensor:

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from qat.layers.linear import decay_exempt, distinct_quant_layers
 from qat.text.corpus import Blocks
+from qat.training.checkpoints import CheckpointingTrainer, Checkpoints
 from qat.training.config import TrainConfig
 from qat.training.evaluate import evaluate
 from qat.training.losses import StepLosses, look_every
 from qat.training.progress import progress_bar
 from qat.training.ranks import order_of_rank, rank_count, seed_of_rank, sequences_at_once
-from qat.training.step import TrainingStep, checkpoint_activations, resolved
+from qat.training.step import Loss, TrainingStep, checkpoint_activations, next_token_loss, resolved
 from qat.training.telemetry import NARROW
 from spectra.backend.errors import InputError, NonFiniteError
 from spectra.runs.folder import Run
@@ -61,11 +62,15 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     telemetry: Any = None,
     device: str | None = None,
+    checkpoints: Checkpoints | None = None,
+    loss: Loss = next_token_loss,
 ) -> TrainResult:
     """Train a language model in place.
 
     The same `config.seed` gives the same batches in the same order. Under torchrun every rank calls this, and trains on
     its part of each batch; the results are the same on all. Validation losses are computed in float32 and uncompiled.
+    A training that goes on from a checkpoint ends with the weights and lines of one that was never interrupted, bit for
+    bit on a CPU; `run` then holds what was recorded up to the checkpoint.
 
     Args:
         model: A causal language model of transformers, quantized or not.
@@ -79,16 +84,19 @@ def train(
         telemetry: Has `measure() -> dict`. It is called before the gradients are freed, and its numbers join the line.
             Where it has `before_update()`, that is called before the optimizer's step.
         device: "cpu", "cuda", or None for a GPU if there is one.
+        checkpoints: Where and when the training is saved, and what it goes on from; None: not at all.
+        loss: What is minimized, as in `TrainingStep`; the validation loss is the cross-entropy in any case.
 
     Returns:
         The validation curve.
 
     Raises:
-        InputError: The batch cannot be divided into `config.accumulate` parts, or torch.compile fails.
+        InputError: The batch cannot be divided into `config.accumulate` parts, torch.compile fails, or the checkpoint
+            cannot be read.
         NonFiniteError: A loss is NaN or infinite; the message names the step. What was recorded is kept. On a GPU this
             may be seen some steps later.
     """
-    arguments = _arguments(config, device)
+    arguments = _arguments(config, device, tempfile.gettempdir() if checkpoints is None else str(checkpoints.folder))
     config = resolved(config, model, arguments.device)
     optimizer = make_optimizer(model.to(arguments.device), config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, config))
@@ -97,25 +105,32 @@ def train(
         model=model,
         args=arguments,
         train_dataset=train_blocks,
-        callbacks=[*callbacks, watch],
+        callbacks=[*callbacks, watch, *([] if checkpoints is None else [checkpoints])],
         optimizers=(optimizer, schedule),
     )
-    trainer.watch = watch
-    trainer.step_module = _distributed(TrainingStep(model, dtype=config.dtype, compiled=bool(config.compile)), config)
+    trainer.watch, trainer.checkpoints = watch, checkpoints
+    step = TrainingStep(model, dtype=config.dtype, compiled=bool(config.compile), loss=loss)
+    trainer.step_module = _distributed(step, config)
     trainer.ordered = Subset(train_blocks, order_of_rank(data_order(len(train_blocks), config), config))
     trainer.remove_callback(PrinterCallback)
     _warn_of_16_bit_latents(model)
     if config.activation_checkpointing:
         checkpoint_activations(model, True)
     started = time.perf_counter()
+    resumed = None if checkpoints is None else checkpoints.resumed
     try:
-        watch.validate(model, 0)
-        trainer.train()
+        if resumed is None:
+            watch.validate(model, 0)
+        else:
+            watch.go_on(resumed.step)
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.folder))
     except torch._dynamo.exc.TorchDynamoException as error:  # a compiler is missing, or the model cannot be compiled
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"torch.compile failed ({reason}): train with --no-compile, or compile=False") from error
     finally:
         watch.close()
+        if checkpoints is not None:
+            checkpoints.close()
         model.zero_grad(set_to_none=True)
         if config.activation_checkpointing:
             checkpoint_activations(model, False)
@@ -124,11 +139,11 @@ def train(
     return TrainResult(config.steps, tuple(watch.curve), time.perf_counter() - started)
 
 
-def _arguments(config: TrainConfig, device: str | None) -> TrainingArguments:
+def _arguments(config: TrainConfig, device: str | None, folder: str) -> TrainingArguments:
     """The settings of the Trainer. They choose the device, and start torch.distributed where torchrun asks for it."""
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     arguments = TrainingArguments(
-        output_dir=tempfile.gettempdir(),  # it asks for a folder, and saves nothing there
+        output_dir=folder,  # it asks for one, and without checkpoints saves nothing there
         max_steps=config.steps,
         per_device_train_batch_size=sequences_at_once(config),
         gradient_accumulation_steps=config.accumulate,
@@ -240,7 +255,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
 
 
-class _Trainer(Trainer):
+class _Trainer(CheckpointingTrainer):
     """The Trainer with a fixed data order, our own forward pass, and nothing in a step that waits for the device."""
 
     watch: _Watch
@@ -270,6 +285,10 @@ class _Trainer(Trainer):
         loss = super().training_step(*arguments, **options)
         self.watch.losses.add(self.state.global_step + 1, loss)
         return loss
+
+    def _save_checkpoint(self, *arguments: Any) -> None:
+        self.watch.look()  # weights that a NaN has spoiled are not saved
+        super()._save_checkpoint(*arguments)
 
 
 class _Watch(TrainerCallback):
@@ -321,6 +340,13 @@ class _Watch(TrainerCallback):
         if step == 0 and self.run is not None:
             self.run.append_telemetry({"step": 0, "validation_loss": loss})
         return loss
+
+    def go_on(self, step: int) -> None:
+        """Take up the curve and the bar of a training that was saved after this step."""
+        lines = [] if self.run is None else self.run.telemetry
+        curve = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+        self.curve = curve or [(step, math.nan)]
+        self.bar.update(step)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         if self.telemetry is not None and self._due(state.global_step + 1) and hasattr(self.telemetry, "before_update"):
