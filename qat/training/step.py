@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +70,28 @@ class TrainingStep(nn.Module):
         device = next(iter(batch.values())).device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast):
             return self.loss(self.model, batch)
+
+
+@contextlib.contextmanager
+def compiling(enabled: bool) -> Iterator[None]:
+    """A context for a training that is compiled: failures of the compiler in one line, and its memory freed at the end.
+
+    Args:
+        enabled: Whether anything is compiled; torch's compiler is not even loaded otherwise.
+
+    Raises:
+        InputError: A compiler is missing, or the model cannot be compiled.
+    """
+    if not enabled:
+        yield
+        return
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"torch.compile failed ({reason}): train with --no-compile, or compile=False") from error
+    finally:
+        torch._dynamo.reset()  # its count of compilations, which is limited, begins anew for the next training
 
 
 def resolved(config: TrainConfig, model: nn.Module, device: torch.device) -> TrainConfig:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import training_ranks
 
+from qat.study.compare import compare, train_one, train_seeds
+from qat.study.config import StudyConfig
 from qat.training.config import TrainConfig
 from qat.training.ranks import batch_in_words, order_of_rank, seed_of_rank, sequences_at_once
 from spectra.backend.errors import InputError
@@ -49,6 +51,17 @@ def test_the_global_batch_in_words(monkeypatch):
     assert batch_in_words(TrainConfig(batch_size=16, accumulate=4), 1024) == (
         "16 sequences of 1,024 tokens a training step: 2 ranks x 4 parts x 2 sequences"
     )
+    assert batch_in_words(TrainConfig(batch_size=16), 8).endswith(": 2 ranks x 8 sequences")
+
+
+def test_what_trains_on_one_device_is_refused_under_torchrun(monkeypatch, tmp_path):
+    on_rank(monkeypatch, 1, 2)
+    one = StudyConfig(out=str(tmp_path / "run"), bits=(2,), methods=("winq",))
+    for call in (compare, train_seeds):
+        with pytest.raises(InputError, match="one device: start it without torchrun"):
+            call(one)
+    with pytest.raises(InputError, match="the default model is too small for several ranks: give --model"):
+        train_one(one)
 
 
 def test_seeds_of_ranks_are_the_same_or_all_different(monkeypatch):
