@@ -37,7 +37,7 @@ import qat
 from qat.text.corpus import Blocks
 from qat.training.config import TrainConfig
 from qat.training.evaluate import evaluate
-from qat.training.step import TrainingStep
+from qat.training.step import TrainingStep, computing_in
 from qat.training.telemetry import Telemetry
 from qat.training.train import make_optimizer, train
 from qat.training.winq import interpolate_
@@ -125,7 +125,9 @@ class Clock(TrainerCallback):
             torch.cuda.set_sync_debug_mode("default")
             torch.set_warn_always(False)
             self._caught.__exit__(None, None, None)
-            self.waits = [f"{w.filename}:{w.lineno}" for w in self.waits_raw if "synchroniz" in str(w.message)]
+            self.waits = [
+                f"{w.filename}:{w.lineno}" for w in self.waits_raw if "called a synchronizing" in str(w.message)
+            ]
         if step in (self.warm_up, self.steps):
             synchronize(self.device)
             self.started, self.ended = self.ended, time.perf_counter()
@@ -167,7 +169,12 @@ def trained(model: nn.Module, options: argparse.Namespace, *, winq: bool, quanti
     step = (clock.ended - clock.started) / options.steps
     tokens = options.batch * options.length
     run = replace(config, steps=max(1, RUN_TOKENS // tokens), evaluate_every=0, telemetry_every=0)
-    validating = seconds_of(lambda: evaluate(model, validation, batch_size=options.batch), device, 2)
+
+    def validate() -> None:
+        with computing_in(options.dtype, torch.device(device)):
+            evaluate(model, validation, batch_size=options.batch)
+
+    validating = seconds_of(validate, device, 2)
     beside = {"validation": validating * len(run.evaluation_steps())}
     if quantized:
         telemetry = Telemetry(model)

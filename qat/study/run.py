@@ -40,7 +40,7 @@ from qat.training.checkpoints import Checkpoints
 from qat.training.distillation import Distillation
 from qat.training.evaluate import perplexity_of
 from qat.training.ranks import agreed
-from qat.training.step import Loss, next_token_loss
+from qat.training.step import Loss, computation_facts, next_token_loss
 from qat.training.telemetry import Telemetry
 from qat.training.train import train
 from qat.training.winq import AroundReset
@@ -95,6 +95,7 @@ def train_method(start: Start, config: StudyConfig, plan: PlannedRun, *, shared:
     shown = (
         presentation(seed=seed) if plan.is_reference else presentation(bits=plan.bits, method=plan.method, seed=seed)
     )
+    facts |= computation_facts(config.train, model, start.device)
     settings = {**run_settings(config, plan), **facts, **start.facts, "presentation": shown}
     probe = study_probe(model, start, config, plan.folder, name=plan.name, settings=settings, **options)
     loss = _loss(start, config, plan)

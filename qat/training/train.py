@@ -24,7 +24,15 @@ from qat.training.evaluate import evaluate
 from qat.training.losses import StepLosses, look_every
 from qat.training.progress import progress_bar
 from qat.training.ranks import DAY, order_of_rank, rank, rank_count, seed_of_rank, sequences_at_once
-from qat.training.step import Loss, TrainingStep, checkpoint_activations, compiling, next_token_loss, resolved
+from qat.training.step import (
+    Loss,
+    TrainingStep,
+    checkpoint_activations,
+    compiling,
+    computing_in,
+    next_token_loss,
+    resolved,
+)
 from qat.training.telemetry import NARROW
 from spectra.backend.errors import NonFiniteError
 from spectra.runs.folder import Run
@@ -67,7 +75,8 @@ def train(
     """Train a language model in place.
 
     The same `config.seed` gives the same batches in the same order. Under torchrun every rank calls this, and trains on
-    its part of each batch; the results are the same on all. Validation losses are computed in float32 and uncompiled.
+    its part of each batch; the results are the same on all. Validation losses are computed uncompiled, in the run's
+    dtype.
     A training that goes on from a checkpoint ends with the weights and lines of one that was never interrupted, bit for
     bit on a CPU; `run` then holds what was recorded up to the checkpoint.
 
@@ -126,6 +135,7 @@ def train(
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.folder))
     finally:
         watch.close()
+        step.close()
         if checkpoints is not None:
             checkpoints.close()
         model.zero_grad(set_to_none=True)
@@ -336,7 +346,8 @@ class _Watch(TrainerCallback):
 
     def validate(self, model: nn.Module, step: int) -> float:
         """Measure the validation loss, add it to the curve and return it."""
-        loss = evaluate(model, self.blocks, batch_size=sequences_at_once(self.config)).loss
+        with computing_in(self.config.dtype, next(model.parameters()).device):
+            loss = evaluate(model, self.blocks, batch_size=sequences_at_once(self.config)).loss
         self.curve.append((step, self.finite(loss, "validation loss", step)))
         if step == 0 and self.run is not None:
             self.run.append_telemetry({"step": 0, "validation_loss": loss})

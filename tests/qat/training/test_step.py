@@ -14,7 +14,8 @@ import spectra
 from qat.text.corpus import Blocks
 from qat.training.config import TrainConfig
 from qat.training.evaluate import evaluate
-from qat.training.step import TrainingStep, checkpoint_activations, next_token_loss, resolved
+from qat.training.noise import DrawnNoise
+from qat.training.step import TrainingStep, checkpoint_activations, computation_facts, next_token_loss, resolved
 from qat.training.train import train
 from spectra.backend.errors import InputError
 
@@ -77,11 +78,13 @@ def test_a_compiled_training_is_the_eager_one(monkeypatch):
     """With the compiler left out ("eager" backend), the traced graph computes the same, noise included."""
     results = []
     for compiled in (False, True):
-        monkeypatch.setattr("qat.training.train.TrainingStep", partial(TrainingStep, backend="eager"))
         model = model_of()
+        drawn = partial(TrainingStep, backend="eager", noise=DrawnNoise(model))
+        monkeypatch.setattr("qat.training.train.TrainingStep", drawn)
         config = TrainConfig(steps=4, batch_size=4, learning_rate=1e-2, compile=compiled)
         train(model, blocks(), blocks(3), config, callbacks=[qat.WinQCallback(every=2, sigma=1e-2)], device="cpu")
         results.append(list(model.parameters()))
+        assert all(layer.drawn_noise is None for _, layer in qat.quant_layers(model))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
@@ -188,3 +191,5 @@ def test_auto_is_bfloat16_and_compiled_on_a_gpu_for_models_that_gain(monkeypatch
     assert choice(small, cpu, dtype="bfloat16", compile=True) == ("bfloat16", True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: False)
     assert choice(large, gpu) == ("float32", True)
+    facts = computation_facts(TrainConfig(), large, gpu)
+    assert facts == {"computed_in": "float32", "compiled": True, "ranks": 1}
