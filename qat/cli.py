@@ -216,7 +216,10 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
         "--distill-temperature", type=float, metavar="T", help=_with_default(settings.temperature, "divides the logits")
     )
     distillation.add_argument(
-        "--distill-hidden", type=float, metavar="FACTOR", help="factor of the squared error of hidden states (default: 0)"
+        "--distill-hidden",
+        type=float,
+        metavar="FACTOR",
+        help=_with_default(0, "of the squared error of hidden states"),
     )
 
     speed = parser.add_argument_group("speed and memory")

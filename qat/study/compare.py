@@ -266,9 +266,8 @@ def _train_without_model(start: Start, config: StudyConfig, plan: PlannedRun, sh
 
 def _heading(before: Evaluation, config: StudyConfig) -> str:
     seeds = "seeds " + ", ".join(map(str, config.seeds)) if config.seeds else f"seed {config.train.seed}"
-    loss = (
-        "" if config.distillation is None else f" Quantized models are trained with {config.distillation.in_words()}."
-    )
+    distilled = config.distillation
+    loss = "" if distilled is None else f" Quantized models are trained with {distilled.in_words()}."
     reference = " The row of 16 bits is the unquantized model, trained as long." if config.reference else ""
     return (
         f"Full precision before training: validation loss {before.loss:.4f}, perplexity "

@@ -146,6 +146,6 @@ def kept_in_words(plan: Sequence[PlannedRun], config: StudyConfig, *, beside: st
     finished = [run for run in whole if is_finished(Run(run.folder), config, run.method)]
     found = [last_checkpoint(run.folder) for run in recorded if run not in finished]
     steps = ", ".join(f"{checkpoint.step:,}" for checkpoint in found if checkpoint is not None)
-    others = f"an unfinished run goes on from its checkpoint (step {steps})" if steps else "an unfinished run starts again"
+    others = f"goes on from its checkpoint (step {steps})" if steps else "starts again"
     kept = f"{len(finished)} of {len(plan)} runs are finished and kept in {config.out}"
-    return f"interrupted: {kept}, {others}: the same command goes on from there"
+    return f"interrupted: {kept}, an unfinished run {others}: the same command goes on from there"

@@ -91,12 +91,8 @@ def train_method(start: Start, config: StudyConfig, plan: PlannedRun, *, shared:
     """
     checkpoint = agreed(go_back(plan.folder))
     model, options, facts = _model_of(start, config, plan)
-    seed = plan.shown_seed
-    shown = (
-        presentation(seed=seed) if plan.is_reference else presentation(bits=plan.bits, method=plan.method, seed=seed)
-    )
     facts |= computation_facts(config.train, model, start.device)
-    settings = {**run_settings(config, plan), **facts, **start.facts, "presentation": shown}
+    settings = {**run_settings(config, plan), **facts, **start.facts, "presentation": _shown(plan)}
     probe = study_probe(model, start, config, plan.folder, name=plan.name, settings=settings, **options)
     loss = _loss(start, config, plan)
     if config.distillation is not None and not plan.is_reference:
@@ -139,6 +135,13 @@ def _model_of(start: Start, config: StudyConfig, plan: PlannedRun) -> tuple[nn.M
         for mode in config.modes
     }
     return model.to(start.device), {"modes": modes}, _conversion_facts(converted)
+
+
+def _shown(plan: PlannedRun) -> dict[str, Any]:
+    """The entry "presentation" of a run."""
+    if plan.is_reference:
+        return presentation(seed=plan.shown_seed)
+    return presentation(bits=plan.bits, method=plan.method, seed=plan.shown_seed)
 
 
 def _winq(config: StudyConfig, plan: PlannedRun, around_reset: AroundReset | None) -> list[TrainerCallback]:
@@ -233,7 +236,7 @@ def run_settings(config: StudyConfig, plan: PlannedRun) -> dict[str, Any]:
         Plain values by name.
     """
     quantized = not plan.is_reference
-    distilled = config.distillation is not None and quantized
+    distilled = config.distillation if quantized else None
     return {
         "bits": plan.bits,
         "method": plan.method,
@@ -241,7 +244,7 @@ def run_settings(config: StudyConfig, plan: PlannedRun) -> dict[str, Any]:
         **asdict(replace(config.train, seed=plan.seed)),
         **(asdict(config.winq) if plan.method == "winq" else {}),
         **({"measured_sigma": config.winq.sigma} if "noisy" in config.modes and quantized else {}),
-        **({"distillation": asdict(config.distillation), "measured_loss": MEASURED_LOSS} if distilled else {}),
+        **({} if distilled is None else {"distillation": asdict(distilled), "measured_loss": MEASURED_LOSS}),
         "modes": list(measured_modes(config, plan.method)),
         "skip": list(config.skip),
         "length": config.length,

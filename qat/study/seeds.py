@@ -94,7 +94,7 @@ def as_text(spread: Sequence[Row]) -> list[Row]:
     rows = []
     for row in spread:
         count = len(row["seeds"])
-        texts = {"label": row["label"], "bits": row["bits"], "method": row["method"], "seed": f"mean of {count} (range)"}
+        texts = {name: row[name] for name in ("label", "bits", "method")} | {"seed": f"mean of {count} (range)"}
         for name, form in digits.items():
             if name in row:
                 mean, low, high = (format(row[name][key], form) for key in ("mean", "low", "high"))

@@ -107,8 +107,8 @@ class Checkpoints(TrainerCallback):
 
     Args:
         run_folder: The run's folder; the checkpoints are in `checkpoints/` there.
-        every: Training steps between two checkpoints; 0: none is written. None: by time, so that saving takes at most a fiftieth of the
-            training, and two minutes lie between two checkpoints or more.
+        every: Training steps between two checkpoints; 0: none is written. None: by time, so that saving takes at most a
+            fiftieth of the training, and two minutes lie between two checkpoints or more.
         resumed: The checkpoint to go on from.
         parts: What else has a state, by the name of its file.
         clock: Gives the time in seconds.
@@ -155,8 +155,7 @@ class Checkpoints(TrainerCallback):
             return True
         if self.every is not None:
             return step % self.every == 0
-        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        if not several:
+        if not _shares_work():
             return self._time_has_come()
         if step % CLOCK_STEPS:
             return False
@@ -183,12 +182,12 @@ class Checkpoints(TrainerCallback):
                 for name, part in self.parts.items():
                     part.save_state(folder / f"{name}.safetensors")
             write()
-            if distributed.is_available() and distributed.is_initialized():
+            if _shares_work():
                 distributed.barrier()
             if main:
                 self._complete(folder, step)
         except (OSError, SafetensorError, RuntimeError) as error:
-            if (distributed.is_available() and distributed.is_initialized()) or isinstance(error, torch.OutOfMemoryError):
+            if _shares_work() or isinstance(error, torch.OutOfMemoryError):
                 raise
             shutil.rmtree(folder, ignore_errors=True)
             if not self.failed:
@@ -257,6 +256,11 @@ class CheckpointingTrainer(Trainer):
             raise _unreadable(checkpoint, error) from None
 
 
+def _shares_work() -> bool:
+    """Whether several processes train together."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def _state(model: Any) -> dict[str, torch.Tensor]:
     """Every parameter and buffer under one name each, tied ones once."""
     return {name: tensor.data for name, tensor in (*model.named_parameters(), *model.named_buffers())}
@@ -275,8 +279,8 @@ def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _unreadable(folder: Any, error: BaseException) -> InputError:
     return InputError(
-        f"the checkpoint {folder} cannot be read ({first_line(error)}): delete that folder, and the same command goes on "
-        "from the one before, or starts again"
+        f"the checkpoint {folder} cannot be read ({first_line(error)}): delete that folder, and the same command "
+        "goes on from the one before, or starts again"
     )
 
 

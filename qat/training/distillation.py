@@ -100,7 +100,8 @@ class Distillation:
             each = divergence(wanted.logits[:, :-1], found.logits[:, :-1], temperature=temperature)
             loss = loss + weight * temperature**2 * _mean(each, counted)
         if self.config.hidden > 0:
-            loss = loss + self.config.hidden * _hidden_error(found.hidden_states, wanted.hidden_states, inputs["labels"])
+            error = _hidden_error(found.hidden_states, wanted.hidden_states, inputs["labels"])
+            loss = loss + self.config.hidden * error
         return loss
 
 

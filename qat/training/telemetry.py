@@ -132,12 +132,10 @@ class Telemetry:
             codes = load_file(path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} cannot be read ({first_line(error)}): delete its folder") from None
-        saved = [codes.get(str(index)) for index in range(len(self._codes))]
-        if len(codes) != len(saved) or any(
-            s is None or s.shape != c.shape for s, c in zip(saved, self._codes, strict=True)
-        ):
+        pairs = [(codes.pop(str(index), None), own) for index, own in enumerate(self._codes)]
+        if codes or any(saved is None or saved.shape != own.shape for saved, own in pairs):
             raise InputError(f"{path} holds the codes of other layers: delete its folder")
-        self._codes = [s.to(c.device, c.dtype) for s, c in zip(saved, self._codes, strict=True) if s is not None]
+        self._codes = [saved.to(own.device, own.dtype) for saved, own in pairs if saved is not None]
 
 
 def _alike(layers: list[QuantLayer]) -> list[list[int]]:

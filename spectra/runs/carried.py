@@ -78,7 +78,7 @@ class Carried:
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{path} cannot be read as what a probe carries on ({first_line(error)}): delete it to measure without it"
+                f"{path} cannot be read ({first_line(error)}): delete it, and the probe measures without it"
             ) from None
 
 

@@ -15,6 +15,7 @@ import torch
 from qat import cli
 from qat.study.config import SmallLlamaConfig, StudyConfig
 from qat.training.config import SMALL_LLAMA_RATE, TrainConfig
+from qat.training.distillation import DistillationConfig
 from spectra.runs.folder import Run
 from spectra.views import page
 
@@ -242,6 +243,12 @@ def test_a_refusal_in_a_process_of_its_own_is_one_line_and_loads_nothing_that_tr
         ("--length 1", "length is 2 or more, got 1"),
         ("--seed -3", "a seed is a whole number"),
         ("--device tpu", "unknown device 'tpu': choose cpu or cuda"),
+        ("--seeds 0,one", "--seeds is a list of whole numbers such as 0,1,2, got '0,one'"),
+        ("--seeds ,", "--seeds is empty"),
+        ("--seeds 0,1 --seed 2", "argument --seed: not allowed with argument --seeds"),
+        ("--save-every -1", "save_every is a number of training steps, or 0 for none, got -1"),
+        ("--distill 2", "the weight of distillation lies between 0 and 1, got 2.0"),
+        ("--distill-hidden 1", "give --distill too"),
         ("--workers 0", "workers is 1 or more, got 0"),
         ("--base-steps 0", "steps is 1 or more, got 0"),
         ("--vocabulary-size 9", "a byte-level vocabulary has 257 tokens or more, got 9"),

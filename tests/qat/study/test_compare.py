@@ -16,7 +16,7 @@ import qat
 from qat.study import compare as study
 from qat.study import run as study_run
 from qat.study.config import SmallLlamaConfig, StudyConfig
-from qat.study.resume import check_same, is_finished, planned_marks
+from qat.study.resume import check_same, is_finished, planned_marks, validation_curve
 from qat.study.start import prepare
 from qat.training.config import TrainConfig
 from qat.training.evaluate import evaluate
@@ -175,10 +175,11 @@ def test_the_reference_is_trained_as_long_and_by_the_same_settings(done, llama):
     start = prepare(tiny(llama, "unused"), say=lambda line: None)
     result = train(start.model, start.train, start.validation, tiny(llama, "unused").train, device="cpu")
     assert row["validation_loss"] == result.validation_loss
-    assert tuple((one["step"], one["validation_loss"]) for one in run.telemetry if "validation_loss" in one) == result.curve
+    assert validation_curve(run) == result.curve
     assert row["validation_loss"] < result.curve[0][1]
     table = (done[0] / "table.md").read_text().splitlines()
-    cells = dict(zip(*(next(line for line in table if line.startswith(f"| {kind} |")).split(" | ") for kind in ("bits", 16))))
+    names, values = (next(x for x in table if x.startswith(f"| {kind} |")).split(" | ") for kind in ("bits", 16))
+    cells = dict(zip(names, values, strict=True))
     assert cells["steps to baseline loss"] == "-"
     assert list(cells)[1:6] == ["method", "validation loss", "perplexity", "steps", "steps to baseline loss"]
     assert any("the unquantized model, trained as long" in line for line in table)

@@ -36,7 +36,8 @@ def test_the_spread_is_mean_range_and_standard_deviation():
     (spread,) = spread_rows(ROWS)
     assert (spread["label"], spread["seeds"]) == ("2-bit WinQ, 3 seeds", [0, 1, 5])
     assert spread["validation_loss"] == {"mean": 2.5, "low": 2.0, "high": 3.0, "sd": stdev([2.0, 2.5, 3.0]), "runs": 3}
-    assert spread["steps_to_baseline_loss"] == {"mean": 6.0, "low": 5.0, "high": 7.0, "sd": stdev([7.0, 5.0]), "runs": 2}
+    steps = {"mean": 6.0, "low": 5.0, "high": 7.0, "sd": stdev([7.0, 5.0]), "runs": 2}
+    assert spread["steps_to_baseline_loss"] == steps
     assert spread["rms_end"]["runs"] == 2  # what is not resolved has no value to take a mean of
     assert spread["rms_end"]["mean"] == 1.5
 
@@ -44,7 +45,8 @@ def test_the_spread_is_mean_range_and_standard_deviation():
 def test_the_spread_in_words_and_in_tables():
     spread = spread_rows(ROWS)
     (line,) = in_words(spread)
-    assert line == "2-bit WinQ, 3 seeds: validation loss 2.5000 on average, from 2.0000 to 3.0000, standard deviation 0.5000"
+    words = "validation loss 2.5000 on average, from 2.0000 to 3.0000, standard deviation 0.5000"
+    assert line == f"2-bit WinQ, 3 seeds: {words}"
     (text,) = as_text(spread)
     assert text["validation_loss"] == "2.5000 (2.0000 to 3.0000)"
     assert text["steps_to_baseline_loss"] == "6 (5 to 7, 2 of 3 runs)"
@@ -66,7 +68,8 @@ def test_runs_of_several_seeds_have_folders_and_labels_of_their_own():
         *("full-precision-seed3", "full-precision-seed1", "2bit-baseline-seed3", "2bit-baseline-seed1"),
         *("2bit-winq-seed3", "2bit-winq-seed1"),
     ]
-    assert [run.label for run in plan[:3]] == ["full precision, seed 3", "full precision, seed 1", "2-bit baseline, seed 3"]
+    labels = ["full precision, seed 3", "full precision, seed 1", "2-bit baseline, seed 3"]
+    assert [run.label for run in plan[:3]] == labels
     one = StudyConfig(out="study", bits=(2,), seeds=(3,), train=TrainConfig(seed=0))
     assert [run.folder.name for run in plan_of(one)] == ["full-precision", "2bit-baseline", "2bit-winq"]
     assert (one.train.seed, one.seeds) == (3, ())

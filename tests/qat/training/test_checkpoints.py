@@ -23,6 +23,7 @@ from spectra.backend.errors import InputError
 from spectra.runs.folder import Run
 
 STEPS = 9
+FILES = ["weights.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "telemetry.safetensors"]
 
 
 class Broken(Exception):
@@ -58,7 +59,7 @@ def blocks(count, seed):
 
 
 def run_training(folder, *, every=2, event="", step=0, architecture="opt", bits=2, clock=None, **changes):
-    """Train with dropout, weight noise, resets and telemetry; returns the weights, the steps done and what is on disk."""
+    """Train with dropout, weight noise, resets and telemetry; returns the weights and the steps that were done."""
     config = TrainConfig(
         **{"steps": STEPS, "batch_size": 4, "learning_rate": 1e-2, "schedule": "cosine", "warmup": 0.3} | changes
     )
@@ -98,7 +99,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("event", "step", "first"),
-    [("begin", 1, 1), ("update", 2, 1), ("end", 4, 3), ("save", 4, 5), ("update", 8, 7), ("end", 9, 9), ("save", 9, None)],
+    [("update", 2, 1), ("end", 4, 3), ("save", 4, 5), ("begin", 8, 7), ("end", 9, 9), ("save", 9, None)],
 )
 def test_a_training_that_breaks_off_goes_on_from_its_checkpoint_to_the_same_bits(
     event, step, first, undisturbed, tmp_path
@@ -135,7 +136,7 @@ def test_two_checkpoints_are_kept_and_the_older_one_serves_where_the_newer_is_da
     assert same(weights, undisturbed[1])
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "telemetry.safetensors"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_checkpoint_without_one_of_its_files_does_not_count(name, tmp_path):
     with pytest.raises(Broken):
         run_training(tmp_path, event="end", step=3)
@@ -154,7 +155,7 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "weights.safetensors", "telemetry.safetensors"])
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("plain", [True, False])
 def test_nothing_in_a_checkpoint_of_a_stranger_is_run(name, plain, tmp_path):
     with pytest.raises(Broken):
