@@ -330,6 +330,8 @@ def _train(options: argparse.Namespace) -> None:
     with _threads_for(config):
         several = bool(config.seeds)
         rows = train_seeds(config, say=_saying(options)) if several else [train_one(config, say=_saying(options))]
+    if rows == [{}]:
+        return  # one of several ranks, of which the first speaks
     if options.json and several:
         _print_rows(config, rows)
     elif options.json:

@@ -37,7 +37,8 @@ import qat
 from qat.text.corpus import Blocks
 from qat.training.config import TrainConfig
 from qat.training.evaluate import evaluate
-from qat.training.step import TrainingStep
+from qat.training.noise import DrawnNoise
+from qat.training.step import TrainingStep, computing_in
 from qat.training.telemetry import Telemetry
 from qat.training.train import make_optimizer, train
 from qat.training.winq import interpolate_
@@ -125,7 +126,9 @@ class Clock(TrainerCallback):
             torch.cuda.set_sync_debug_mode("default")
             torch.set_warn_always(False)
             self._caught.__exit__(None, None, None)
-            self.waits = [f"{w.filename}:{w.lineno}" for w in self.waits_raw if "synchroniz" in str(w.message)]
+            self.waits = [
+                f"{w.filename}:{w.lineno}" for w in self.waits_raw if "called a synchronizing" in str(w.message)
+            ]
         if step in (self.warm_up, self.steps):
             synchronize(self.device)
             self.started, self.ended = self.ended, time.perf_counter()
@@ -167,13 +170,22 @@ def trained(model: nn.Module, options: argparse.Namespace, *, winq: bool, quanti
     step = (clock.ended - clock.started) / options.steps
     tokens = options.batch * options.length
     run = replace(config, steps=max(1, RUN_TOKENS // tokens), evaluate_every=0, telemetry_every=0)
-    validating = seconds_of(lambda: evaluate(model, validation, batch_size=options.batch), device, 2)
+
+    def validate() -> None:
+        with computing_in(options.dtype, torch.device(device)):
+            evaluate(model, validation, batch_size=options.batch)
+
+    validating = seconds_of(validate, device, 2)
     beside = {"validation": validating * len(run.evaluation_steps())}
     if quantized:
         telemetry = Telemetry(model)
         lines = len({*range(0, run.steps, run.telemetry_interval()), *run.evaluation_steps()})
         beside["telemetry"] = seconds_of(telemetry.measure, device) * lines
+    drawing = None
     if winq:
+        noise = DrawnNoise(noisy(model.train()))
+        drawing = seconds_of(noise.draw, device)
+        noise.clear()
         beside["resets"] = seconds_of(lambda: interpolate_(model, alpha=0.4), device) * RESETS
     whole = step * run.steps + sum(beside.values())
     return {
@@ -182,6 +194,7 @@ def trained(model: nn.Module, options: argparse.Namespace, *, winq: bool, quanti
         "whole_tokens_per_second": tokens * run.steps / whole,
         **{f"{name}_share": seconds / whole for name, seconds in beside.items()},
         "validation_ms": validating * 1e3,
+        "drawing_noise_ms": None if drawing is None else drawing * 1e3,
         "first_step_s": clock.first,
         "waits_per_step": len(clock.waits) / len(WATCHED),
         "waits": sorted(set(clock.waits)),
@@ -256,20 +269,24 @@ def kernels(name: str, step: Callable[[], None]) -> None:
     print(f"\n== {name}, three steps ==\n{table}", flush=True)
 
 
-def settings_of(bits: Sequence[str]) -> Iterator[tuple[str, Callable[[nn.Module], nn.Module], bool, bool]]:
+def settings_of(
+    bits: Sequence[str], skip: Sequence[str]
+) -> Iterator[tuple[str, Callable[[nn.Module], nn.Module], bool, bool]]:
     """Each setting: its name, how the model is made of the full-precision one, with WinQ, quantized by us."""
     yield "unquantized", lambda model: model, False, False
     for width in bits:
         yield f"{width} bit, winq", lambda model, width=width: quantized(model, bits=width), True, True
-    yield "2 bit, 8-bit activations, winq", lambda model: quantized(model, bits=2, activation_bits=8), True, True
-    yield "4 bit, torchao's QAT linear", torchao_linear, False, False
+    if "activations" not in skip:
+        yield "2 bit, 8-bit activations, winq", lambda model: quantized(model, bits=2, activation_bits=8), True, True
+    if "torchao" not in skip:
+        yield "4 bit, torchao's QAT linear", torchao_linear, False, False
 
 
 def gpu_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every setting trained, and noise and no noise in turns."""
     started = time.perf_counter()
     full, rows = model_of(options.model), []
-    for name, make, winq, ours in settings_of(options.bits.split(",")):
+    for name, make, winq, ours in settings_of(options.bits.split(","), options.skip.split(",")):
         if time.perf_counter() - started > options.time_limit:
             rows.append({"setting": name, "skipped": "no time was left"})
             continue
@@ -283,7 +300,8 @@ def gpu_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(row)
         release(options.device)
         print(f"{time.perf_counter() - started:5.0f} s  {json.dumps(row)}", flush=True)
-    rows += turns_rows(full, options) if time.perf_counter() - started < options.time_limit else []
+    if "turns" not in options.skip.split(",") and time.perf_counter() - started < options.time_limit:
+        rows += turns_rows(full, options)
     return rows
 
 
@@ -355,6 +373,7 @@ COLUMNS = {
     "telemetry_share": "{:.2%}",
     "validation_share": "{:.2%}",
     "resets_share": "{:.3%}",
+    "drawing_noise_ms": "{:.2f}",
     "noise_share": "{:.2%}",
     "times_unquantized": "{:.2f}",
     "waits_per_step": "{:.1f}",
@@ -392,6 +411,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU")
     made.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     made.add_argument("--time-limit", type=float, default=420, help="seconds after which no setting is started")
+    made.add_argument("--skip", default="", help="of activations,torchao,turns")
     made.add_argument("--profile", action="store_true", help="print what the steps in turns spend their time on")
     made.add_argument("--out", type=Path, help="a JSON file to write")
     return made

@@ -42,6 +42,8 @@ class QuantLayer(nn.Module):
         self.transposed = transposed
         self.noise_sigma = 0.0
         self.noise_scales = False
+        # While set, it is the noise of the weight in place of fresh random numbers; see qat.training.noise.
+        self.drawn_noise: Tensor | None = None
         # While set, replaces `training_weight` in the forward pass. qat.hessian puts its definitions here.
         self.weight_override: Callable[[QuantLayer], Tensor] | None = None
         self.weight = weight
@@ -82,7 +84,8 @@ class QuantLayer(nn.Module):
         weight = self.rows()
         if not (self.training and self.noise_sigma > 0):
             return quantize(self.quantizer, weight, self.scale)
-        weight = weight + torch.randn_like(weight).mul_(self.noise_sigma)
+        noise = torch.randn_like(weight) if self.drawn_noise is None else self.drawn_noise
+        weight = weight + self.noise_sigma * noise
         if not self.quantizer.learned_scale:
             return quantize(self.quantizer, weight, self.quantizer.initial_scale(weight))
         scale = self.scale

@@ -20,7 +20,7 @@ from qat.study.config import REFERENCE, StudyConfig
 from qat.study.measure import measure_full_precision
 from qat.study.plan import PlannedRun, plan_of, queue
 from qat.study.resume import NOT_COMPARED, check_same, kept_in_words
-from qat.study.run import Outcome, dequantized, finished_outcome, run_settings, train_method
+from qat.study.run import Outcome, dequantized, finished_outcome, follow_method, run_settings, train_method
 from qat.study.seeds import in_words, spread_rows, write_spread
 from qat.study.shared_start import SharedStart, remove_starts
 from qat.study.start import Start, prepare
@@ -28,6 +28,7 @@ from qat.study.table import Row, for_report, terminal, with_steps_to_baseline, w
 from qat.study.workers import run_jobs
 from qat.training.checkpoints import remove_checkpoints
 from qat.training.evaluate import Evaluation, evaluate
+from qat.training.ranks import agreed, batch_in_words, join, rank, rank_count, refuse_ranks
 from spectra.backend.errors import InputError
 from spectra.integrations.loading import quiet_transformers
 from spectra.runs.folder import Run, is_recorded
@@ -53,6 +54,7 @@ def compare(config: StudyConfig, *, say: Callable[[str], None] = print) -> list[
         InputError: A setting, the text or the model cannot be used. This is raised before anything slow.
         NonFiniteError: A loss or a Hessian-vector product held NaN or infinity. What was recorded is kept and reported.
     """
+    refuse_ranks("qat compare")
     plan = plan_of(config)
     try:
         return _compare(config, Path(config.out), plan, say)
@@ -111,16 +113,22 @@ def train_one(config: StudyConfig, *, save_model: bool = True, say: Callable[[st
         say: Told what happens, a line at a time.
 
     Returns:
-        The row of the table.
+        The row of the table. Under torchrun all ranks train; the first writes, and the others return nothing.
 
     Raises:
         InputError: As in `compare`.
         NonFiniteError: As in `compare`.
     """
     plan = PlannedRun(config.bits[0], config.methods[0], config.train.seed, Path(config.out))
+    if rank_count() > 1 and config.model is None:
+        raise InputError("the default model is too small for several ranks: give --model, or start without torchrun")
+    join(config.device)
+    if rank() > 0:
+        return _follow_one(config, plan)
     with _says_what_is_kept([plan], config, save_model=save_model):
         check_same(plan.folder, run_settings(config, plan))
         start = prepare(config, say=say)
+        say(batch_in_words(config.train, config.length))
         row = _train_one(start, config, plan, save_model=save_model, say=say)
         say(terminal([row]))
         beside = f", {MODEL}/" if save_model else ""
@@ -143,6 +151,7 @@ def train_seeds(config: StudyConfig, *, save_model: bool = True, say: Callable[[
         InputError: As in `compare`.
         NonFiniteError: As in `compare`.
     """
+    refuse_ranks("--seeds")
     out, bits, method = Path(config.out), config.bits[0], config.methods[0]
     plan = [PlannedRun(bits, method, seed, out / f"seed{seed}", seed) for seed in config.all_seeds]
     settings = {"study": "train", **config.to_config(), PLANNED_RUNS: [run.folder.name for run in plan]}
@@ -186,7 +195,8 @@ def _train_one(
 ) -> Row:
     """One training with its model and report; a finished one is kept."""
     outcome = finished_outcome(start, config, plan)
-    if outcome is not None and (plan.folder / MODEL).is_dir() >= save_model:
+    finished = outcome is not None and (plan.folder / MODEL).is_dir() >= save_model
+    if agreed(finished):
         say(f"{plan.folder} holds the finished run")
     else:
         try:
@@ -198,9 +208,20 @@ def _train_one(
         if save_model:
             assert outcome.model is not None
             _save_model(dequantized(outcome.model, start.model), start.tokenizer, plan.folder)
+    assert outcome is not None
     remove_checkpoints(plan.folder)
     _write_report(Run(plan.folder))
+    agreed(None)  # the other ranks end with this one
     return outcome.row
+
+
+def _follow_one(config: StudyConfig, plan: PlannedRun) -> Row:
+    """What ranks after the first do while the first is in `train_one`."""
+    start = prepare(config, say=lambda line: None)
+    if not agreed(True):
+        follow_method(start, config, plan)
+    agreed(None)
+    return {}
 
 
 def _save_model(model: Any, tokenizer: Any, out: Path) -> None:

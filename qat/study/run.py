@@ -39,9 +39,11 @@ from qat.training.callback import WinQCallback
 from qat.training.checkpoints import Checkpoints
 from qat.training.distillation import Distillation
 from qat.training.evaluate import perplexity_of
-from qat.training.step import Loss, next_token_loss
+from qat.training.ranks import agreed
+from qat.training.step import Loss, computation_facts, next_token_loss
 from qat.training.telemetry import Telemetry
 from qat.training.train import train
+from qat.training.winq import AroundReset
 from spectra.operators.hessian.operator import HessianOperator
 from spectra.runs.folder import Run, is_recorded
 from spectra.runs.planned import PLANNED_RECORDS
@@ -87,14 +89,14 @@ def train_method(start: Start, config: StudyConfig, plan: PlannedRun, *, shared:
         InputError: A checkpoint cannot be read.
         NonFiniteError: A loss or a Hessian-vector product held NaN or infinity; what was recorded is kept.
     """
-    checkpoint = go_back(plan.folder)
+    checkpoint = agreed(go_back(plan.folder))
     model, options, facts = _model_of(start, config, plan)
+    facts |= computation_facts(config.train, model, start.device)
     settings = {**run_settings(config, plan), **facts, **start.facts, "presentation": _shown(plan)}
     probe = study_probe(model, start, config, plan.folder, name=plan.name, settings=settings, **options)
-    loss: Loss = next_token_loss
+    loss = _loss(start, config, plan)
     if config.distillation is not None and not plan.is_reference:
         probe.notes.append(f"{MEASURED_LOSS} is measured; trained with {config.distillation.in_words()}")
-        loss = Distillation(copy.deepcopy(start.model).to(start.device), config.distillation)
     marks = {step for step, label in planned_marks(config, plan.method) if label == "quarter"}
     measure = MeasuringCallback(probe, sorted(marks))
     if checkpoint is None and not (shared is not None and shared.take(probe)):
@@ -111,7 +113,7 @@ def train_method(start: Start, config: StudyConfig, plan: PlannedRun, *, shared:
         replace(config.train, seed=plan.seed),
         name=plan.name,
         run=probe.run,
-        callbacks=[*_winq(config, plan, measure), measure],
+        callbacks=[*_winq(config, plan, measure.around_reset), measure],
         telemetry=telemetry,
         device=start.device.type,
         checkpoints=Checkpoints(plan.folder, every=config.save_every, resumed=checkpoint, parts=parts),
@@ -142,10 +144,37 @@ def _shown(plan: PlannedRun) -> dict[str, Any]:
     return presentation(bits=plan.bits, method=plan.method, seed=plan.shown_seed)
 
 
-def _winq(config: StudyConfig, plan: PlannedRun, measure: MeasuringCallback) -> list[TrainerCallback]:
-    if plan.method != "winq":
-        return []
-    return [WinQCallback(**asdict(config.winq), around_reset=measure.around_reset)]
+def _winq(config: StudyConfig, plan: PlannedRun, around_reset: AroundReset | None) -> list[TrainerCallback]:
+    return [WinQCallback(**asdict(config.winq), around_reset=around_reset)] if plan.method == "winq" else []
+
+
+def _loss(start: Start, config: StudyConfig, plan: PlannedRun) -> Loss:
+    if config.distillation is None or plan.is_reference:
+        return next_token_loss
+    return Distillation(copy.deepcopy(start.model).to(start.device), config.distillation)
+
+
+def follow_method(start: Start, config: StudyConfig, plan: PlannedRun) -> None:
+    """What ranks after the first do while the first is in `train_method`: train along, and write nothing of the run.
+
+    Args:
+        start: As on the first rank.
+        config: The study's settings.
+        plan: Which run.
+    """
+    checkpoint = agreed(None)
+    model, _, _ = _model_of(start, config, plan)
+    train(
+        model,
+        start.train,
+        start.validation,
+        replace(config.train, seed=plan.seed),
+        name=plan.name,
+        callbacks=_winq(config, plan, None),
+        device=start.device.type,
+        checkpoints=Checkpoints(plan.folder, every=config.save_every, resumed=checkpoint),
+        loss=_loss(start, config, plan),
+    )
 
 
 def outcome_of(run: Run, config: StudyConfig, plan: PlannedRun) -> Outcome:

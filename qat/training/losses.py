@@ -14,6 +14,11 @@ from torch import Tensor, distributed
 LOOK_EVERY = 16  # training steps between two copies to the host, where the device is not the host
 
 
+def look_every(device: torch.device) -> int:
+    """How many training steps lie between two looks: one on a CPU, where a look costs nothing."""
+    return 1 if device.type == "cpu" else LOOK_EVERY
+
+
 class StepLosses:
     """The losses of the training steps since the last look.
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 import numpy as np
+from torch import distributed
 
 from qat.training.config import TrainConfig
+from spectra.backend import ranks
 from spectra.backend.errors import InputError
+
+DAY = 24 * 60  # minutes; the others wait while the first rank measures a spectrum
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -18,6 +25,45 @@ def rank() -> int:
 def rank_count() -> int:
     """How many processes torchrun has started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(device: str | None) -> None:
+    """Join the other ranks, and use the GPU of this one; nothing without torchrun.
+
+    Args:
+        device: "cpu", "cuda", or None for a GPU if there is one.
+    """
+    if rank_count() > 1:
+        ranks.start(device=device, minutes=DAY)
+
+
+def agreed(value: T) -> T:
+    """The value that the first rank gives. All ranks must call it.
+
+    Args:
+        value: What this rank gives; it may be anything on ranks after the first.
+
+    Returns:
+        The first rank's value.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def refuse_ranks(command: str) -> None:
+    """Raise an InputError under torchrun, for what trains on one device.
+
+    Args:
+        command: What the user called.
+
+    Raises:
+        InputError: There are several ranks.
+    """
+    if rank_count() > 1:
+        raise InputError(f"{command} trains each run on one device: start it without torchrun, or use qat train --seed")
 
 
 def sequences_at_once(config: TrainConfig) -> int:
@@ -51,11 +97,10 @@ def batch_in_words(config: TrainConfig, length: int) -> str:
     Returns:
         For instance "16 sequences of 1,024 tokens a training step: 2 ranks x 4 parts x 2 sequences".
     """
+    factors = [f"{rank_count()} ranks"] if rank_count() > 1 else []
+    factors += [f"{config.accumulate} parts"] if config.accumulate > 1 else []
     said = f"{config.batch_size} sequences of {length:,} tokens a training step"
-    if rank_count() * config.accumulate == 1:
-        return said
-    ranks = f"{rank_count()} ranks x " if rank_count() > 1 else ""
-    return f"{said}: {ranks}{config.accumulate} parts x {sequences_at_once(config)} sequences"
+    return f"{said}: {' x '.join([*factors, f'{sequences_at_once(config)} sequences'])}" if factors else said
 
 
 def order_of_rank(order: list[int], config: TrainConfig) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from qat.layers.linear import decay_exempt, distinct_quant_layers
@@ -20,15 +21,21 @@ from qat.text.corpus import Blocks
 from qat.training.checkpoints import CheckpointingTrainer, Checkpoints
 from qat.training.config import TrainConfig
 from qat.training.evaluate import evaluate
-from qat.training.losses import LOOK_EVERY, StepLosses
+from qat.training.losses import StepLosses, look_every
 from qat.training.progress import progress_bar
-from qat.training.ranks import order_of_rank, rank_count, seed_of_rank, sequences_at_once
-from qat.training.step import Loss, TrainingStep, checkpoint_activations, next_token_loss, resolved
+from qat.training.ranks import DAY, order_of_rank, rank, rank_count, seed_of_rank, sequences_at_once
+from qat.training.step import (
+    Loss,
+    TrainingStep,
+    checkpoint_activations,
+    compiling,
+    computing_in,
+    next_token_loss,
+    resolved,
+)
 from qat.training.telemetry import NARROW
-from spectra.backend.errors import InputError, NonFiniteError
+from spectra.backend.errors import NonFiniteError
 from spectra.runs.folder import Run
-
-DAY = 24 * 60 * 60  # seconds
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,8 @@ def train(
     """Train a language model in place.
 
     The same `config.seed` gives the same batches in the same order. Under torchrun every rank calls this, and trains on
-    its part of each batch; the results are the same on all. Validation losses are computed in float32 and uncompiled.
+    its part of each batch; the results are the same on all. Validation losses are computed uncompiled, in the run's
+    dtype.
     A training that goes on from a checkpoint ends with the weights and lines of one that was never interrupted, bit for
     bit on a CPU; `run` then holds what was recorded up to the checkpoint.
 
@@ -123,19 +131,16 @@ def train(
             watch.validate(model, 0)
         else:
             watch.go_on(resumed.step)
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.folder))
-    except torch._dynamo.exc.TorchDynamoException as error:  # a compiler is missing, or the model cannot be compiled
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"torch.compile failed ({reason}): train with --no-compile, or compile=False") from error
+        with compiling(bool(config.compile)):
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.folder))
     finally:
         watch.close()
+        step.close()
         if checkpoints is not None:
             checkpoints.close()
         model.zero_grad(set_to_none=True)
         if config.activation_checkpointing:
             checkpoint_activations(model, False)
-        if config.compile:
-            torch._dynamo.reset()  # frees the compiled code, and its count of compilations begins anew
     return TrainResult(config.steps, tuple(watch.curve), time.perf_counter() - started)
 
 
@@ -151,7 +156,7 @@ def _arguments(config: TrainConfig, device: str | None, folder: str) -> Training
         seed=seed_of_rank(config),
         use_cpu=on_cpu,
         ddp_backend=("gloo" if on_cpu else "nccl") if rank_count() > 1 else None,
-        ddp_timeout=DAY,  # the others wait while the first rank measures a spectrum
+        ddp_timeout=60 * DAY,
         save_strategy="no",
         eval_strategy="no",
         logging_strategy="no",
@@ -172,7 +177,13 @@ def _distributed(step: TrainingStep, config: TrainConfig) -> nn.Module:
         return step
     if config.activation_checkpointing:
         torch._dynamo.config.optimize_ddp = False  # type: ignore[assignment]  # which cannot split checkpointed code
-    return nn.parallel.DistributedDataParallel(step)
+    # A mixture of experts may send no token to an expert, whose weights then have no gradient.
+    return nn.parallel.DistributedDataParallel(step, find_unused_parameters=_has_experts(step.model))
+
+
+def _has_experts(model: Any) -> bool:
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any(getattr(getattr(model, "config", None), name, None) for name in names)
 
 
 def _warn_of_16_bit_latents(model: nn.Module) -> None:
@@ -307,11 +318,11 @@ class _Watch(TrainerCallback):
         self.blocks, self.config, self.name, self.run, self.telemetry = blocks, config, name, run, telemetry
         self.evaluation_steps = frozenset(config.evaluation_steps())
         self.telemetry_interval = config.telemetry_interval()
-        self.losses = StepLosses(1 if device.type == "cpu" else LOOK_EVERY)
+        self.losses = StepLosses(look_every(device))
         self.loss = math.nan
         self.curve: list[tuple[int, float]] = []
         self.measured: dict[str, float] = {}
-        self.bar = progress_bar(config.steps, name, "steps")
+        self.bar = progress_bar(config.steps, name, "steps") if rank() == 0 else tqdm(disable=True)
 
     def look(self) -> None:
         """Bring the training losses up to date. Raises NonFiniteError for one that is NaN or infinite.
@@ -335,7 +346,8 @@ class _Watch(TrainerCallback):
 
     def validate(self, model: nn.Module, step: int) -> float:
         """Measure the validation loss, add it to the curve and return it."""
-        loss = evaluate(model, self.blocks, batch_size=sequences_at_once(self.config)).loss
+        with computing_in(self.config.dtype, next(model.parameters()).device):
+            loss = evaluate(model, self.blocks, batch_size=sequences_at_once(self.config)).loss
         self.curve.append((step, self.finite(loss, "validation loss", step)))
         if step == 0 and self.run is not None:
             self.run.append_telemetry({"step": 0, "validation_loss": loss})
