@@ -97,6 +97,20 @@ def undisturbed(tmp_path_factory):
     return 3, weights, (folder / "telemetry.jsonl").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory):
+    """The folder of a training that broke off in its third step, with a checkpoint of the second."""
+    folder = tmp_path_factory.mktemp("broken") / "run"
+    with pytest.raises(Broken):
+        run_training(folder, event="end", step=3)
+    return folder
+
+
+@pytest.fixture
+def broken(broken_off, tmp_path):
+    return Path(shutil.copytree(broken_off, tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     ("event", "step", "first"),
     [("update", 2, 1), ("end", 4, 3), ("save", 4, 5), ("begin", 8, 7), ("end", 9, 9), ("save", 9, None)],
@@ -137,14 +151,12 @@ def test_two_checkpoints_are_kept_and_the_older_one_serves_where_the_newer_is_da
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_checkpoint_without_one_of_its_files_does_not_count(name, tmp_path):
-    with pytest.raises(Broken):
-        run_training(tmp_path, event="end", step=3)
-    (tmp_path / "checkpoints" / "checkpoint-2" / name).unlink()
-    assert last_checkpoint(tmp_path) is None
-    assert go_back(tmp_path) is None
-    assert not (tmp_path / "checkpoints").exists()
-    assert Run(tmp_path).telemetry == []
+def test_a_checkpoint_without_one_of_its_files_does_not_count(name, broken):
+    (broken / "checkpoints" / "checkpoint-2" / name).unlink()
+    assert last_checkpoint(broken) is None
+    assert go_back(broken) is None
+    assert not (broken / "checkpoints").exists()
+    assert Run(broken).telemetry == []
 
 
 class Trap:
@@ -156,11 +168,10 @@ class Trap:
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("plain", [True, False])
-def test_nothing_in_a_checkpoint_of_a_stranger_is_run(name, plain, tmp_path):
-    with pytest.raises(Broken):
-        run_training(tmp_path / "run", event="end", step=3)
-    folder, sprung = tmp_path / "run" / "checkpoints" / "checkpoint-2", tmp_path / "sprung"
+@pytest.mark.parametrize("plain", [True, False], ids=["a pickle", "a torch file"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_nothing_in_a_checkpoint_of_a_stranger_is_run(name, plain, broken, tmp_path):
+    folder, sprung = broken / "checkpoints" / "checkpoint-2", tmp_path / "sprung"
     if plain:
         (folder / name).write_bytes(pickle.dumps(Trap(sprung)))
     else:
@@ -169,16 +180,14 @@ def test_nothing_in_a_checkpoint_of_a_stranger_is_run(name, plain, tmp_path):
     complete["files"][name] = (folder / name).stat().st_size
     (folder / "complete.json").write_text(json.dumps(complete))
     with pytest.raises(InputError) as refused:
-        run_training(tmp_path / "run")
+        run_training(broken)
     assert "\n" not in str(refused.value)
     assert "delete" in str(refused.value)
     assert not sprung.exists()
 
 
-def test_no_pickle_that_is_not_needed_is_written(tmp_path):
-    with pytest.raises(Broken):
-        run_training(tmp_path, event="end", step=3)
-    found = {path.name for path in (tmp_path / "checkpoints" / "checkpoint-2").iterdir()}
+def test_no_pickle_that_is_not_needed_is_written(broken_off):
+    found = {path.name for path in (broken_off / "checkpoints" / "checkpoint-2").iterdir()}
     assert found == {
         *("complete.json", "trainer_state.json", "weights.safetensors", "telemetry.safetensors"),
         *("optimizer.pt", "scheduler.pt", "rng_state.pth"),
@@ -220,12 +229,10 @@ def test_a_kill_before_the_last_file_leaves_the_checkpoint_before(tmp_path, monk
     assert max(line["step"] for line in Run(tmp_path).telemetry) == 2
 
 
-def test_a_run_whose_files_are_shorter_than_at_the_checkpoint_starts_again(tmp_path):
-    with pytest.raises(Broken):
-        run_training(tmp_path, event="end", step=3)
-    telemetry = tmp_path / "telemetry.jsonl"
+def test_a_run_whose_files_are_shorter_than_at_the_checkpoint_starts_again(broken):
+    telemetry = broken / "telemetry.jsonl"
     telemetry.write_bytes(b"".join(telemetry.read_bytes().splitlines(keepends=True)[:1]))
-    assert last_checkpoint(tmp_path) is None
+    assert last_checkpoint(broken) is None
 
 
 def test_by_time_saving_takes_a_fiftieth_and_a_short_training_is_not_saved(tmp_path):
@@ -249,12 +256,11 @@ def test_by_time_saving_takes_a_fiftieth_and_a_short_training_is_not_saved(tmp_p
     assert len(times) * 10.0 <= 0.02 * now[0] + 10.0
 
 
-def test_removing_leaves_nothing(tmp_path):
-    with pytest.raises(Broken):
-        run_training(tmp_path, event="end", step=5)
-    remove_checkpoints(tmp_path)
-    assert not (tmp_path / "checkpoints").exists()
-    remove_checkpoints(tmp_path)
+def test_removing_leaves_nothing(broken):
+    assert last_checkpoint(broken).step == 2
+    remove_checkpoints(broken)
+    assert not (broken / "checkpoints").exists()
+    remove_checkpoints(broken)
 
 
 def test_tied_and_transposed_weights_are_saved(tmp_path):

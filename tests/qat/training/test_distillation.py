@@ -12,6 +12,7 @@ import qat
 from qat.text.corpus import Blocks
 from qat.training.config import TrainConfig
 from qat.training.distillation import Distillation, DistillationConfig, divergence
+from qat.training.step import TrainingStep
 from qat.training.train import train
 from spectra.backend.errors import InputError
 
@@ -114,6 +115,24 @@ def test_distilling_brings_the_student_nearer_to_its_teacher():
             pair = [m.eval()(input_ids=rows).logits for m in (teacher, student)]
         far.append(divergence(*pair).mean().item())
     assert far[1] < 0.5 * far[0]
+
+
+def test_the_loss_is_compiled_whole():
+    """Without a break of the graph, so that a GPU gets one compiled step, teacher and student."""
+    teacher, student = models()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    losses = []
+    for compiled in (False, True):
+        loss = Distillation(teacher, DistillationConfig(0.5, 2.0, 0.1))
+        step = TrainingStep(student, compiled=compiled, backend="eager", loss=loss)
+        student.zero_grad()
+        losses.append(step(**batch()))
+        losses[-1].backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
