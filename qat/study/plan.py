@@ -76,7 +76,8 @@ def queue(plan: Sequence[PlannedRun], *, workers: int) -> list[int]:
     """The order in which runs are trained.
 
     Runs of one bit-width share the spectrum of their start. Where several are trained at once, those of one bit-width
-    are far from each other, so that the first has measured it when the next begins.
+    are far from each other, so that the first has measured it when the next begins. The reference, the shortest, comes
+    last, so that all end at much the same time.
 
     Args:
         plan: The runs.
@@ -88,4 +89,4 @@ def queue(plan: Sequence[PlannedRun], *, workers: int) -> list[int]:
     if workers <= 1:
         return list(range(len(plan)))
     rank = [sum(other.bits == run.bits for other in plan[:index]) for index, run in enumerate(plan)]
-    return sorted(range(len(plan)), key=lambda index: (rank[index], index))
+    return sorted(range(len(plan)), key=lambda index: (plan[index].is_reference, rank[index], index))

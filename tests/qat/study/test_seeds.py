@@ -81,7 +81,7 @@ def test_runs_with_one_start_are_far_apart_where_several_are_trained_at_once():
     plan = plan_of(StudyConfig(out="study", bits=(1, 2, 4)))
     assert queue(plan, workers=1) == list(range(7))
     assert [plan[index].folder.name for index in queue(plan, workers=2)] == [
-        *("full-precision", "1bit-baseline", "2bit-baseline", "4bit-baseline", "1bit-winq", "2bit-winq", "4bit-winq")
+        *("1bit-baseline", "2bit-baseline", "4bit-baseline", "1bit-winq", "2bit-winq", "4bit-winq", "full-precision")
     ]
 
 
