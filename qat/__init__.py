@@ -15,18 +15,22 @@ from qat.layers.convert import ConversionReport, quantize_model
 from qat.layers.linear import QuantEmbedding, QuantLayer, QuantLinear, decay_exempt, quant_layers
 from qat.ranking import sensitivity
 from qat.training import telemetry
+from qat.training.parq import PARQ, PARQConfig
 from qat.training.winq import PRESETS, WinQ, WinQConfig, interpolate_, reset_steps
 from spectra.backend.errors import InputError
 from spectra.backend.extras import need
 
 if TYPE_CHECKING:
-    from qat.training.callback import WinQCallback
+    from qat.training.callback import PARQCallback, WinQCallback
 
 __all__ = [
     "MODES",
+    "PARQ",
     "PRESETS",
     "ConversionReport",
     "InputError",
+    "PARQCallback",
+    "PARQConfig",
     "QuantConfig",
     "QuantEmbedding",
     "QuantLayer",
@@ -47,10 +51,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # WinQCallback is a subclass of transformers' TrainerCallback. Imported at first use, so that `import qat` is fast.
-    if name == "WinQCallback":
+    # The callbacks are subclasses of transformers' TrainerCallback. Imported at first use: `import qat` stays fast.
+    if name in ("PARQCallback", "WinQCallback"):
         need("transformers")
-        from qat.training.callback import WinQCallback
+        from qat.training import callback
 
-        return WinQCallback
+        return getattr(callback, name)
     raise AttributeError(f"module 'qat' has no attribute {name!r}")

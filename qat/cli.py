@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from qat.hessian import MODES
-from qat.layers.config import BITS, SUPPORTED_BITS
+from qat.layers.config import BITS, INITIAL_SCALES, SUPPORTED_BITS
 from qat.study.config import METHODS, SmallLlamaConfig, StudyConfig, choose_device
 from qat.study.workers import MOST_WORKERS, available_cores, threads
 from qat.training.config import DTYPES, PRETRAINED_RATE, SCHEDULES, SMALL_LLAMA_RATE, TrainConfig
@@ -30,6 +30,7 @@ TRAINING_OPTIONS = (
 )
 STUDY_OPTIONS = (
     *("out", "model", "tokenizer", "dataset", "trust_remote_code", "device", "quantizer", "length"),
+    *("group_size", "initial_scale"),
     *("validation_sequences", "probes", "lanczos_steps", "deflate", "count_products", "measure_sequences"),
     "save_every",
 )
@@ -250,6 +251,17 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
     quantization, winq = parser.add_argument_group("quantization and WinQ"), PRESETS["paper"]
     quantization.add_argument(
         "--quantizer", help=_with_default(StudyConfig.quantizer, f"auto (by bit-width), {', '.join(SUPPORTED_BITS)}")
+    )
+    quantization.add_argument(
+        "--group-size",
+        type=int,
+        help="columns of a row that share a scale, such as 32 (default: the whole row)",
+    )
+    quantization.add_argument(
+        "--initial-scale",
+        help=_with_default(
+            StudyConfig.initial_scale, f"{', '.join(INITIAL_SCALES)}: learned scales start at the least squared error"
+        ),
     )
     quantization.add_argument("--skip", nargs="+", metavar="GLOB", help="modules to leave in full precision")
     quantization.add_argument("--preset", help="WinQ as in the paper's text (paper, the default) or code (released)")

@@ -39,7 +39,8 @@ def hessian_mode(
     """A context in which a model computes as one definition of the Hessian requires, in train and evaluation mode.
 
     Let M be the mask of the weights that are not clipped, and H(V) the Hessian of the full-precision network at the
-    weights V. The modes are:
+    weights V. For the quantizer "quest", M stands for T^T M T, with T its Hadamard transform and the mask of the
+    transformed weights. A scheme that is annealed counts as on its grid. The modes are:
 
     * "ste": M H(Q(W)) M, the Jacobian of the straight-through gradient in the latent weights W.
     * "quantized": H(Q(W)). The layers compute with Q(W), and its derivative in W is the identity.

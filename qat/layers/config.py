@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral
 from typing import Any
 
+from qat.layers.bits import BITS, is_real, listed, parse_bits
+from qat.layers.quantizers.registry import AUTO_QUANTIZER, QUANTIZERS, SUPPORTED_BITS, check_quantizer
+from qat.layers.quantizers.scale_search import INITIAL_SCALES
 from spectra.backend.errors import InputError
 
-BITS = (1, 1.58, 2, 3, 4, 8)
-
-# The bit-widths that each scheme is defined for; the schemes themselves are in qat/layers/quantizers.
-SUPPORTED_BITS: dict[str, tuple[float, ...]] = {
-    "rtn": (2, 3, 4, 8),
-    "lsq": (3, 4, 8),
-    "seq": (1.58, 2),
-    "binary": (1,),
-}
-
-# The scheme that quantizer="auto" chooses.
-AUTO_QUANTIZER: dict[float, str] = {1: "binary", 1.58: "seq", 2: "seq", 3: "lsq", 4: "lsq", 8: "lsq"}
+__all__ = ["AUTO_QUANTIZER", "BITS", "INITIAL_SCALES", "SUPPORTED_BITS", "QuantConfig", "check_quantizer", "is_real"]
+__all__ += ["parse_bits"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +23,10 @@ class QuantConfig:
     Args:
         bits: 1, 1.58, 2, 3, 4 or 8, as a number or as text.
         quantizer: A scheme in `SUPPORTED_BITS`, or "auto": "binary" at 1 bit, "seq" at 1.58 and 2, "lsq" from 3.
+        group_size: How many neighbouring columns of a row share a scale, 2 or more; None is one scale a row. The width
+            of every quantized weight has to be a multiple of it.
+        initial_scale: What learned scales start from. "max" is the scheme's own start: the largest magnitude of the row
+            or group, and at 1 bit the mean magnitude. "mse" searches the scale with the least squared error of Q(W).
         activation_bits: 16; activations are not quantized.
         quantize_head: Whether to quantize the output head.
         quantize_embeddings: Whether to quantize the token embeddings.
@@ -48,6 +43,8 @@ class QuantConfig:
 
     bits: float = 2
     quantizer: str = "auto"
+    group_size: int | None = None
+    initial_scale: str = "max"
     activation_bits: int = 16
     quantize_head: bool = False
     quantize_embeddings: bool = False
@@ -58,6 +55,7 @@ class QuantConfig:
         object.__setattr__(self, "bits", bits)
         object.__setattr__(self, "skip", _globs(self.skip))
         check_quantizer(self.quantizer, bits)
+        self._check_scales()
         if self.activation_bits != 16:
             raise InputError(
                 f"activation_bits must be 16 (activations stay in full precision); got {self.activation_bits!r}"
@@ -66,54 +64,33 @@ class QuantConfig:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False; got {getattr(self, name)!r}")
 
+    def _check_scales(self) -> None:
+        """Raises InputError for a group size or a start of the scales that the scheme does not have."""
+        scheme, size = QUANTIZERS[self.scheme], self.group_size
+        if size is not None:
+            if isinstance(size, bool) or not isinstance(size, Integral) or size < 2:
+                raise InputError(
+                    f"group_size must be a whole number of columns, 2 or more, or None for one scale a row; "
+                    f"got {size!r}"
+                )
+            object.__setattr__(self, "group_size", int(size))
+            if not scheme.grouped:
+                raise InputError(
+                    f"quantizer {scheme.name!r} has one scale for the whole tensor, and got group_size={size}: "
+                    "leave group_size out, or use another quantizer"
+                )
+        if self.initial_scale not in INITIAL_SCALES:
+            raise InputError(f"initial_scale must be one of {listed(INITIAL_SCALES)}; got {self.initial_scale!r}")
+        if self.initial_scale == "mse" and not scheme.learned_scale:
+            raise InputError(
+                f"initial_scale='mse' is where a learned scale starts; quantizer {scheme.name!r} computes its scale "
+                "from the weights: leave initial_scale at 'max'"
+            )
+
     @property
     def scheme(self) -> str:
         """The name of the quantizer in use, with "auto" resolved."""
         return AUTO_QUANTIZER[self.bits] if self.quantizer == "auto" else self.quantizer
-
-
-def parse_bits(value: Any) -> float:
-    """The bit-width that a number or a text stands for.
-
-    Args:
-        value: A number, or a number as text.
-
-    Returns:
-        One of `BITS`, an int where it is whole.
-
-    Raises:
-        InputError: It is none of them.
-    """
-    number = math.nan
-    if is_real(value) or isinstance(value, str):
-        with suppress(ValueError):
-            number = float(value)
-    for bits in BITS:
-        if number == bits:
-            return bits
-    raise InputError(f"bits must be one of {_listed(BITS)}; got {value}")
-
-
-def check_quantizer(name: Any, bits: float) -> None:
-    """Check the name of a scheme.
-
-    Args:
-        name: What a user gave.
-        bits: One of `BITS`.
-
-    Raises:
-        InputError: It is neither "auto" nor a scheme that is defined at this bit-width.
-    """
-    if name == "auto":
-        return
-    if not isinstance(name, str) or name not in SUPPORTED_BITS:
-        raise InputError(f"quantizer must be one of auto, {_listed(SUPPORTED_BITS)}; got {name!r}")
-    if bits not in SUPPORTED_BITS[name]:
-        fitting = [other for other, widths in SUPPORTED_BITS.items() if bits in widths]
-        raise InputError(
-            f"quantizer {name!r} supports {_listed(SUPPORTED_BITS[name])} bits; got {bits}: "
-            f"use quantizer={' or '.join(repr(other) for other in ['auto', *fitting])}"
-        )
 
 
 def _globs(skip: Any) -> tuple[str, ...]:
@@ -124,13 +101,3 @@ def _globs(skip: Any) -> tuple[str, ...]:
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise InputError(f"skip must be a list of globs of module names, such as ('*.mlp.*',); got {skip!r}")
     return patterns
-
-
-def is_real(value: Any) -> bool:
-    """Whether it is a real number, and not True or False."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _listed(values: Iterable[Any]) -> str:
-    """The values in words, with commas between."""
-    return ", ".join(str(value) for value in values)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
 
 from qat.layers.config import QuantConfig
-from qat.layers.linear import QuantEmbedding, QuantLayer, QuantLinear, quant_layers, weight_names
+from qat.layers.linear import QuantEmbedding, QuantLayer, QuantLinear, check_group_size, quant_layers, weight_names
 from qat.layers.quantizers.registry import make_quantizer
 from spectra.backend.errors import InputError
 
@@ -106,7 +107,7 @@ def quantize_model(model: nn.Module, config: QuantConfig | None = None) -> Conve
         skipped=skipped,
         weight_count=sum(p.numel() for name, p in model.named_parameters() if name in latent),
         upcast=tuple(name for name in chosen if id(weights[name]) in upcast),
-        notes=_notes(model, upcast),
+        notes=_notes(model, upcast, config),
     )
 
 
@@ -170,6 +171,9 @@ def _choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, nn.Module]
         else:
             chosen[name] = module
 
+    if config.group_size is not None:
+        columns = {f"{name}.weight": _weight(m).shape[0 if _is_conv1d(m) else 1] for name, m in chosen.items()}
+        check_group_size(columns, config.group_size)
     if config.quantize_head and not any(id(module) in heads for module in chosen.values()):
         raise InputError("quantize_head=True, but the model has no output head that can be quantized: leave it False")
     if config.quantize_embeddings and not any(id(module) in embeddings for module in chosen.values()):
@@ -296,10 +300,15 @@ def _latent(weight: nn.Parameter) -> nn.Parameter:
 def _quantized(module: nn.Module, weight: nn.Parameter, config: QuantConfig, scale: nn.Parameter | None) -> QuantLayer:
     """The quantized layer that replaces a module."""
     quantizer = make_quantizer(config.quantizer, config.bits)
+    scales: dict[str, Any] = {
+        "scale": scale,
+        "group_size": config.group_size,
+        "initial_scale": config.initial_scale,
+    }
     if isinstance(module, nn.Embedding):
-        return QuantEmbedding(weight, quantizer, scale=scale, padding_idx=module.padding_idx, dtype=module.weight.dtype)
+        return QuantEmbedding(weight, quantizer, padding_idx=module.padding_idx, dtype=module.weight.dtype, **scales)
     bias = module._parameters.get("bias")
-    return QuantLinear(weight, bias, quantizer, scale=scale, transposed=_is_conv1d(module))  # type: ignore[arg-type]
+    return QuantLinear(weight, bias, quantizer, transposed=_is_conv1d(module), **scales)  # type: ignore[arg-type]
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -331,9 +340,11 @@ def _call_every_layer(model: nn.Module) -> None:
             module.use_nested_tensor = False  # which only the fused path can read
 
 
-def _notes(model: nn.Module, upcast: dict[int, nn.Parameter]) -> tuple[str, ...]:
-    """Notes for the user: new dtypes, and ties with modules that are not quantized."""
+def _notes(model: nn.Module, upcast: dict[int, nn.Parameter], config: QuantConfig) -> tuple[str, ...]:
+    """Notes for the user: groups, new dtypes, and ties with modules that are not quantized."""
     notes = []
+    if config.group_size is not None:
+        notes.append(f"one scale for each {config.group_size} columns of a row")
     if upcast:
         notes.append(f"{len(upcast)} weights were 16-bit and have float32 latents now; the layers compute as before")
     latent = {id(layer.weight): name for name, layer in quant_layers(model)}

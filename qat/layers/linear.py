@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 
 from qat.layers.fast_path import quantize
 from qat.layers.quantizers.base import Quantizer
+from qat.layers.quantizers.grouped import Grouped
 from qat.layers.quantizers.linearization import Linearization
+from qat.layers.quantizers.scale_search import INITIAL_SCALES, least_error_scale
+from spectra.backend.errors import InputError
 
 
 class QuantLayer(nn.Module):
-    """The base class of quantized layers: a latent weight W, one scale s for each row, and a quantizer Q.
+    """The base class of quantized layers: a latent weight W, one scale s for each row or group, and a quantizer Q.
 
     In train mode, weight noise with the standard deviation `noise_sigma` (0 at first) is added to the weight before it
     is quantized, drawn anew at every forward pass. With `noise_scales` a learned scale gets the same noise.
@@ -23,8 +27,13 @@ class QuantLayer(nn.Module):
         weight: The latent weight, in the layout of the module it came from: (rows, columns), or (columns, rows) where
             `transposed`.
         quantizer: The scheme.
-        scale: (rows, 1), where a learned scale is shared with another layer; None starts from the weight.
+        scale: (rows, groups), where a learned scale is shared with another layer; None starts from the weight.
         transposed: Whether the weight has its output features in columns.
+        group_size: How many neighbouring columns of a row share a scale; None is one scale a row, so one group.
+        initial_scale: Where a learned scale starts, as in `qat.QuantConfig`: "max" or "mse".
+
+    Raises:
+        InputError: The group size does not divide the columns, or there is no such start.
     """
 
     weight: nn.Parameter
@@ -36,9 +45,12 @@ class QuantLayer(nn.Module):
         *,
         scale: nn.Parameter | None = None,
         transposed: bool = False,
+        group_size: int | None = None,
+        initial_scale: str = "max",
     ) -> None:
         super().__init__()
-        self.quantizer = quantizer
+        self.scheme = quantizer
+        self.quantizer = quantizer if group_size is None else Grouped(quantizer, group_size)
         self.transposed = transposed
         self.noise_sigma = 0.0
         self.noise_scales = False
@@ -47,16 +59,19 @@ class QuantLayer(nn.Module):
         # While set, replaces `training_weight` in the forward pass. qat.hessian puts its definitions here.
         self.weight_override: Callable[[QuantLayer], Tensor] | None = None
         self.weight = weight
+        if group_size is not None:
+            check_group_size({"the weight": self.rows().shape[-1]}, group_size)
+        if initial_scale not in INITIAL_SCALES:
+            raise InputError(f"initial_scale must be one of {', '.join(INITIAL_SCALES)}; got {initial_scale!r}")
         if quantizer.learned_scale:
             if scale is None:
-                start = quantizer.initial_scale(self.rows())
-                scale = nn.Parameter(start.clone(), requires_grad=weight.requires_grad)
+                scale = nn.Parameter(self._first_scale(initial_scale).clone(), requires_grad=weight.requires_grad)
             # register_parameter refuses a name that the class has as a property.
             self._parameters["scale"] = scale
 
     @property
     def scale(self) -> Tensor:
-        """One scale a row, (rows, 1): a Parameter where it is learned, else computed from the weight at each use."""
+        """(rows, groups), one group without a group size: learned, or computed from the weight at each use."""
         if self.quantizer.learned_scale:
             scale = self._parameters["scale"]
             assert scale is not None
@@ -80,18 +95,21 @@ class QuantLayer(nn.Module):
         return self._flip(self.quantizer.mask(self.rows(), self.scale))
 
     def training_weight(self) -> Tensor:
-        """Q(W + U) as (rows, columns), U ~ N(0, noise_sigma^2) in train mode and 0 in evaluation mode."""
+        """Q(W + U) as (rows, columns), U ~ N(0, noise_sigma^2) in train mode and 0 in evaluation mode.
+
+        In train mode a scheme that is annealed to its grid has its annealed values in place of Q.
+        """
         weight = self.rows()
         if not (self.training and self.noise_sigma > 0):
-            return quantize(self.quantizer, weight, self.scale)
+            return self._training(weight, self.scale)
         noise = torch.randn_like(weight) if self.drawn_noise is None else self.drawn_noise
         weight = weight + self.noise_sigma * noise
         if not self.quantizer.learned_scale:
-            return quantize(self.quantizer, weight, self.quantizer.initial_scale(weight))
+            return self._training(weight, self.quantizer.initial_scale(weight))
         scale = self.scale
         if self.noise_scales:
             scale = scale + self.noise_sigma * torch.randn_like(scale)
-        return quantize(self.quantizer, weight, scale)
+        return self._training(weight, scale)
 
     def linearization(self) -> Linearization:
         """The smooth function that the straight-through derivative belongs to, for checks by finite differences."""
@@ -100,6 +118,21 @@ class QuantLayer(nn.Module):
     def forward_weight(self) -> Tensor:
         """The weight that the forward pass computes with, (rows, columns)."""
         return self.training_weight() if self.weight_override is None else self.weight_override(self)
+
+    def _training(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """The quantizer of the mode: annealed in train mode, on the grid in evaluation mode."""
+        if self.training and self.scheme.anneals:
+            return self.quantizer.annealed(weight, scale)
+        return quantize(self.quantizer, weight, scale)
+
+    def _first_scale(self, initial_scale: str) -> Tensor:
+        """The scales that training starts from, (rows, groups)."""
+        rows = self.rows()
+        if initial_scale == "max":
+            return self.quantizer.initial_scale(rows)
+        size = self.quantizer.size if isinstance(self.quantizer, Grouped) else rows.shape[-1]
+        found = least_error_scale(self.scheme, rows.reshape(-1, size))
+        return found.reshape(*rows.shape[:-1], -1)
 
     def _flip(self, matrix: Tensor) -> Tensor:
         """Change between the layout of the weight and (rows, columns): transpose where `transposed`."""
@@ -121,8 +154,10 @@ class QuantLinear(QuantLayer):
         weight: The latent weight, (out, in), or (in, out) where `transposed`, as in Conv1D.
         bias: (out,), or None.
         quantizer: The scheme.
-        scale: (out, 1), as in `QuantLayer`.
+        scale: (out, groups), as in `QuantLayer`.
         transposed: Whether the weight is (in, out).
+        group_size: As in `QuantLayer`.
+        initial_scale: As in `QuantLayer`.
     """
 
     def __init__(
@@ -133,8 +168,17 @@ class QuantLinear(QuantLayer):
         *,
         scale: nn.Parameter | None = None,
         transposed: bool = False,
+        group_size: int | None = None,
+        initial_scale: str = "max",
     ) -> None:
-        super().__init__(weight, quantizer, scale=scale, transposed=transposed)
+        super().__init__(
+            weight,
+            quantizer,
+            scale=scale,
+            transposed=transposed,
+            group_size=group_size,
+            initial_scale=initial_scale,
+        )
         self.bias = bias
         self.out_features, self.in_features = self.rows().shape
 
@@ -152,14 +196,16 @@ class QuantLinear(QuantLayer):
 
 
 class QuantEmbedding(QuantLayer):
-    """Rows of Q(W), one scale a token, in place of nn.Embedding.
+    """Rows of Q(W), one scale a token or group, in place of nn.Embedding.
 
     Args:
         weight: The latent weight, (tokens, features).
         quantizer: The scheme.
-        scale: (tokens, 1), as in `QuantLayer`.
+        scale: (tokens, groups), as in `QuantLayer`.
         padding_idx: The token that gets no gradient, or None.
         dtype: The dtype of the rows that are returned; None is that of the weight.
+        group_size: As in `QuantLayer`.
+        initial_scale: As in `QuantLayer`.
     """
 
     def __init__(
@@ -170,8 +216,10 @@ class QuantEmbedding(QuantLayer):
         scale: nn.Parameter | None = None,
         padding_idx: int | None = None,
         dtype: torch.dtype | None = None,
+        group_size: int | None = None,
+        initial_scale: str = "max",
     ) -> None:
-        super().__init__(weight, quantizer, scale=scale)
+        super().__init__(weight, quantizer, scale=scale, group_size=group_size, initial_scale=initial_scale)
         self.num_embeddings, self.embedding_dim = weight.shape
         self.padding_idx = padding_idx
         self.dtype = dtype or weight.dtype
@@ -179,6 +227,25 @@ class QuantEmbedding(QuantLayer):
     def forward(self, tokens: Tensor) -> Tensor:
         """The quantized rows (..., features) of token ids (...)."""
         return F.embedding(tokens, self.forward_weight(), padding_idx=self.padding_idx).to(self.dtype)
+
+
+def check_group_size(widths: dict[str, int], group_size: int) -> None:
+    """Check that groups fill the rows of every weight.
+
+    Args:
+        widths: The columns of each weight by its name.
+        group_size: Columns of a group.
+
+    Raises:
+        InputError: A width is not a multiple of the group size.
+    """
+    for name, width in widths.items():
+        if width % group_size:
+            fitting = math.gcd(group_size, *widths.values())
+            use = f"use group_size={fitting}" if fitting > 1 else "use one scale a row (group_size=None)"
+            raise InputError(
+                f"group_size={group_size} does not divide the {width} columns of {name}: {use}, or skip that layer"
+            )
 
 
 def quant_layers(model: nn.Module) -> list[tuple[str, QuantLayer]]:

@@ -96,6 +96,8 @@ class StudyConfig:
         trust_remote_code: Run the code that a model or tokenizer of the hub brings along.
         device: "cpu", "cuda", or None for a GPU if there is one.
         quantizer: A scheme, or "auto" to choose it by bit-width; see `qat.QuantConfig`.
+        group_size: Columns that share a scale, or None for one scale a row; see `qat.QuantConfig`.
+        initial_scale: Where learned scales start, "max" or "mse"; see `qat.QuantConfig`.
         skip: Globs of module names to leave in full precision.
         length: Tokens a sequence, in training and in measuring.
         train: How to train.
@@ -133,6 +135,8 @@ class StudyConfig:
     trust_remote_code: bool = False
     device: str | None = None
     quantizer: str = "auto"
+    group_size: int | None = None
+    initial_scale: str = "max"
     skip: tuple[str, ...] = ()
     length: int = 128
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -193,7 +197,13 @@ class StudyConfig:
 
     def quantization(self, bits: float) -> QuantConfig:
         """How a model of this bit-width is quantized."""
-        return QuantConfig(bits=bits, quantizer=self.quantizer, skip=self.skip)
+        return QuantConfig(
+            bits=bits,
+            quantizer=self.quantizer,
+            group_size=self.group_size,
+            initial_scale=self.initial_scale,
+            skip=self.skip,
+        )
 
     def measuring_steps(self) -> tuple[int, ...]:
         """The training steps between the first and the last at which spectra are measured.

@@ -35,7 +35,7 @@ from qat.study.resume import (
 from qat.study.shared_start import SharedStart
 from qat.study.start import Start
 from qat.study.table import Row, spectrum_columns
-from qat.training.callback import WinQCallback
+from qat.training.callback import PARQCallback, WinQCallback
 from qat.training.checkpoints import Checkpoints
 from qat.training.distillation import Distillation
 from qat.training.evaluate import perplexity_of
@@ -113,7 +113,7 @@ def train_method(start: Start, config: StudyConfig, plan: PlannedRun, *, shared:
         replace(config.train, seed=plan.seed),
         name=plan.name,
         run=probe.run,
-        callbacks=[*_winq(config, plan, measure.around_reset), measure],
+        callbacks=[*_callbacks(config, plan, measure.around_reset), measure],
         telemetry=telemetry,
         device=start.device.type,
         checkpoints=Checkpoints(plan.folder, every=config.save_every, resumed=checkpoint, parts=parts),
@@ -144,8 +144,11 @@ def _shown(plan: PlannedRun) -> dict[str, Any]:
     return presentation(bits=plan.bits, method=plan.method, seed=plan.shown_seed)
 
 
-def _winq(config: StudyConfig, plan: PlannedRun, around_reset: AroundReset | None) -> list[TrainerCallback]:
-    return [WinQCallback(**asdict(config.winq), around_reset=around_reset)] if plan.method == "winq" else []
+def _callbacks(config: StudyConfig, plan: PlannedRun, around_reset: AroundReset | None) -> list[TrainerCallback]:
+    """What changes the weights in training: the annealing of parq, and WinQ."""
+    annealed = config.quantizer == "parq" and not plan.is_reference
+    winq = [WinQCallback(**asdict(config.winq), around_reset=around_reset)] if plan.method == "winq" else []
+    return [*([PARQCallback()] if annealed else []), *winq]
 
 
 def _loss(start: Start, config: StudyConfig, plan: PlannedRun) -> Loss:
@@ -170,7 +173,7 @@ def follow_method(start: Start, config: StudyConfig, plan: PlannedRun) -> None:
         start.validation,
         replace(config.train, seed=plan.seed),
         name=plan.name,
-        callbacks=_winq(config, plan, None),
+        callbacks=_callbacks(config, plan, None),
         device=start.device.type,
         checkpoints=Checkpoints(plan.folder, every=config.save_every, resumed=checkpoint),
         loss=_loss(start, config, plan),
@@ -240,7 +243,7 @@ def run_settings(config: StudyConfig, plan: PlannedRun) -> dict[str, Any]:
     return {
         "bits": plan.bits,
         "method": plan.method,
-        **({"quantizer": config.quantization(plan.bits).scheme} if quantized else {}),
+        **({"quantizer": config.quantization(plan.bits).scheme, **_scale_settings(config)} if quantized else {}),
         **asdict(replace(config.train, seed=plan.seed)),
         **(asdict(config.winq) if plan.method == "winq" else {}),
         **({"measured_sigma": config.winq.sigma} if "noisy" in config.modes and quantized else {}),
@@ -275,6 +278,12 @@ def dequantized(trained: nn.Module, full_precision: nn.Module) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.copy_(values[name])
     return model
+
+
+def _scale_settings(config: StudyConfig) -> dict[str, Any]:
+    """The settings of the scales that are not the default; runs of earlier versions have none, and the default."""
+    given = {"group_size": config.group_size, "initial_scale": config.initial_scale}
+    return {name: value for name, value in given.items() if value != getattr(StudyConfig, name)}
 
 
 def _conversion_facts(converted: ConversionReport) -> dict[str, Any]:

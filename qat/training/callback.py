@@ -1,4 +1,4 @@
-"""WinQ as a callback of the Hugging Face Trainer. The method itself, in winq.py, does not need transformers."""
+"""WinQ and PARQ as callbacks of the Hugging Face Trainer. The methods themselves do not need transformers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from qat.training.parq import PARQ, PARQConfig
 from qat.training.winq import PRESETS, AroundReset, WinQ, WinQConfig
 from spectra.backend.errors import InputError
 
@@ -84,3 +85,44 @@ class WinQCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the weight noise."""
         self.winq.stop()
+
+
+class PARQCallback(TrainerCallback):
+    """Anneals weights that are quantized by "parq" to their grid while the Trainer trains (PARQ, arXiv 2503.15748).
+
+    The annealing follows the optimizer steps, also when a training is resumed. When training ends, the weights are on
+    the grid. If training raises, the Trainer does not tell its callbacks: call `stop()`. Evaluation is always on the
+    grid.
+
+    Args:
+        start: The part of the run that trains in full precision, as in `qat.PARQConfig`.
+        end: The part of the run after which the weights are on the grid.
+        steepness: Of the sigmoid between them.
+
+    Raises:
+        InputError: A value is out of range; or, when training starts, no layer of the model is quantized by "parq".
+    """
+
+    def __init__(self, start: float = 0.0, end: float = 0.9, steepness: float = 10.0) -> None:
+        self.parq = PARQ(PARQConfig(start=start, end=end, steepness=steepness))
+
+    @property
+    def config(self) -> PARQConfig:
+        """The settings in use."""
+        return self.parq.config
+
+    def stop(self) -> None:
+        """Put the weights on the grid after training raised."""
+        self.parq.stop()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Anneal as far as the first step of this training asks for."""
+        self.parq.start(kwargs["model"], state.max_steps, done=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Anneal as far as the next step asks for."""
+        self.parq.step(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the weights on the grid."""
+        self.parq.stop()

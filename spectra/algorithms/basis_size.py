@@ -11,6 +11,7 @@ from spectra.backend.errors import InputError
 from spectra.operators.base import LinearOperator
 
 MEMORY_PART = 3 / 4  # part of the free memory that a search may take; products need some of the rest
+MEMORY_PART_BESIDE_PRODUCTS = 0.95  # the same where the memory of a product is known
 WORK_VECTORS = 6  # vectors beside basis and result: the newest basis vector, a product, and temporaries
 
 
@@ -84,6 +85,11 @@ def choose_basis(op: LinearOperator, k: int, wanted: int) -> Basis:
     raise no_memory(op, k)
 
 
+def vectors_to_reserve(k: int) -> int:
+    """How many vectors a search for k pairs needs to converge fast, those that it returns included."""
+    return comfortable(k) + k + WORK_VECTORS if k else 0
+
+
 def no_memory(op: LinearOperator, k: int) -> InputError:
     """The error for a search that does not fit; it says how much memory k eigenpairs need at least."""
     needed = (fewest(k) + k + WORK_VECTORS) * op.vector_bytes / MEMORY_PART
@@ -96,7 +102,9 @@ def no_memory(op: LinearOperator, k: int) -> InputError:
 
 def _room(op: LinearOperator, device: torch.device, k: int) -> int:
     """How many basis vectors fit on a device beside k results; the same number on every rank."""
-    count = int(MEMORY_PART * memory.available(device)) // op.vector_bytes
+    free, product = memory.available(device), op.product_bytes() if device == op.device else None
+    usable = MEMORY_PART * free if product is None else MEMORY_PART_BESIDE_PRODUCTS * (free - product)
+    count = max(int(usable), 0) // op.vector_bytes
     if op.spread == "batches":
         count = ranks.all_reduce_min(count, op.device)
     return count - k - WORK_VECTORS

@@ -147,8 +147,10 @@ def shapes_of(op: LinearOperator) -> tuple[tuple[int, ...], ...] | None:
         op: The operator, or a mean of operators that know the shapes.
 
     Returns:
-        The shapes, in the order of the vector.
+        The shapes, in the order of the vector. None for sharded vectors, of which no rank has whole matrices.
     """
+    if op.shards is not None:  # the factors multiply whole matrices
+        return None
     if isinstance(op, MeanOperator):
         return shapes_of(op.operators[0])
     if isinstance(op, StandIn):

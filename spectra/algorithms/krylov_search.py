@@ -13,6 +13,7 @@ from spectra.algorithms.missed import MAX_STEPS, rules_out_eigenvalues_beyond
 from spectra.backend import memory
 from spectra.backend.errors import NonFiniteError
 from spectra.backend.random_vectors import gaussian
+from spectra.backend.shards import Shards
 from spectra.backend.vectors import norm, orthogonalize_, row_dots
 from spectra.operators.base import LinearOperator
 
@@ -122,7 +123,7 @@ class KrylovSearch:
         self.op, self.basis_size, self.tol, self.seed, self.max_products = op, basis_size, tol, seed, max_products
         self.products, self.norm = 0, 0.0
         self._eps = torch.finfo(op.dtype).eps
-        self._basis = torch.empty(basis_size + 1, op.shape[0], dtype=op.dtype, device=op.device)
+        self._basis = torch.empty(basis_size + 1, op.entries, dtype=op.dtype, device=op.device)
         self._random_vectors = 0  # drawn so far
         self._unwanted: RitzValues  # those that the last call did not return, in terms of self._basis
 
@@ -185,15 +186,15 @@ class KrylovSearch:
     def _start_from(self, guesses: torch.Tensor) -> None:
         """Turn the random first basis vector into the sum of guesses (n, j), perturbed by that random vector."""
         guess = guesses.to(self._basis).sum(dim=1)
-        self._basis[0] = guess / norm(guess) + START_PERTURBATION * self._basis[0]
-        self._basis[0] /= norm(self._basis[0])
+        self._basis[0] = guess / norm(guess, over=self.op.shards) + START_PERTURBATION * self._basis[0]
+        self._basis[0] /= norm(self._basis[0], over=self.op.shards)
 
     def _extend(self, projection: _Projection, locked: torch.Tensor) -> float:
         """Multiply the newest basis vector and orthogonalize the product; returns the norm of what is left."""
         last = projection.filled
         product = self.op @ self._basis[last]
         self.products += 1
-        (column, coupling), beta = orthogonalize_(product, self._basis[: last + 1], locked)
+        (column, coupling), beta = orthogonalize_(product, self._basis[: last + 1], locked, over=self.op.shards)
         if not np.isfinite(beta):
             raise NonFiniteError(f"product number {self.products} of the operator is not finite: check the operator")
         if beta > 0:
@@ -263,14 +264,14 @@ class KrylovSearch:
         vector = gaussian(self.op, seed=self.seed, index=self._random_vectors, stream="topk")
         self._random_vectors += 1
         for _ in range(2):
-            _, length = orthogonalize_(vector, self._basis[:row], locked)
+            _, length = orthogonalize_(vector, self._basis[:row], locked, over=self.op.shards)
             vector /= length
         self._basis[row] = vector
 
     def _ritz_vectors(self, coefficients: np.ndarray) -> torch.Tensor:
         """Ritz vectors in rows (j, n), normalized, from coefficients (m, j) for the first m basis vectors."""
         vectors = self._rotation(coefficients) @ self._basis[: len(coefficients)]
-        return _normalized_(vectors)
+        return _normalized_(vectors, self.op.shards)
 
     def _rotate_in_place(self, coefficients: np.ndarray, *, first: int = 0) -> None:
         """Write the Ritz vectors of coefficients (m, j) over the basis vectors from row `first` on.
@@ -280,13 +281,13 @@ class KrylovSearch:
         m, count = coefficients.shape
         if not count:
             return
-        rotation, n = self._rotation(coefficients), self.op.shape[0]
+        rotation, n = self._rotation(coefficients), self.op.entries
         target = self._basis[first : first + count]
         fits = count * self.op.vector_bytes <= MEMORY_PART * memory.available(self._basis.device)
         columns = n if fits else max(SLICE_BYTES // (m * self._basis.element_size()), 1)
         for start in range(0, n, columns):
             target[:, start : start + columns] = rotation @ self._basis[:m, start : start + columns]
-        _normalized_(target)
+        _normalized_(target, self.op.shards)
 
     def _rotation(self, coefficients: np.ndarray) -> torch.Tensor:
         """The coefficients transposed, as a tensor on the operator's device."""
@@ -302,6 +303,6 @@ class KrylovSearch:
         projection.restart(ritz.values[kept], ritz.coefficients[:, kept])
 
 
-def _normalized_(vectors: torch.Tensor) -> torch.Tensor:
+def _normalized_(vectors: torch.Tensor, over: Shards | None) -> torch.Tensor:
     """Divide each row by its norm, in place."""
-    return vectors.div_(row_dots(vectors, vectors).sqrt()[:, None].to(vectors.dtype))
+    return vectors.div_(row_dots(vectors, vectors, over=over).sqrt()[:, None].to(vectors.dtype))

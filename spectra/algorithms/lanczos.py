@@ -11,6 +11,7 @@ import torch
 from spectra.backend import memory
 from spectra.backend.errors import InputError
 from spectra.backend.float32 import in_float32
+from spectra.backend.shards import Shards
 from spectra.backend.vectors import row_dots, subtract_and_dot_
 from spectra.operators.base import LinearOperator
 
@@ -106,7 +107,7 @@ class LanczosRecurrence:
         first_products: torch.Tensor | None = None,
     ):
         starts = torch.atleast_2d(starts)
-        lengths = row_dots(starts, starts).sqrt()
+        lengths = row_dots(starts, starts, over=op.shards).sqrt()
         if not bool((lengths > 0).all() and torch.isfinite(lengths).all()):
             raise InputError(f"the start vectors must be finite and not zero, their norms are {lengths.tolist()}")
         self.op = op
@@ -122,7 +123,7 @@ class LanczosRecurrence:
         self._steps = np.zeros(count, dtype=int)
         self._active = np.ones(count, dtype=bool)  # not broken down
         self._beta = torch.zeros(count, dtype=torch.float64, device=op.device)
-        self._basis = torch.empty(count, size, op.shape[0], dtype=op.dtype, device=op.device) if size else None
+        self._basis = torch.empty(count, size, op.entries, dtype=op.dtype, device=op.device) if size else None
 
     @property
     def broken_down(self) -> bool:
@@ -154,25 +155,25 @@ class LanczosRecurrence:
 
     def _step(self) -> None:
         """Take one step in every recurrence."""
-        step, vectors = len(self._alphas), self._vectors
+        step, vectors, over = len(self._alphas), self._vectors, self.op.shards
         if self._basis is not None:
             if step >= self._basis.shape[1]:
                 raise InputError(f"the basis has room for {self._basis.shape[1]} Lanczos steps: ask for a larger one")
             self._basis[:, step] = vectors
         residuals = self._multiply(vectors)
         if self._previous is None:
-            alpha = row_dots(residuals, vectors)
+            alpha = row_dots(residuals, vectors, over=over)
         else:
-            alpha = subtract_and_dot_(residuals, self._previous, self._beta, against=vectors)
-        square = subtract_and_dot_(residuals, vectors, alpha, against=residuals)
+            alpha = subtract_and_dot_(residuals, self._previous, self._beta, against=vectors, over=over)
+        square = subtract_and_dot_(residuals, vectors, alpha, against=residuals, over=over)
         if self._basis is not None:
-            square = _orthogonalize_each_(residuals, self._basis[:, : step + 1])
+            square = _orthogonalize_each_(residuals, self._basis[:, : step + 1], over)
         beta = square.sqrt()
         alphas, betas = torch.stack([alpha, beta]).cpu().numpy()  # the only wait for the device in this step
         if not np.isfinite(alphas + betas).all():
             self.op.raise_non_finite(vectors)
         if self._basis is not None and self._needs_second_pass(alphas, betas):
-            beta = _orthogonalize_each_(residuals, self._basis[:, : step + 1]).sqrt()
+            beta = _orthogonalize_each_(residuals, self._basis[:, : step + 1], over).sqrt()
             betas = beta.cpu().numpy()
         self._append(alphas, betas)
         self._beta = torch.where(torch.as_tensor(self._active, device=beta.device), beta, 0)
@@ -207,11 +208,13 @@ class LanczosRecurrence:
         self._betas.append(np.where(self._active, betas, 0.0))
 
 
-def _orthogonalize_each_(vectors: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
+def _orthogonalize_each_(vectors: torch.Tensor, bases: torch.Tensor, over: Shards | None) -> torch.Tensor:
     """Orthogonalize each row (k, n) against its own basis (k, m, n), in place, once; returns squared norms (k,)."""
     coefficients = torch.bmm(vectors[:, None], bases.transpose(1, 2))  # bases @ vectors takes 16 times as long on a CPU
+    if over is not None:
+        coefficients = over.sum(coefficients)
     vectors[:, None].baddbmm_(coefficients, bases, alpha=-1)
-    return row_dots(vectors, vectors)
+    return row_dots(vectors, vectors, over=over)
 
 
 def choose_reorthogonalization(op: LinearOperator, steps: int, reorthogonalize: str) -> str:

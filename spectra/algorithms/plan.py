@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
-from spectra.algorithms.basis_size import Basis, choose_basis
+from spectra.algorithms.basis_size import Basis, choose_basis, vectors_to_reserve
 from spectra.algorithms.block_size import VECTORS_PER_PROBE, probe_block_size
 from spectra.algorithms.inertia import count_basis_size
 from spectra.algorithms.kronecker import KroneckerTransform, blocks_of
@@ -19,7 +19,7 @@ from spectra.backend.float64 import is_fast_in_float64
 if TYPE_CHECKING:
     from spectra.operators.hessian.operator import HessianOperator
 
-PARTS = ("graphs", "product", "recurrence", "deflation", "search", "count")  # that the plan lists
+PARTS = ("gathered", "graphs", "product", "recurrence", "deflation", "search", "count")  # that the plan lists
 COUNT_VECTORS = 8  # of a count: the three of a recurrence, and those that the change of variables passes through
 SEARCHED_FACTORS = 3  # sets of factors in float64 during the search: the best, the current and the next ones
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -29,14 +29,16 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 class _Measurable(Protocol):
     """An operator whose graphs and products can be measured."""
 
-    def footprint(self) -> Any: ...
+    def footprint(self, recomputed: str | None = None) -> Any: ...
 
-    def graph_layout(self) -> Any: ...
+    def graph_layout(self, *, reserved: int | None = None) -> Any: ...
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes that a measurement takes on the operator's device, apart from the model and its batches.
+
+    For a sharded model they are those of this rank.
 
     Attributes:
         graphs: Bytes of the gradient and of its autograd graphs that are kept between products.
@@ -52,6 +54,8 @@ class MemoryPlan:
         basis: How many Krylov basis vectors the search holds at once; fewer than usual where memory is short.
         host: Bytes of the search in host memory, where the device has too little memory for it.
         count: Bytes of the change of variables and of the recurrence after it, from which the negative share is read.
+        recomputed: What every product computes again instead of keeping it: "", "attention and loss" or "layers".
+        gathered: Bytes of the whole weights that this rank gathers from the others, where the model is sharded.
     """
 
     graphs: int
@@ -66,16 +70,21 @@ class MemoryPlan:
     basis: int = 0
     host: int = 0
     count: int = 0
+    recomputed: str = ""
+    gathered: int = 0
 
     @property
     def peak(self) -> int:
         """The largest number of bytes in use at once; search, recurrences and count come one after another."""
-        return self.graphs + self.product + max(self.search, self.deflation + self.recurrence, self.count)
+        return (
+            self.gathered + self.graphs + self.product + max(self.search, self.deflation + self.recurrence, self.count)
+        )
 
     def __str__(self) -> str:
         parts = {name: getattr(self, name) for name in PARTS}
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         graphs = "all graphs kept" if self.kept == self.pieces else f"{self.kept} of {self.pieces} graphs kept"
+        graphs += f", {self.recomputed} computed again in every product" if self.recomputed else ""
         search = f", {self.basis} Krylov basis vectors" if self.basis else ""
         search += f" in {format_bytes(self.host)} of host memory" if self.host else ""
         return (
@@ -127,15 +136,16 @@ def plan(
     vector = op.vector_bytes
     basis_size = steps if choose_reorthogonalization(op, steps, reorthogonalize) == "full" else 0
     together = min(probe_block_size(op, basis_size, deflated=deflate > 0), probes)
-    footprint, layout = op.footprint(), op.graph_layout()
-    rows = layout.objective.rows
+    vectors = max(vectors_to_reserve(deflate), deflate + VECTORS_PER_PROBE + basis_size)
+    layout = op.graph_layout(reserved=vectors)
+    footprint, rows = op.footprint(layout.recomputed), layout.objective.rows
     graphs = sum(footprint.graph(count) for count in rows[: layout.kept])
     transient = footprint.product(max(rows)) + (footprint.graph(max(rows)) if layout.kept < len(rows) else 0)
     basis = choose_basis(op, deflate, default_basis_size(deflate)) if deflate else Basis(0, 0)
     search = basis.vectors * vector if deflate else 0
     return MemoryPlan(
         graphs=graphs + vector,
-        product=transient + together * vector,
+        product=transient + together * vector + op.exchanged_bytes(together),
         recurrence=together * (VECTORS_PER_PROBE - 1 + basis_size) * vector,
         deflation=deflate * vector,
         search=0 if basis.on_host else search,
@@ -145,7 +155,9 @@ def plan(
         together=together,
         basis=basis.size,
         host=search if basis.on_host else 0,
-        count=_count_bytes(op, count_products) if count_products else 0,
+        recomputed=layout.recomputed,
+        count=_count_bytes(op, count_products) if count_products and op.shards is None else 0,
+        gathered=op.gathered_bytes,
     )
 
 

@@ -93,7 +93,8 @@ class ProbeSpace:
         inner = self.op.inner if isinstance(self.op, DeflatedOperator) else self.op
         products = inner.multiply_rows(starts)
         self._zeros = zeros = ~products.any(dim=0)
-        self.zero_count = int(torch.count_nonzero(zeros))
+        count = torch.count_nonzero(zeros)
+        self.zero_count = int(count if self.op.shards is None else self.op.shards.sum(count))
         if isinstance(self.op, DeflatedOperator):
             if self.zero_count:
                 vectors = self.op.vectors.masked_fill(zeros[:, None], 0)

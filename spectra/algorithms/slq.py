@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import torch
 
-from spectra.algorithms.block_size import probe_block_size
+from spectra.algorithms.block_size import VECTORS_PER_PROBE, probe_block_size
 from spectra.algorithms.congruence import Congruence
 from spectra.algorithms.each_block import each_block
 from spectra.algorithms.exact import exact_density
@@ -144,6 +144,8 @@ def _measure(
         return exact_density(op, probes=probes, steps=steps, progress=progress)
     space = _probe_space(op, pairs, seed)
     del pairs  # frees their vectors: the space has its own copy
+    basis_size = steps if reorthogonalize == "full" else 0
+    op.reserve(VECTORS_PER_PROBE + basis_size)
     indices = list(range(probes))
     if spread == "probes":
         if probes < ranks.rank_count():
@@ -151,7 +153,6 @@ def _measure(
                 f"at least one probe vector for each rank is expected, got {probes} for {ranks.rank_count()} ranks"
             )
         indices = ranks.items_of_rank(indices)
-    basis_size = steps if reorthogonalize == "full" else 0
     results = _tridiagonals(space, indices, steps, basis_size, progress)
     if spread == "probes":
         gathered = [result for part in ranks.all_gather(results) for result in part]

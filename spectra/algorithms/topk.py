@@ -8,7 +8,7 @@ import numpy as np
 import scipy
 import torch
 
-from spectra.algorithms.basis_size import Basis, choose_basis, no_memory
+from spectra.algorithms.basis_size import Basis, choose_basis, no_memory, vectors_to_reserve
 from spectra.algorithms.krylov_search import KrylovSearch, select
 from spectra.algorithms.origin import unverified
 from spectra.algorithms.progress import Callback, Progress
@@ -28,7 +28,7 @@ class Eigenpairs:
 
     Attributes:
         values: (k,) ascending.
-        vectors: (n, k) with orthonormal columns.
+        vectors: (n, k) with orthonormal columns; this rank's part of each where vectors are sharded.
         residuals: (k,) the residual norms ||A x - lambda x||.
         converged: (k,) whether each residual met the tolerance.
         products: How many products the search took.
@@ -127,6 +127,7 @@ def topk(
     if basis_size < k + 2:
         raise InputError(f"the basis must hold at least k + 2 = {k + 2} vectors, got {basis_size}")
     dense_allowed = max_products is None and n <= DENSE_LIMIT
+    op.reserve(vectors_to_reserve(k))
     limit = max_products or (n if dense_allowed else 100 * basis_size)  # a dense matrix costs n products
     counted.progress.total = min(basis_size, limit)
     pairs = _search_in_memory(
@@ -257,4 +258,6 @@ def _dense(op: LinearOperator, k: int, which: str) -> Eigenpairs:
     values, vectors = values[wanted], vectors[:, wanted]
     residuals = np.linalg.norm(matrix @ vectors - vectors * values, axis=0)
     vectors = torch.as_tensor(vectors, dtype=op.dtype, device=op.device)
+    if op.shards is not None:
+        vectors = op.shards.take(vectors.T).T
     return Eigenpairs(values, vectors, residuals, np.ones(k, dtype=bool), n)

@@ -19,6 +19,7 @@ from spectra.algorithms.wrapped import CountingOperator
 from spectra.backend.errors import InputError
 from spectra.backend.float32 import in_float32
 from spectra.backend.random_vectors import gaussian, probe_vector
+from spectra.backend.shards import Shards
 from spectra.backend.vectors import inner_products, orthonormal_rows, project_out_, row_dots
 from spectra.estimates.estimate import (
     Estimate,
@@ -173,16 +174,17 @@ def _quadratic_forms(
     """
     forms: list[float] = []
     squares: list[float] = []
-    block_size = _block_size(op, basis)
+    block_size, over = _block_size(op, basis), op.shards
     for first in range(0, count, block_size):
         vectors = torch.stack([draw(index) for index in range(first, min(first + block_size, count))])
         if basis is not None:
-            project_out_(vectors, basis)  # one pass is enough, because little of a random vector lies in a small basis
-            vectors /= row_dots(vectors, vectors).sqrt()[:, None].to(vectors.dtype)
+            # one pass is enough, because little of a random vector lies in a small basis
+            project_out_(vectors, basis, over=over)
+            vectors /= row_dots(vectors, vectors, over=over).sqrt()[:, None].to(vectors.dtype)
         products = op.multiply_rows_checked(vectors)
-        forms += row_dots(vectors, products).tolist()
-        inside = 0.0 if basis is None else (products @ basis.T).double().square().sum(dim=1)
-        squares += (row_dots(products, products) - inside).tolist()
+        forms += row_dots(vectors, products, over=over).tolist()
+        inside = 0.0 if basis is None else _along(products, basis, over).double().square().sum(dim=1)
+        squares += (row_dots(products, products, over=over) - inside).tolist()
     return forms, squares
 
 
@@ -198,6 +200,12 @@ def _multiply(op: LinearOperator, vectors: torch.Tensor) -> torch.Tensor:
     for first in range(0, len(vectors), block_size):
         products[first : first + block_size] = op.multiply_rows_checked(vectors[first : first + block_size])
     return products
+
+
+def _along(vectors: torch.Tensor, basis: torch.Tensor, over: Shards | None) -> torch.Tensor:
+    """The dot products of each row with each row of a basis."""
+    found = vectors @ basis.T
+    return found if over is None else over.sum(found)
 
 
 def _sphere_interval(forms: list[float], squares: list[float], n: int) -> Estimate:
@@ -241,18 +249,19 @@ def _dominant_range(op: LinearOperator, probes: int, seed: int) -> tuple[torch.T
     """
     block_size = max(min(probes // FEWEST_BLOCKS, MAX_BLOCK), 1)
     max_size = max(min(probes // 2, max_vectors_in_memory(op)), 2 * block_size)
-    basis = torch.empty(max_size, op.shape[0], dtype=op.dtype, device=op.device)
+    basis = torch.empty(max_size, op.entries, dtype=op.dtype, device=op.device)
     block = _complete_block(op, basis[:0], basis[:0], block_size, seed)
     captured_trace = captured_energy = energy = norm = 0.0
+    over = op.shards
     filled = 0
     while True:
         products = _multiply(op, block)
         basis[filled : filled + block_size] = block
-        squares = row_dots(products, products)
-        inside = products @ basis[: filled + block_size].T
+        squares = row_dots(products, products, over=over)
+        inside = _along(products, basis[: filled + block_size], over)
         coupling = inside[:, :filled]  # to earlier blocks, which appears on both sides of the diagonal of Q A Q^T
         gain = float(2 * squares.sum() - inside.double().square().sum() - coupling.double().square().sum())
-        captured_trace += float(row_dots(block, products).sum())
+        captured_trace += float(row_dots(block, products, over=over).sum())
         captured_energy += gain
         norm = max(norm, float(squares.max().sqrt()))
         if filled == 0:  # the first block is random, so its products estimate ||A||_F^2
@@ -262,7 +271,7 @@ def _dominant_range(op: LinearOperator, probes: int, seed: int) -> tuple[torch.T
         if filled + block_size > max_size or not (worthwhile or filled == block_size):
             return basis[:filled], captured_trace
         products.addmm_(inside, basis[:filled], alpha=-1)
-        lower, block = orthonormal_rows(project_out_(products, basis[:filled]))
+        lower, block = orthonormal_rows(project_out_(products, basis[:filled], over=over), over=over)
         rounding = NEGLIGIBLE * torch.finfo(op.dtype).eps * norm
         block = _complete_block(op, block[torch.diagonal(lower).abs() > rounding], basis[:filled], block_size, seed)
 
@@ -274,8 +283,8 @@ def _complete_block(op: LinearOperator, block: torch.Tensor, basis: torch.Tensor
         return block
     rows = torch.cat([block, _test_vectors(op, missing, seed)])
     for _ in range(2):
-        project_out_(rows, basis)
-    return orthonormal_rows(rows)[1]
+        project_out_(rows, basis, over=op.shards)
+    return orthonormal_rows(rows, over=op.shards)[1]
 
 
 def _xtrace(op: LinearOperator, probes: int, seed: int) -> Estimate:
@@ -287,11 +296,12 @@ def _xtrace(op: LinearOperator, probes: int, seed: int) -> Estimate:
 
     The code holds vectors in rows, so R is the transpose of the factor that `orthonormal_rows` gives.
     """
-    n, count = op.shape[0], probes // 2
+    n, count, over = op.shape[0], probes // 2, op.shards
     tests = _test_vectors(op, range(count), seed)
-    lower, basis = orthonormal_rows(_multiply(op, tests))
+    lower, basis = orthonormal_rows(_multiply(op, tests), over=over)
     products = _multiply(op, basis)
-    small = (lower.T, inner_products(basis, products), inner_products(basis, tests), inner_products(products, tests))
+    pairs = ((basis, products), (basis, tests), (products, tests))
+    small = (lower.T, *(inner_products(rows, others, over=over) for rows, others in pairs))
     r, h, w, t = (matrix.cpu().numpy() for matrix in small)
     h = (h + h.T) / 2
     diagonal = np.abs(np.diag(r))
@@ -301,7 +311,7 @@ def _xtrace(op: LinearOperator, probes: int, seed: int) -> Estimate:
         return Estimate(exact, exact - rounding, exact + rounding, products=2 * count)
     s = np.linalg.inv(r).T
     s /= np.linalg.norm(s, axis=0)
-    squared_lengths = row_dots(tests, tests).cpu().numpy()
+    squared_lengths = row_dots(tests, tests, over=over).cpu().numpy()
     samples = np.empty(count)
     for i in range(count):
         x = w[:, i] - s[:, i] * (s[:, i] @ w[:, i])

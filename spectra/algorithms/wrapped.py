@@ -15,7 +15,11 @@ class _Wrapped(LinearOperator):
 
     def __init__(self, inner: LinearOperator):
         self.inner = inner
-        self.shape, self.dtype, self.device, self.spread = inner.shape, inner.dtype, inner.device, inner.spread
+        self._has_vectors_of(inner)
+
+    def product_bytes(self) -> int | None:
+        """Those of the inner operator."""
+        return self.inner.product_bytes()
 
     def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
         """Raise the error of the inner operator."""

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from spectra.backend.shards import Shards
 from spectra.backend.vectors import chunk_size, norm
 
 
@@ -18,6 +19,11 @@ class VectorSpace(Protocol):
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def shards(self) -> Shards | None:
+        """The parts of vectors that the ranks hold; None where vectors are whole."""
+        ...
 
 
 def probe_vector(space: VectorSpace, *, seed: int, index: int) -> torch.Tensor:
@@ -33,10 +39,10 @@ def probe_vector(space: VectorSpace, *, seed: int, index: int) -> torch.Tensor:
         index: Which vector of the family.
 
     Returns:
-        (n,) of norm one, in the dtype and on the device of `space`.
+        (n,) of norm one, in the dtype and on the device of `space`; this rank's part of it where vectors are sharded.
     """
     vector = gaussian(space, seed=seed, index=index, stream="probe")
-    return vector.div_(norm(vector))
+    return vector.div_(norm(vector, over=space.shards))
 
 
 def gaussian(space: VectorSpace, *, seed: int, index: int, stream: str) -> torch.Tensor:
@@ -54,17 +60,32 @@ def gaussian(space: VectorSpace, *, seed: int, index: int, stream: str) -> torch
         stream: Name of the purpose; different names give independent families.
 
     Returns:
-        (n,) in the dtype and on the device of `space`.
+        (n,) in the dtype and on the device of `space`; this rank's part of it where vectors are sharded.
     """
     words = [seed & 0xFFFFFFFFFFFFFFFF, index, zlib.crc32(stream.encode())]
     key = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
     n, half = space.shape[0], (space.shape[0] + 1) // 2
+    if space.shards is not None:
+        return _part_of_gaussian(space, key, half, space.shards)
     numbers = torch.empty(n, dtype=space.dtype, device=space.device)
     size = chunk_size(space.device)
     for start in range(0, half, size):
         stop = min(start + size, half)
         numbers[start:stop], second = _normal_pairs(key, start, stop, space.device)
         numbers[half + start : half + stop] = second[: n - half - start]
+    return numbers
+
+
+def _part_of_gaussian(space: VectorSpace, key: int, half: int, shards: Shards) -> torch.Tensor:
+    """This rank's part of a vector whose first half has the first numbers of all pairs, and whose second the others."""
+    numbers = torch.empty(shards.entries, dtype=space.dtype, device=space.device)
+    size = chunk_size(space.device)
+    for first, last, member, shift in ((0, half, 0, 0), (half, shards.dimension, 1, half)):
+        begin, end = max(first, shards.start), min(last, shards.stop)
+        for start in range(begin, end, size):
+            stop = min(start + size, end)
+            pair = _normal_pairs(key, start - shift, stop - shift, space.device)
+            numbers[start - shards.start : stop - shards.start] = pair[member]
     return numbers
 
 

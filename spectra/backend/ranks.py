@@ -27,6 +27,7 @@ COLLECTIVES = ("all_reduce", "all_reduce_coalesced", "all_gather", "all_gather_c
 COLLECTIVES += ("all_gather_object", "all_to_all", "all_to_all_single", "barrier", "monitored_barrier", "broadcast")
 COLLECTIVES += ("broadcast_object_list", "_broadcast_coalesced", "gather", "gather_object", "reduce", "reduce_scatter")
 COLLECTIVES += ("reduce_scatter_tensor", "scatter", "scatter_object_list", "send", "recv", "isend", "irecv")
+COLLECTIVES += ("all_gather_single", "all_reduce_single", "reduce_scatter_single")
 COLLECTIVES += ("send_object_list", "recv_object_list", "batch_isend_irecv")
 GLOO_REST = 0.1  # seconds in which the threads of gloo finish their work
 T = TypeVar("T")
@@ -117,15 +118,63 @@ def items_of_rank(items: list[T]) -> list[T]:
 
 def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
     """Replace a tensor by the sum of the tensors of all ranks."""
-    with _rank_errors("summing a Hessian-vector product over the ranks"):
+    with rank_errors("summing a Hessian-vector product over the ranks"):
         distributed.all_reduce(tensor)
     return tensor
+
+
+def all_gather_into(whole: torch.Tensor, part: torch.Tensor) -> None:
+    """Fill a tensor with the equally long parts of all ranks, in the order of their numbers."""
+    with rank_errors("gathering a vector"):
+        _first_of("all_gather_single", "all_gather_into_tensor")(whole, part)
+
+
+def reduce_scatter_into(part: torch.Tensor, whole: torch.Tensor) -> None:
+    """Sum the tensors of all ranks, and fill `part` with this rank's part of the sum."""
+    with rank_errors("summing a Hessian-vector product over the ranks"):
+        _first_of("reduce_scatter_single", "reduce_scatter_tensor")(part, whole)
+
+
+def _first_of(*names: str) -> Callable[..., Any]:
+    """The first of these functions that torch.distributed has; torch 2.13 renamed some."""
+    return next(getattr(distributed, name) for name in names if hasattr(distributed, name))
+
+
+def together(run: Callable[[], T], device: torch.device) -> T:
+    """Call a function on every rank. If it fails on one, every rank raises the error of that rank.
+
+    The others would otherwise wait for the failed one in their next collective operation.
+
+    Args:
+        run: What each rank does alone, without collective operations.
+        device: A device on which ranks can exchange tensors.
+
+    Returns:
+        What `run` returns on this rank.
+    """
+    error: Exception | None = None
+    result: list[T] = []
+    try:
+        result.append(run())
+    except RankError:
+        raise
+    except Exception as caught:  # whatever it is, the other ranks have to know
+        error = caught
+    if all_reduce_min(0 if error is not None else 1, device):
+        return result[0]
+    found = all_gather(None if error is None else (type(error), str(error)))
+    number, (kind, text) = next((i, each) for i, each in enumerate(found) if each is not None)
+    try:
+        raised = kind(f"rank {number}: {text}")
+    except Exception:  # a class that takes other arguments
+        raised = RuntimeError(f"rank {number}: {kind.__name__}: {text}")
+    raise raised from error
 
 
 def all_reduce_min(number: int, device: torch.device) -> int:
     """The smallest of the numbers of all ranks, for decisions that all ranks must make alike."""
     tensor = torch.tensor(number, device=device)
-    with _rank_errors("agreeing on a size"):
+    with rank_errors("agreeing on a size"):
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MIN)
     return int(tensor)
 
@@ -133,7 +182,7 @@ def all_reduce_min(number: int, device: torch.device) -> int:
 def all_gather(value: Any) -> list[Any]:
     """The values of all ranks in the order of their numbers; for small host data such as Jacobi matrices."""
     values: list[Any] = [None] * rank_count()
-    with _rank_errors("gathering results"):
+    with rank_errors("gathering results"):
         distributed.all_gather_object(values, value)
     return values
 
@@ -174,7 +223,7 @@ def without_collectives(where: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _rank_errors(action: str) -> Iterator[None]:
+def rank_errors(action: str) -> Iterator[None]:
     """Raise a RankError where the collective operation inside fails because of another rank."""
     try:
         yield

@@ -3,6 +3,9 @@
 A float32 sum over ten million entries can lose half of its digits: on a CPU a norm has been seen to be off by 4e-4,
 which hides every eigenvalue below that size. Dot products and norms are therefore accumulated in float64, whatever the
 dtype of the vectors.
+
+Vectors may lie over several ranks, each of which holds a part (`spectra.backend.shards`). Functions that sum over the
+entries of vectors then take `over=`, and every rank gets the whole sum.
 """
 
 from __future__ import annotations
@@ -13,23 +16,31 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from spectra.backend.shards import Shards
+
 CHUNK_SIZES = {"cpu": 1 << 16, "cuda": 1 << 22}  # entries processed at once, which fit into a CPU's cache or fill a GPU
 DOT_CHUNK_SIZES = {"cpu": 1 << 17, "cuda": 1 << 26}  # length up to which a float32 dot product is accurate
 CHOLESKY_LIMIT = 1e-6  # smallest ratio of a Cholesky factor's diagonal entries at which Cholesky QR is accurate
 SECOND_PASS_BELOW = 0.7  # ratio of norms after and before a Gram-Schmidt pass below which a second pass is made
 
 
-def dot(u: torch.Tensor, v: torch.Tensor) -> float:
+def dot(u: torch.Tensor, v: torch.Tensor, *, over: Shards | None = None) -> float:
     """u . v of two vectors (n,), accumulated in float64."""
-    return float(row_dots(u[None], v[None]))
+    return float(row_dots(u[None], v[None], over=over))
 
 
-def norm(v: torch.Tensor) -> float:
+def norm(v: torch.Tensor, *, over: Shards | None = None) -> float:
     """||v||_2 of a vector (n,), accumulated in float64."""
-    return math.sqrt(dot(v, v))
+    return math.sqrt(dot(v, v, over=over))
 
 
-def row_dots(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def any_entry(mask: torch.Tensor, *, over: Shards | None = None) -> bool:
+    """Whether any entry of a vector is true, or not zero."""
+    found = bool(mask.any())
+    return found if over is None else over.any(found, mask.device)
+
+
+def row_dots(u: torch.Tensor, v: torch.Tensor, *, over: Shards | None = None) -> torch.Tensor:
     """Dot products of corresponding rows, u_i . v_i.
 
     Each row is split into chunks. The device's own dot product sums a chunk in the dtype of the vectors, and the sums
@@ -39,19 +50,25 @@ def row_dots(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     Args:
         u: (k, n).
         v: (k, n), in the dtype and on the device of `u`.
+        over: The ranks that hold parts of the vectors; None where the vectors are whole.
 
     Returns:
         (k,) in float64, on the same device.
     """
     if u.shape[1] < chunk_size(u.device):
-        return (u * v).sum(dim=1, dtype=torch.float64)
+        return _summed((u * v).sum(dim=1, dtype=torch.float64), over)
     size = chunk_size(u.device, DOT_CHUNK_SIZES)
     dots = [torch.dot(a, b) for row in zip(u, v, strict=True) for a, b in _chunks(size, *row)]
-    return _sum_chunks(dots, len(u))
+    return _summed(_sum_chunks(dots, len(u)), over)
 
 
 def subtract_and_dot_(
-    rows: torch.Tensor, others: torch.Tensor, factors: torch.Tensor, against: torch.Tensor
+    rows: torch.Tensor,
+    others: torch.Tensor,
+    factors: torch.Tensor,
+    against: torch.Tensor,
+    *,
+    over: Shards | None = None,
 ) -> torch.Tensor:
     """Subtract multiples of rows in place, then take dot products: r_i -= f_i o_i, and returns r_i . a_i.
 
@@ -62,19 +79,20 @@ def subtract_and_dot_(
         others: (k, n), the rows o_i.
         factors: (k,) in float64.
         against: (k, n), the rows a_i; may be `rows` itself, which gives the squared norms of the differences.
+        over: See `row_dots`.
 
     Returns:
         (k,) in float64, accumulated as in `row_dots`.
     """
     if rows.device.type != "cpu" or rows.shape[1] < CHUNK_SIZES["cpu"]:
         rows.addcmul_(others, factors[:, None].to(rows.dtype), value=-1)
-        return row_dots(rows, against)
+        return row_dots(rows, against, over=over)
     dots = [
         torch.dot(chunk.sub_(other, alpha=factor), partner)
         for factor, *row in zip(factors.tolist(), rows, others, against, strict=True)
         for chunk, other, partner in _chunks(DOT_CHUNK_SIZES["cpu"], *row)
     ]
-    return _sum_chunks(dots, len(rows))
+    return _summed(_sum_chunks(dots, len(rows)), over)
 
 
 def chunk_size(device: torch.device, sizes: dict[str, int] = CHUNK_SIZES) -> int:
@@ -92,31 +110,38 @@ def _sum_chunks(dots: list[torch.Tensor], rows: int) -> torch.Tensor:
     return torch.stack(dots).view(rows, -1).sum(dim=1, dtype=torch.float64)
 
 
-def basis_coefficients(basis: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+def _summed(part: torch.Tensor, over: Shards | None) -> torch.Tensor:
+    """A sum over whole vectors, from the sum over the part that this rank holds."""
+    return part if over is None else over.sum(part)
+
+
+def basis_coefficients(basis: torch.Tensor, vector: torch.Tensor, *, over: Shards | None = None) -> torch.Tensor:
     """Q v, the dot products of a vector with each row of a basis, accumulated in float64 on a CPU.
 
     Args:
         basis: The rows of Q, (m, n).
         vector: The vector v, (n,).
+        over: See `row_dots`.
 
     Returns:
         (m,) in float64.
     """
     if vector.device.type != "cpu":
-        return (basis @ vector).double()
+        return _summed((basis @ vector).double(), over)
     size = CHUNK_SIZES["cpu"]
     total = torch.zeros(len(basis), dtype=torch.float64)
     for start in range(0, len(vector), size):
         total += basis[:, start : start + size] @ vector[start : start + size]
-    return total
+    return _summed(total, over)
 
 
-def inner_products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+def inner_products(rows: torch.Tensor, others: torch.Tensor, *, over: Shards | None = None) -> torch.Tensor:
     """All dot products r_i . o_j, multiplied and summed in float64.
 
     Args:
         rows: (k, n).
         others: (j, n); `rows` itself for the Gram matrix.
+        over: See `row_dots`.
 
     Returns:
         (k, j) in float64, on the same device.
@@ -127,10 +152,12 @@ def inner_products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         chunk = rows[:, start : start + columns].double()
         other = chunk if others is rows else others[:, start : start + columns].double()
         total.addmm_(chunk, other.T)
-    return total
+    return _summed(total, over)
 
 
-def orthogonalize_(vector: torch.Tensor, *bases: torch.Tensor) -> tuple[list[np.ndarray], float]:
+def orthogonalize_(
+    vector: torch.Tensor, *bases: torch.Tensor, over: Shards | None = None
+) -> tuple[list[np.ndarray], float]:
     """Project a vector onto the orthogonal complement of orthonormal bases, in place.
 
     v -= Q^T (Q v) by classical Gram-Schmidt, repeated once where the first pass leaves so little that rounding error
@@ -139,39 +166,41 @@ def orthogonalize_(vector: torch.Tensor, *bases: torch.Tensor) -> tuple[list[np.
     Args:
         vector: The vector v, (n,), overwritten.
         *bases: Bases (m, n), whose rows are orthonormal all together; Q has the rows of all of them.
+        over: See `row_dots`.
 
     Returns:
         The coefficients Q v, an array (m,) in float64 for each basis, and the norm of the vector that is left.
     """
     totals = [np.zeros(len(basis)) for basis in bases]
-    length = norm(vector)
+    length = norm(vector, over=over)
     for _ in range(2):
         previous_length = length
-        found = torch.cat([basis_coefficients(basis, vector) for basis in bases])
+        found = torch.cat([basis_coefficients(basis, vector, over=over) for basis in bases])
         parts = found.split([len(basis) for basis in bases])
         for basis, part in zip(bases, parts, strict=True):
             vector.addmv_(basis.T, part.to(vector.dtype), alpha=-1)
         totals = [total + part.cpu().numpy() for total, part in zip(totals, parts, strict=True)]
-        length = norm(vector)
+        length = norm(vector, over=over)
         if length > SECOND_PASS_BELOW * previous_length:
             break
     return totals, length
 
 
-def project_out_(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+def project_out_(vectors: torch.Tensor, basis: torch.Tensor, *, over: Shards | None = None) -> torch.Tensor:
     """Project each row onto the orthogonal complement of a basis, in place and in one pass: V -= (V Q^T) Q.
 
     Args:
         vectors: V, (k, n), overwritten.
         basis: Q, (m, n) with orthonormal rows.
+        over: See `row_dots`.
 
     Returns:
         `vectors`.
     """
-    return vectors.addmm_(vectors @ basis.T, basis, alpha=-1)
+    return vectors.addmm_(_summed(vectors @ basis.T, over), basis, alpha=-1)
 
 
-def orthonormal_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def orthonormal_rows(rows: torch.Tensor, *, over: Shards | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Factorize rows into L Q with L lower triangular and Q orthonormal to rounding error.
 
     Two rounds of Cholesky QR, which consist of matrix products, with Gram matrices in float64 (Yamamoto, Nakatsukasa,
@@ -180,6 +209,7 @@ def orthonormal_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Args:
         rows: (k, n) with k <= n.
+        over: See `row_dots`.
 
     Returns:
         L (k, k) in float64 and Q (k, n) in the dtype of `rows`.
@@ -187,11 +217,12 @@ def orthonormal_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     lower = torch.eye(len(rows), dtype=torch.float64, device=rows.device)
     basis = rows
     for _ in range(2):
-        factor, failed = torch.linalg.cholesky_ex(inner_products(basis, basis))
+        factor, failed = torch.linalg.cholesky_ex(inner_products(basis, basis, over=over))
         diagonal = torch.diagonal(factor)
         if failed or not diagonal.min() > CHOLESKY_LIMIT * diagonal.max():
-            basis, upper = torch.linalg.qr(rows.T)
-            return upper.T.double(), basis.T.contiguous()
+            basis, upper = torch.linalg.qr((rows if over is None else over.gather(rows)).T)
+            basis = basis.T.contiguous()
+            return upper.T.double(), basis if over is None else over.take(basis)
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(rows)).to(factor), upper=False)
         basis, lower = inverse.to(rows.dtype) @ basis, lower @ factor
     return lower, basis

@@ -12,6 +12,7 @@ from spectra.backend.errors import InputError
 from spectra.cli import inputs
 from spectra.cli.command_line import add_formats, examples, print_csv, print_json
 from spectra.cli.progress import progress
+from spectra.cli.sharding import one_command, shard, together
 from spectra.cli.tables import aligned, quantity_name
 from spectra.operators.hessian.parameters import ParameterSpace
 from spectra.operators.hessian.precision import LOWER
@@ -73,7 +74,13 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, write the run folder, and print the record."""
+    """Measure, write the run folder, and print the record; under torchrun on all its processes together."""
+    with one_command(options.device):
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
+    """`run`, on each of the processes."""
     known = is_recorded(options.out)
     try:
         records = _measure(options)
@@ -100,7 +107,7 @@ def _measure(options: argparse.Namespace) -> list[SpectrumRecord]:
     """Measure and write the run folder. Returns the record of the whole, then those of the blocks."""
     from spectra.integrations.loading import quiet_transformers
 
-    inputs.check(options)  # before the minutes that loading a model may take
+    together(lambda: inputs.check(options))  # before the minutes that loading a model may take
     settings = MeasurementSettings(
         probes=options.probes,
         steps=options.steps,
@@ -114,10 +121,11 @@ def _measure(options: argparse.Namespace) -> list[SpectrumRecord]:
     config["checkpoint"] = options.model
     chosen = config.pop("blocks")
     blocks = chosen if chosen is None or chosen != ["layers"] else "layers"
-    _check_same(options.out, config)
-    found = inputs.load(options)
+    together(lambda: _check_same(options.out, config))
+    found = together(lambda: inputs.load(options))
     ParameterSpace(found.model, options.params)  # refuses a glob that matches nothing before a folder is made
     config |= found.facts
+    shard(found.model)
     if next(found.model.parameters()).device.type == "cpu":
         settings = settings.changed(engine="reverse")  # a choice by time could change the last digits from run to run
     with quiet_transformers(), _progress() as show:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from spectra.backend import ranks
 from spectra.integrations.attached import NO_SPECTRUM, check_options, ending_no_training, recording_why_unmade, warn
 from spectra.integrations.trainer_batches import first_batches
 from spectra.integrations.trainer_log import TrainerLog
@@ -22,6 +23,7 @@ from spectra.integrations.trainer_loss import (
     notes_of_precision,
 )
 from spectra.operators.hessian.isolation import unwrap
+from spectra.operators.hessian.sharded_weights import is_sharded
 from spectra.runs.kept import randomness_kept
 from spectra.runs.probe import START, SpectrumProbe
 from spectra.runs.provenance import fingerprint_of_weights
@@ -40,6 +42,8 @@ class SpectrumCallback(TrainerCallback):
     What is measured is the loss that the Trainer trains: its `compute_loss`, overridden or not, with label smoothing or
     `compute_loss_func`, on batches that its own loader draws and its own collator makes. The training ends with the
     same weights, bit for bit, as without the callback.
+
+    Where FSDP2 shards the model, all ranks measure it together, each with the batches of its own loader.
 
     **Logs.** The numbers of each spectrum go through `Trainer.log`: `trainer.state.log_history` holds them, and every
     reporting callback gets them at the training step's number, "spectra/rms" with "spectra/rms_low" and
@@ -111,16 +115,18 @@ class SpectrumCallback(TrainerCallback):
         """Make the probe and measure the model as it is."""
         self._release()
         self._in_training = True
-        if not state.is_world_process_zero:
-            return
         trainer, model = self.trainer or calling_trainer(self), unwrap(kwargs["model"])
+        first = state.is_world_process_zero
+        if not first and not is_sharded(model):  # all ranks measure a sharded model together
+            return
         self._logger = None if trainer is None else TrainerLog(trainer, self)
         out = str(self.out) if self.out is not None else os.path.join(_output_folder(args, trainer), "spectra")
         same = self._model is not None and self._model() is model and self._out == out
         self._first = self._reached if same and state.global_step == 0 else 0
         self._model, self._out = weakref.ref(model), out
         with self._ending_no_training(), randomness_kept():
-            with recording_why_unmade(out, model, self._first + state.global_step, self.options):
+            recording = recording_why_unmade(out, model, self._first + state.global_step, self.options)
+            with recording if first else contextlib.nullcontext():
                 probe = self._probe(args, trainer, model, kwargs.get("train_dataloader"), state.max_steps)
             self.probe = probe
             if state.global_step == 0:
@@ -180,6 +186,21 @@ class SpectrumCallback(TrainerCallback):
         self, args: TrainingArguments, trainer: Trainer | None, model: nn.Module, loader: Any, total_steps: int
     ) -> SpectrumProbe:
         """The probe on the Trainer's loss and batches."""
+        device = next(model.parameters()).device
+
+        def prepare() -> tuple[list[Any], dict[str, Any], list[str]]:
+            return self._prepared(args, trainer, loader)
+
+        batches, options, notes = ranks.together(prepare, device) if is_sharded(model) else prepare()
+        options = {"schedule": self.schedule, "total_steps": total_steps or None, **options}
+        probe = SpectrumProbe(model, batches, out=self._out, **options)
+        probe.notes += notes
+        return probe
+
+    def _prepared(
+        self, args: TrainingArguments, trainer: Trainer | None, loader: Any
+    ) -> tuple[list[Any], dict[str, Any], list[str]]:
+        """The batches of the probe, its options, and what its records are to say of both."""
         notes, options = notes_of_precision(args), dict(self.options)
         own = options.get("loss") is None
         if own:
@@ -192,10 +213,7 @@ class SpectrumCallback(TrainerCallback):
             if own and trainer is not None:
                 notes += notes_of_accumulation(trainer, options["loss"], batches[0])
         options["log"] = self._logger if self.log is None else self.log
-        options = {"schedule": self.schedule, "total_steps": total_steps or None, **options}
-        probe = SpectrumProbe(model, batches, out=self._out, **options)
-        probe.notes += notes
-        return probe
+        return batches, options, notes
 
     def _batches(self, args: TrainingArguments, trainer: Trainer | None, loader: Any) -> tuple[list[Any], list[str]]:
         """The first batches of the training data; those of the last training where it had the same data."""

@@ -12,6 +12,7 @@ import torch
 from spectra.backend.errors import InputError, NonFiniteError
 from spectra.backend.float32 import float32_products
 from spectra.backend.random_vectors import gaussian
+from spectra.backend.shards import Shards
 from spectra.backend.vectors import dot, norm
 from spectra.estimates.vector import VectorEstimate, vector_interval
 
@@ -84,6 +85,9 @@ class LinearOperator:
     that dtype. Where multiplying several vectors at once is cheaper, it also defines `_multiply_rows(V)` for vectors in
     the rows of V, (k, n).
 
+    Where the vectors are sharded over the ranks of torch.distributed, (n,) stands for this rank's part of a vector,
+    (entries,), in every method. All ranks make the same calls.
+
     Attributes:
         shape: (n, n).
         dtype: The dtype of the vectors, float32 or float64.
@@ -91,6 +95,7 @@ class LinearOperator:
         products: How many products A v have been computed so far.
         spread: "batches" where a product is a sum over the ranks of torch.distributed. All ranks must then compute
             the same products.
+        shards: Which part of every vector this rank holds; None where each process holds whole vectors.
         unverified: Why the products of this operator cannot be relied on; empty if they can. Where it is not empty,
             every estimate from the operator is unresolved and has this reason.
     """
@@ -100,12 +105,24 @@ class LinearOperator:
     device: torch.device
     products: int = 0
     spread: str = "none"
+    shards: Shards | None = None
     unverified: str = ""
 
     @property
+    def entries(self) -> int:
+        """How many numbers of a vector this process holds: n, or those of its part."""
+        return self.shape[0] if self.shards is None else self.shards.entries
+
+    @property
     def vector_bytes(self) -> int:
-        """Bytes of a vector of n numbers in the operator's dtype."""
-        return self.shape[0] * torch.finfo(self.dtype).bits // 8
+        """Bytes that a vector takes in this process."""
+        numbers = self.shape[0] if self.shards is None else self.shards.length  # the same on every rank
+        return numbers * torch.finfo(self.dtype).bits // 8
+
+    def _has_vectors_of(self, other: LinearOperator) -> None:
+        """Take over what the vectors of another operator look like."""
+        self.shape, self.dtype, self.device = other.shape, other.dtype, other.device
+        self.spread, self.shards = other.spread, other.shards
 
     def __matmul__(self, other: Any) -> Any:
         """The product A v, or A V for several vectors.
@@ -124,12 +141,13 @@ class LinearOperator:
             return (self @ torch.from_numpy(np.ascontiguousarray(other))).cpu().numpy()
         if not isinstance(other, torch.Tensor):
             return NotImplemented
-        if other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
+        if other.ndim not in (1, 2) or other.shape[0] != self.entries:
+            part = "" if self.shards is None else f", this rank's part of {self.shape[1]} numbers,"
             raise InputError(
-                f"a vector ({self.shape[1]},) or matrix ({self.shape[1]}, k) is expected, got {tuple(other.shape)}"
+                f"a vector ({self.entries},) or matrix ({self.entries}, k){part} is expected, got {tuple(other.shape)}"
             )
         if other.ndim == 2 and other.shape[1] == 0:
-            return other.new_empty(self.shape[0], 0, dtype=self.dtype, device=self.device)
+            return other.new_empty(self.entries, 0, dtype=self.dtype, device=self.device)
         other = other.detach().to(device=self.device, dtype=self.dtype)
         vectors = other[None] if other.ndim == 1 else other.T.contiguous()
         with float32_products(self.device):
@@ -140,7 +158,8 @@ class LinearOperator:
         """`multiply_rows`, and a NonFiniteError if a product holds NaN or infinity."""
         products = self.multiply_rows(vectors)
         # the sum of all entries is NaN or infinite if one entry is; if only the sum overflowed, every entry is checked
-        if not torch.isfinite(products.sum()) and not torch.isfinite(products).all():
+        broken = not torch.isfinite(products.sum()) and not torch.isfinite(products).all()
+        if broken if self.shards is None else self.shards.any(bool(broken), self.device):
             self.raise_non_finite(vectors)
         return products
 
@@ -173,6 +192,19 @@ class LinearOperator:
         for product, vector in zip(products, vectors, strict=True):
             product.copy_(self._matvec(vector))
         return products
+
+    # -- memory
+
+    def reserve(self, vectors: int) -> None:
+        """Announce how many vectors (n,) an algorithm will hold, so that the operator leaves memory for them.
+
+        Args:
+            vectors: How many vectors.
+        """
+
+    def product_bytes(self) -> int | None:
+        """Bytes that a product takes while it runs, None where that is not known."""
+        return None
 
     # -- diagonal blocks
 
@@ -209,7 +241,7 @@ class LinearOperator:
     # -- other forms of the matrix
 
     def to_dense(self, *, on_products: Callable[[int], None] | None = None) -> torch.Tensor:
-        """The matrix itself, from n products.
+        """The matrix itself, from n products; whole on every rank where vectors are sharded.
 
         Args:
             on_products: Called with the number of products done, after every block.
@@ -217,14 +249,17 @@ class LinearOperator:
         Returns:
             (n, n) in the operator's dtype, symmetrised as (A + A^T) / 2.
         """
-        n = self.shape[0]
+        n, shards = self.shape[0], self.shards
         matrix = torch.empty(n, n, dtype=self.dtype, device=self.device)
         block = max(min(DENSE_BLOCK, n, DENSE_BLOCK_BYTES // self.vector_bytes), 1)
         for start in range(0, n, block):
             stop = min(start + block, n)
             units = torch.zeros(stop - start, n, dtype=self.dtype, device=self.device)
             units[:, start:stop].fill_diagonal_(1)
-            matrix[start:stop] = self.multiply_rows_checked(units)
+            if shards is None:
+                matrix[start:stop] = self.multiply_rows_checked(units)
+            else:
+                matrix[start:stop] = shards.gather(self.multiply_rows_checked(shards.take(units)))
             if on_products is not None:
                 on_products(stop)
         return (matrix + matrix.T) / 2
@@ -253,17 +288,28 @@ class LinearOperator:
             return VectorEstimate(exact, exact, exact)
         if wanted < 2:
             raise InputError(f"two products or more are expected to estimate a diagonal, got products={wanted}")
-        total = torch.zeros(n, dtype=torch.float64, device=self.device)
+        total = torch.zeros(self.entries, dtype=torch.float64, device=self.device)
         squares = torch.zeros_like(total)
         for index in range(wanted):
             signs = torch.where(gaussian(self, seed=seed, index=index, stream="diagonal") < 0, -1, 1).to(self.dtype)
             sample = (signs * self.multiply_rows_checked(signs[None])[0]).double()
             total += sample
             squares += sample.square()
+        if self.shards is not None:
+            total, squares = self.shards.gather(total), self.shards.gather(squares)
         return vector_interval(total.cpu().numpy(), squares.cpu().numpy(), wanted)
 
     def to_scipy(self) -> ScipyOperator:
-        """The same operator for scipy.sparse.linalg (eigsh, lobpcg, ...), in NumPy's dtype of the same width."""
+        """The same operator for scipy.sparse.linalg (eigsh, lobpcg, ...), in NumPy's dtype of the same width.
+
+        Returns:
+            The operator.
+
+        Raises:
+            InputError: If the vectors are sharded: SciPy would sum over this rank's parts alone.
+        """
+        if self.shards is not None:
+            raise InputError("SciPy takes whole vectors, and those of a sharded model are not: use spectra.topk or slq")
         from scipy.sparse import linalg  # half a second to load
 
         make: Any = linalg.LinearOperator  # typed as its subclasses are made, not as it is called with functions
@@ -302,9 +348,14 @@ class LinearOperator:
             u = gaussian(self, seed=seed, index=2 * index, stream="symmetry")
             v = gaussian(self, seed=seed, index=2 * index + 1, stream="symmetry")
             au, av = self @ u, self @ v
-            scale = max(norm(av) * norm(u), norm(au) * norm(v))
-            gaps.append(abs(dot(u, av) - dot(v, au)) / scale if scale > 0 else 0.0)
+            gaps.append(self.asymmetry(u, v, au, av))
         return max(gaps)
+
+    def asymmetry(self, u: torch.Tensor, v: torch.Tensor, au: torch.Tensor, av: torch.Tensor) -> float:
+        """The relative difference |u.Av - v.Au| / max(||Av|| ||u||, ||Au|| ||v||) of two vectors and their products."""
+        over = self.shards
+        scale = max(norm(av, over=over) * norm(u, over=over), norm(au, over=over) * norm(v, over=over))
+        return abs(dot(u, av, over=over) - dot(v, au, over=over)) / scale if scale > 0 else 0.0
 
     def linearity_gap(self, *, seed: int = 0) -> float:
         """The relative rounding error of a product, ||A(u + v) - A u - A v|| / ||A(u + v)|| for random u and v.
@@ -321,12 +372,12 @@ class LinearOperator:
         u = gaussian(self, seed=seed, index=0, stream="linearity")
         both = gaussian(self, seed=seed, index=1, stream="linearity").add_(u)
         gap = self @ both
-        scale = norm(gap)
+        scale = norm(gap, over=self.shards)
         del both
         gap = gap - self @ u
         del u
         gap = gap - self @ gaussian(self, seed=seed, index=1, stream="linearity")  # drawn again: memory peaks here
-        return norm(gap) / scale if scale > 0 else 0.0
+        return norm(gap, over=self.shards) / scale if scale > 0 else 0.0
 
     def precision_error(self) -> float:
         """The relative error of products in a lower precision than the vectors'; 0 where there is none."""

@@ -121,6 +121,10 @@ def blocks_of(op: LinearOperator, blocks: Blocks = LAYERS) -> dict[str, BlockOpe
         >>> {name: block.shape[0] for name, block in spectra.blocks_of(op, "layers").items()}
         {'0': 16, '2': 5}
     """
+    if op.shards is not None:
+        raise InputError(
+            "blocks= is not supported for a sharded model: measure the parameters of a block alone, with params="
+        )
     space, model = parameters_of(op), model_of(op)
     if space is None or model is None:
         raise InputError(f"blocks= needs an operator of a model's parameters, got a {type(op).__name__}")

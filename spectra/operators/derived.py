@@ -35,7 +35,7 @@ class MeanOperator(LinearOperator):
         if len(shapes) > 1:
             raise InputError(f"operators of one shape are expected, got {sorted(shapes)}")
         first = self.operators[0]
-        self.shape, self.dtype, self.device, self.spread = first.shape, first.dtype, first.device, first.spread
+        self._has_vectors_of(first)
 
     def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
         total = self.operators[0].multiply_rows(vectors)
@@ -138,7 +138,7 @@ class DifferenceOperator(LinearOperator):
         names = [getattr(getattr(op, "space", None), "names", None) for op in self.operators]
         if None not in names and names[0] != names[1]:
             raise InputError("operators in the same parameters are expected: give both the same params=")
-        self.shape, self.dtype, self.device, self.spread = minuend.shape, minuend.dtype, minuend.device, minuend.spread
+        self._has_vectors_of(minuend)
 
     @property
     def space(self) -> Any:
@@ -191,11 +191,14 @@ class DifferenceOperator(LinearOperator):
         u = gaussian(self, seed=0, index=0, stream="difference")[None]
         return [op.multiply_rows(u)[0] for op in self.operators]
 
-    @staticmethod
-    def _relative(errors: list[float], products: list[torch.Tensor]) -> float:
+    def _relative(self, errors: list[float], products: list[torch.Tensor]) -> float:
         """The sum of the errors of A u and B u, which are relative to each, relative to A u - B u."""
-        size = norm(products[0] - products[1])
-        return sum(e * norm(p) for e, p in zip(errors, products, strict=True)) / size if size > 0 else 0.0
+        size = norm(products[0] - products[1], over=self.shards)
+        return (
+            sum(e * norm(p, over=self.shards) for e, p in zip(errors, products, strict=True)) / size
+            if size > 0
+            else 0.0
+        )
 
     def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
         """Raise the error of the operator whose product is not finite."""
@@ -224,14 +227,14 @@ class DeflatedOperator(LinearOperator):
     """
 
     def __init__(self, inner: LinearOperator, vectors: torch.Tensor, *, inputs: str = "any", orthonormal: bool = False):
-        if vectors.ndim != 2 or vectors.shape[0] != inner.shape[0]:
-            raise InputError(f"vectors ({inner.shape[0]}, k) are expected, got {tuple(vectors.shape)}")
+        if vectors.ndim != 2 or vectors.shape[0] != inner.entries:
+            raise InputError(f"vectors ({inner.entries}, k) are expected, got {tuple(vectors.shape)}")
         if inputs not in ("any", "orthogonal"):
             raise InputError(f"inputs must be 'any' or 'orthogonal', got {inputs!r}")
         self.inner, self._orthogonal_inputs = inner, inputs == "orthogonal"
-        self.shape, self.dtype, self.device, self.spread = inner.shape, inner.dtype, inner.device, inner.spread
+        self._has_vectors_of(inner)
         rows = vectors.T.to(device=inner.device, dtype=inner.dtype)
-        self._rows = rows if orthonormal else orthonormal_rows(rows)[1]
+        self._rows = rows if orthonormal else orthonormal_rows(rows, over=inner.shards)[1]
 
     @property
     def vectors(self) -> torch.Tensor:
@@ -249,13 +252,13 @@ class DeflatedOperator(LinearOperator):
         """
         projected = torch.atleast_2d(vector).clone()
         for _ in range(2):
-            project_out_(projected, self._rows)
+            project_out_(projected, self._rows, over=self.shards)
         return projected.view_as(vector)
 
     def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
         if not self._orthogonal_inputs:
-            vectors = project_out_(vectors.clone(), self._rows)
-        return project_out_(self.inner.multiply_rows(vectors), self._rows)
+            vectors = project_out_(vectors.clone(), self._rows, over=self.shards)
+        return project_out_(self.inner.multiply_rows(vectors), self._rows, over=self.shards)
 
     def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
         """Raise the error of A."""
@@ -293,7 +296,7 @@ class StandIn(LinearOperator):
 
     def __init__(self, inner: LinearOperator, counted_on: LinearOperator):
         self.inner, self.counted_on = inner, counted_on
-        self.shape, self.dtype, self.device, self.spread = inner.shape, inner.dtype, inner.device, inner.spread
+        self._has_vectors_of(inner)
         self.unverified = inner.unverified
 
     def _multiply_rows(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -329,10 +332,10 @@ class CongruentOperator(LinearOperator):
     def __init__(
         self, inner: LinearOperator, transform: Transform, *, shift: float = 0.0, mask: torch.Tensor | None = None
     ):
-        if mask is not None and mask.shape != inner.shape[:1]:
-            raise InputError(f"a mask ({inner.shape[0]},) is expected, got {tuple(mask.shape)}")
+        if mask is not None and mask.shape != (inner.entries,):
+            raise InputError(f"a mask ({inner.entries},) is expected, got {tuple(mask.shape)}")
         self.inner, self.transform, self.shift = inner, transform, float(shift)
-        self.shape, self.dtype, self.device, self.spread = inner.shape, inner.dtype, inner.device, inner.spread
+        self._has_vectors_of(inner)
         self.unverified = inner.unverified
         self._dropped = None if mask is None else ~mask.to(inner.device, torch.bool)
         self._rounding: float | None = None

@@ -118,8 +118,9 @@ class FisherOperator(GaussNewtonOperator):
             raise InputError(f"samples must be a whole number, at least 1, got {samples!r}")
         self.kind, self.samples, self.seed = kind, samples, seed
         super().__init__(model, batches, params, loss, **options)
-        assert isinstance(self._graphs, OutputGraphStore)
-        self._graphs.curvature_of = self._curvature_of
+        graphs = self._graphs.local
+        assert isinstance(graphs, OutputGraphStore)
+        graphs.curvature_of = self._curvature_of
 
     @property
     def name(self) -> str:

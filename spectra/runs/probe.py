@@ -43,6 +43,7 @@ from spectra.operators.hessian.checks import hessian_mode
 from spectra.operators.hessian.isolation import MODULE_TABLES, unwrap
 from spectra.operators.hessian.operator import HessianOperator
 from spectra.operators.hessian.parameters import ParameterSpace, Selection
+from spectra.operators.hessian.sharded_weights import is_sharded
 from spectra.runs.carried import Carried
 from spectra.runs.checked import Checked, check, take_over
 from spectra.runs.failure import Failure, give_memory_back
@@ -133,7 +134,7 @@ class SpectrumProbe:
         records: The records so far, with those that the folder held.
         notes: What every later record is to say of how it was measured.
         run: The run folder; None without `out`, and on all ranks of torch.distributed but the first. With
-            spread="probes" or "batches" all ranks have to make the same calls.
+            spread="probes" or "batches", and for a sharded model, all ranks have to make the same calls.
 
     Raises:
         InputError: If a setting is out of its range, the batches or a mode cannot be used, or `out` holds a run with
@@ -172,6 +173,8 @@ class SpectrumProbe:
             raise InputError(f"settings must be MeasurementSettings, got {type(settings).__name__}")
         self.settings = (settings or MeasurementSettings()).changed(**options)
         ranks.check_spread(self.settings.spread)
+        # whether all ranks make one measurement together, and one of them writes it
+        self._shared = self.settings.spread != "none" or is_sharded(unwrap(model))
         self.schedule = Schedule.of(schedule, every=every, at=at, when=when, max_overhead=max_overhead)
         self.total_steps = _check_length(total_steps, self.schedule)
         if log is not None and not callable(log):
@@ -194,7 +197,12 @@ class SpectrumProbe:
         self._block_names: dict[str, list[str]] = {}  # by mode
         self._operator: LinearOperator | None = None  # of the mode that is measured, for the whole and its blocks
         with self._undisturbed():
-            self.batches = _read(batches)
+            if is_sharded(unwrap(model)):
+                if self.settings.batch_groups:
+                    raise InputError("batch_groups is not supported for a sharded model: leave it out")
+                self.batches = ranks.together(lambda: _read(batches), next(model.parameters()).device)
+            else:
+                self.batches = _read(batches)
             self._try_modes()
         self._checked: dict[str, Checked] = {}  # by mode
         self._outliers: dict[str, torch.Tensor] = {}  # by mode, the last checkpoint's deflated vectors
@@ -418,7 +426,7 @@ class SpectrumProbe:
         due = schedule.names(step, self.total_steps)
         if schedule.when is not None and self._signalled(step) and not due:
             due, self._why = True, [ON_SIGNAL.format(in_words(schedule.when))]
-        shared = self.settings.spread != "none"
+        shared = self._shared
         if not due and not (shared and schedule.when is not None):
             return False
         due = due and self._overhead.has_room()
@@ -452,7 +460,7 @@ class SpectrumProbe:
 
     def _log(self, records: list[SpectrumRecord], step: int) -> None:
         """Hand the numbers of the records to `log`. What it raises is a warning, unless `strict`."""
-        if self.log is None or (self.settings.spread != "none" and ranks.rank() != 0):
+        if self.log is None or (self._shared and ranks.rank() != 0):
             return
         several, values = len(self.modes) > 1, {}
         for record in records:
@@ -568,7 +576,7 @@ class SpectrumProbe:
             mode=name,
             block=block,
             loss=loss,
-            gradient_norm=norm(gradient),
+            gradient_norm=norm(gradient, over=target.shards),
             dimension=target.shape[0],
             estimates=estimates,
             batch_noise=noise,
@@ -642,7 +650,7 @@ class SpectrumProbe:
         if not wanted or wanted + self.settings.steps >= op.shape[0]:
             return 0
         start = self._outliers.get(mode)
-        start = start if start is None or start.shape[0] != op.shape[0] else start.to(op.device)
+        start = start if start is None or start.shape[0] != op.entries else start.to(op.device)
         pairs = largest_eigenpairs(op, wanted, seed=self.settings.seed, start=start, progress=progress)
         self._outliers[mode] = pairs.vectors.cpu()  # between two checkpoints the device belongs to the training
         return pairs
@@ -692,7 +700,7 @@ class SpectrumProbe:
                 error = str(refusal)
             except OSError as refusal:
                 error = f"{out} cannot be written ({refusal.strerror or refusal}): choose another out="
-        if self.settings.spread != "none":
+        if self._shared:
             error, self._earlier = ranks.all_gather((error, self._earlier))[0]
         if error:
             raise FolderError(error)

@@ -40,6 +40,8 @@ def fingerprint(batches: list[Any]) -> str:
 def fingerprint_of_weights(model: nn.Module) -> str:
     """A short hash of a model's weights, from some entries of each parameter.
 
+    For a sharded model all ranks call this together, and it is that of the whole model.
+
     Args:
         model: The model.
 
@@ -49,9 +51,10 @@ def fingerprint_of_weights(model: nn.Module) -> str:
     digest = hashlib.sha256()
     try:
         for parameter in model.parameters():
-            flat = parameter.detach().reshape(-1)
+            value = parameter.detach()
+            flat = getattr(value, "full_tensor", lambda value=value: value)().reshape(-1)
             digest.update(_bytes(flat[:: max(len(flat) // SAMPLED_WEIGHTS, 1)]))
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):  # meta, sharded or lazy; out of memory
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):  # meta or lazy; out of memory
         return ""
     return digest.hexdigest()[:16]
 

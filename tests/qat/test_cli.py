@@ -98,17 +98,18 @@ def test_compare_leaves_what_it_says(capfd, llama, tmp_path):
 def test_every_option_reaches_the_study(monkeypatch, llama, tmp_path):
     seen = []
     monkeypatch.setattr("qat.study.compare.compare", lambda config, say: seen.append(config))
-    options = """--bits 2 --methods winq --out OUT --tokenizer some/name --length 9 --trust-remote-code --device cpu
+    options = """--bits 4 --methods winq --out OUT --tokenizer some/name --length 9 --trust-remote-code --device cpu
         --steps 7 --batch-size 3 --lr 0.5 --schedule wsd --warmup 0.1 --weight-decay 0.2 --evaluate-every 2
-        --validation-sequences 5 --seed 11 --quantizer rtn --skip a b --preset released --every 3 --sigma 0.25
-        --modes latent,noisy --probes 6 --lanczos-steps 8 --measure-sequences 4 --workers 2 --no-reference
+        --validation-sequences 5 --seed 11 --quantizer lsq --skip a b --preset released --every 3 --sigma 0.25
+        --group-size 4 --workers 2 --initial-scale mse --modes latent,noisy --probes 6 --lanczos-steps 8
+        --measure-sequences 4 --no-reference
         --save-every 3 --distill 0.3 --distill-temperature 2 --distill-hidden 0.5"""
     assert cli.main(["compare", *options.split(), *llama]) == 0
     (config,) = seen
     folder, text = llama[1], llama[3]
     assert config == StudyConfig(
         out="OUT",
-        bits=(2,),
+        bits=(4,),
         methods=("winq",),
         model=folder,
         text=(text,),
@@ -116,7 +117,9 @@ def test_every_option_reaches_the_study(monkeypatch, llama, tmp_path):
         tokenizer="some/name",
         trust_remote_code=True,
         device="cpu",
-        quantizer="rtn",
+        quantizer="lsq",
+        group_size=4,
+        initial_scale="mse",
         skip=("a", "b"),
         validation_sequences=5,
         modes=("latent", "noisy"),
@@ -232,6 +235,8 @@ def test_a_refusal_in_a_process_of_its_own_is_one_line_and_loads_nothing_that_tr
         ("--modes ste,fisher", "unknown mode 'fisher': choose from ste, quantized, latent, noisy"),
         ("--schedule linear", "unknown schedule 'linear': choose one of constant, cosine, wsd"),
         ("--quantizer magic", "quantizer must be one of auto"),
+        ("--group-size 1", "group_size must be a whole number of columns, 2 or more"),
+        ("--initial-scale median", "initial_scale must be one of max, mse"),
         ("--preset mine", "unknown preset 'mine': choose from paper, released"),
         ("--every never", "--every is a number of steps or a fraction of the run, got 'never'"),
         ("--every 1.5", "every must be a whole number of steps"),

@@ -13,21 +13,26 @@ from torch.func import functional_call
 
 import qat
 from qat.layers.config import SUPPORTED_BITS
+from qat.layers.quantizers.hadamard import hadamard
+from qat.layers.quantizers.registry import QUANTIZERS
 from spectra.backend.errors import InputError
 
 SCHEMES = [(name, bits) for name, widths in SUPPORTED_BITS.items() for bits in widths]
+CASES = [(name, bits, None) for name, bits in SCHEMES]  # and in groups of two columns
+CASES += [("binary", 1, 2), ("seq", 1.58, 2), ("lsq", 4, 2), ("rtn", 2, 2), ("quest", 3, 2), ("parq", 2, 2)]
+LEARNED = [case for case in CASES if QUANTIZERS[case[0]].learned_scale]
 WEIGHTS = ("0.weight", "2.weight")
 COUNT = 42  # weights of the two layers
 
 
-def models(name, bits, *, shrink=0.6):
+def models(name, bits, group=None, *, shrink=0.6):
     """A full-precision network and its quantized twin; learned scales small enough to clip a few weights."""
     plain = mlp(seed=3)
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.mul_(2.0)
     quantized = copy.deepcopy(plain)
-    qat.quantize_model(quantized, qat.QuantConfig(bits=bits, quantizer=name))
+    qat.quantize_model(quantized, qat.QuantConfig(bits=bits, quantizer=name, group_size=group))
     with torch.no_grad():
         for _, layer in qat.quant_layers(quantized):
             if layer.quantizer.learned_scale:
@@ -59,15 +64,17 @@ def quantized_weights(model):
     return [layer.quantized_weight().detach() for _, layer in qat.quant_layers(model)]
 
 
-def masks(layers, weights):
-    return torch.cat(
-        [
-            layer.quantizer.mask(w, layer.scale if layer.quantizer.learned_scale else layer.quantizer.initial_scale(w))
-            .reshape(-1)
-            .double()
-            for layer, w in zip(layers, weights, strict=True)
-        ]
-    )
+def jacobian(layers, weights):
+    """dQ/dW, dense: the mask on its diagonal, but for `quest`, which masks the transform of each row or group."""
+    blocks = []
+    for layer, w in zip(layers, weights, strict=True):
+        scale = layer.scale if layer.quantizer.learned_scale else layer.quantizer.initial_scale(w)
+        mask = layer.quantizer.mask(w, scale).double()
+        for row in mask.reshape(-1, getattr(layer.quantizer, "size", mask.shape[1])):
+            turn = torch.eye(len(row), dtype=torch.float64)
+            turn = hadamard(turn) if layer.quantizer.name == "quest" else turn
+            blocks.append(turn.T @ torch.diag(row) @ turn)
+    return torch.block_diag(*blocks)
 
 
 def measured(model, data, mode, **options):
@@ -85,29 +92,29 @@ def noise_of(model, *, draw, seed, sigma):
     return [sigma * _standard_normal(layer.rows(), f"{seed}/{draw}/{name}") for name, layer in qat.quant_layers(model)]
 
 
-@pytest.mark.parametrize(("name", "bits"), SCHEMES)
-def test_ste_is_m_h_m(name, bits):
-    plain, model = models(name, bits)
+@pytest.mark.parametrize(("name", "bits", "group"), CASES)
+def test_ste_is_m_h_m(name, bits, group):
+    plain, model = models(name, bits, group)
     layers = [layer for _, layer in qat.quant_layers(model)]
-    mask = masks(layers, [layer.weight.detach() for layer in layers])
-    if name != "rtn":
-        assert 0 < mask.sum() < COUNT, "some weights are clipped and some are not"
-    expected = mask[:, None] * hessian_at(plain, quantized_weights(model), batches()) * mask
+    by_weight = jacobian(layers, [layer.weight.detach() for layer in layers])
+    if QUANTIZERS[name].learned_scale:
+        assert 0 < by_weight.trace() < COUNT, "some weights are clipped and some are not"
+    expected = by_weight.T @ hessian_at(plain, quantized_weights(model), batches()) @ by_weight
     dense = measured(model, batches(), "ste")
     assert relative_error(dense, expected) < 1e-12
     assert (dense - dense.T).abs().max() < 1e-13 * dense.abs().max()
 
 
-@pytest.mark.parametrize(("name", "bits"), SCHEMES)
-def test_quantized_is_h_at_the_quantized_weights(name, bits):
-    plain, model = models(name, bits)
+@pytest.mark.parametrize(("name", "bits", "group"), CASES)
+def test_quantized_is_h_at_the_quantized_weights(name, bits, group):
+    plain, model = models(name, bits, group)
     expected = hessian_at(plain, quantized_weights(model), batches())
     assert relative_error(measured(model, batches(), "quantized"), expected) < 1e-12
 
 
-@pytest.mark.parametrize(("name", "bits"), SCHEMES)
-def test_latent_is_h_at_the_weights_and_between(name, bits):
-    plain, model = models(name, bits)
+@pytest.mark.parametrize(("name", "bits", "group"), CASES)
+def test_latent_is_h_at_the_weights_and_between(name, bits, group):
+    plain, model = models(name, bits, group)
     latent = [layer.weight.detach() for _, layer in qat.quant_layers(model)]
     grid = quantized_weights(model)
     for point in (None, 0, 0.3, 0.8, 1):
@@ -123,20 +130,20 @@ def test_latent_is_h_at_the_weights_and_between(name, bits):
         assert torch.equal(at_grid, loss_of(model, batches())), "point 1 is the quantized network, exactly"
 
 
-@pytest.mark.parametrize(("name", "bits"), SCHEMES)
-def test_noisy_is_ste_at_the_noisy_weights(name, bits):
-    plain, model = models(name, bits)
+@pytest.mark.parametrize(("name", "bits", "group"), CASES)
+def test_noisy_is_ste_at_the_noisy_weights(name, bits, group):
+    plain, model = models(name, bits, group)
     layers = [layer for _, layer in qat.quant_layers(model)]
     expected = 0
     for draw in range(3):
         noise = noise_of(model, draw=draw, seed=5, sigma=0.1)
         noisy = [layer.weight.detach() + u for layer, u in zip(layers, noise, strict=True)]
-        mask = masks(layers, noisy)
+        by_weight = jacobian(layers, noisy)
         grid = []
         for layer, w in zip(layers, noisy, strict=True):
             scale = layer.scale if layer.quantizer.learned_scale else layer.quantizer.initial_scale(w)
             grid.append(layer.quantizer(w, scale).detach())
-        expected_draw = mask[:, None] * hessian_at(plain, grid, batches()) * mask
+        expected_draw = by_weight.T @ hessian_at(plain, grid, batches()) @ by_weight
         dense = measured(model, batches(), "noisy", draw=draw, seed=5, sigma=0.1)
         assert relative_error(dense, expected_draw) < 1e-12
         expected = expected + expected_draw / 3
@@ -145,9 +152,9 @@ def test_noisy_is_ste_at_the_noisy_weights(name, bits):
 
 
 @pytest.mark.parametrize("mode", qat.MODES)
-@pytest.mark.parametrize(("name", "bits"), SCHEMES)
-def test_the_operator_is_the_dense_matrix_of_its_mode(name, bits, mode):
-    _, model = models(name, bits)
+@pytest.mark.parametrize(("name", "bits", "group"), CASES)
+def test_the_operator_is_the_dense_matrix_of_its_mode(name, bits, group, mode):
+    _, model = models(name, bits, group)
     operator = qat.hessian_operator(model, batches(), mode, draws=1, sigma=0.1)
     assert operator.shape == (COUNT, COUNT), "by default the latent weights alone: no biases, no scales"
     expected = measured(model, batches(), mode, **({"sigma": 0.1} if mode == "noisy" else {}))
@@ -155,13 +162,14 @@ def test_the_operator_is_the_dense_matrix_of_its_mode(name, bits, mode):
     assert operator.symmetry_gap() < 1e-12
 
 
-@pytest.mark.parametrize(("name", "bits"), [(name, bits) for name, bits in SCHEMES if name != "rtn"])
-def test_weights_with_scales_are_symmetric(name, bits):
-    _, model = models(name, bits)
+@pytest.mark.parametrize(("name", "bits", "group"), LEARNED)
+def test_weights_with_scales_are_symmetric(name, bits, group):
+    _, model = models(name, bits, group)
     operator = qat.hessian_operator(model, batches(), "ste", params=["*.weight", "*.scale"])
-    assert operator.shape == (COUNT + 9, COUNT + 9)
+    count = COUNT + (9 if group is None else COUNT // group)
+    assert operator.shape == (count, count)
     assert operator.symmetry_gap() < 1e-12
-    dense = operator @ torch.eye(COUNT + 9, dtype=torch.float64)
+    dense = operator @ torch.eye(count, dtype=torch.float64)
     parameters = [p for key, p in model.named_parameters() if not key.endswith("bias")]
     expected = dense_hessian(loss_of(model, batches()), parameters)
     assert relative_error(dense, expected) < 1e-12
@@ -291,11 +299,11 @@ def test_a_copy_in_another_precision_is_measured_in_the_mode_asked_for():
     assert relative_error(ste @ vector, exact @ vector) > 1e-3
 
 
-@pytest.mark.parametrize(("name", "bits"), SCHEMES)
-def test_a_plain_operator_is_ste(name, bits):
+@pytest.mark.parametrize(("name", "bits", "group"), CASES)
+def test_a_plain_operator_is_ste(name, bits, group):
     from spectra import HessianOperator
 
-    _, model = models(name, bits)
+    _, model = models(name, bits, group)
     plain = HessianOperator(model, batches(), params=list(WEIGHTS)).to_dense()
     wanted = measured(model, batches(), "ste")
     assert wanted.abs().max() > 1e-3

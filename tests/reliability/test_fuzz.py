@@ -131,6 +131,7 @@ STUDY = (
     *("--bits", "--steps", "--batch-size", "--lr", "--schedule", "--warmup", "--weight-decay", "--evaluate-every"),
     *("--seed", "--quantizer", "--preset", "--every", "--alpha", "--sigma", "--modes", "--probes", "--lanczos-steps"),
     *("--deflate", "--measure-sequences", "--length", "--vocabulary-size", "--base-steps", "--device", "--workers"),
+    *("--group-size", "--initial-scale"),
 )
 
 

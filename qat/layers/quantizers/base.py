@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from qat.layers.config import SUPPORTED_BITS, check_quantizer, parse_bits
-from qat.layers.quantizers.rounding import floor_scale
+from qat.layers.bits import listed, parse_bits
+from qat.layers.quantizers.rounding import SCALE_FLOOR, floor_scale
+from spectra.backend.errors import InputError
 
 
 class Quantizer(ABC):
@@ -24,21 +24,30 @@ class Quantizer(ABC):
     Args:
         bits: The bit-width.
 
+    Attributes:
+        name: What `QuantConfig(quantizer=)` calls it.
+        supported_bits: The bit-widths that it is defined at.
+        learned_scale: Whether its scale is a parameter, and not computed from the weights.
+        grouped: Whether it can have a scale for each group of columns.
+        anneals: Whether training computes with `annealed`.
+
     Raises:
         InputError: The scheme is not defined at this bit-width.
     """
 
-    name: ClassVar[str]
-    learned_scale: ClassVar[bool]
+    name: str
+    supported_bits: tuple[float, ...]
+    learned_scale: bool
+    grouped: bool = True
+    anneals: bool = False
 
     def __init__(self, bits: float) -> None:
         self.bits = parse_bits(bits)
-        check_quantizer(self.name, self.bits)
-
-    @property
-    def supported_bits(self) -> tuple[float, ...]:
-        """The bit-widths that the scheme is defined at."""
-        return SUPPORTED_BITS[self.name]
+        if self.bits not in self.supported_bits:
+            raise InputError(
+                f"quantizer {self.name!r} supports {listed(self.supported_bits)} bits; got {self.bits}: "
+                "use quantizer='auto'"
+            )
 
     @property
     @abstractmethod
@@ -65,6 +74,13 @@ class Quantizer(ABC):
     def __call__(self, weight: Tensor, scale: Tensor) -> Tensor:
         """The quantized weight with its straight-through derivatives, (rows, columns)."""
 
+    def annealed(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """The weight that the forward pass of training computes with, (rows, columns).
+
+        It is `self(weight, scale)`, unless the scheme begins in full precision and is annealed to its grid.
+        """
+        return self(weight, scale)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(bits={self.bits})"
 
@@ -82,7 +98,21 @@ def gradient_scale(weight: Tensor, top: float) -> float:
     Returns:
         The factor.
     """
-    return 1.0 / math.sqrt(weight.numel() * top)
+    return 1.0 / math.sqrt(max(weight.numel(), 1) * top)
+
+
+def largest_magnitude(weight: Tensor) -> Tensor:
+    """max|w| of each row, (rows, 1), without a graph; the floor of the scales for rows without columns."""
+    if weight.shape[-1] == 0:
+        return weight.new_full((*weight.shape[:-1], 1), SCALE_FLOOR)
+    return weight.detach().abs().amax(dim=-1, keepdim=True)
+
+
+def mean_magnitude(weight: Tensor) -> Tensor:
+    """mean|w| of each row, (rows, 1), without a graph; the floor of the scales for rows without columns."""
+    if weight.shape[-1] == 0:
+        return largest_magnitude(weight)
+    return weight.detach().abs().mean(dim=-1, keepdim=True)
 
 
 def largest_magnitude_scale(weight: Tensor, top: float) -> Tensor:
@@ -98,7 +128,7 @@ def largest_magnitude_scale(weight: Tensor, top: float) -> Tensor:
     Returns:
         (rows, 1), without a graph.
     """
-    largest = weight.detach().abs().amax(dim=1, keepdim=True)
+    largest = largest_magnitude(weight)
     scale = largest / top
     short = (scale.double() * top < largest.double()) | (largest / scale > top)
     above = torch.nextafter(scale, torch.full_like(scale, math.inf))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat.layers.quantizers.base import Quantizer, gradient_scale
+from qat.layers.quantizers.base import Quantizer, gradient_scale, mean_magnitude
 from qat.layers.quantizers.linearization import clamped, held
 from qat.layers.quantizers.rounding import floor_scale, sign, trained_scale
 
@@ -18,6 +18,7 @@ class BinaryElastic(Quantizer):
     """
 
     name = "binary"
+    supported_bits = (1,)
     learned_scale = True
 
     @property
@@ -25,7 +26,7 @@ class BinaryElastic(Quantizer):
         return (-1.0, 1.0)
 
     def initial_scale(self, weight: Tensor) -> Tensor:
-        return floor_scale(weight.detach().abs().mean(dim=1, keepdim=True))
+        return floor_scale(mean_magnitude(weight))
 
     def codes(self, weight: Tensor, scale: Tensor) -> Tensor:
         return sign(weight.detach()).to(torch.int8)

@@ -18,6 +18,7 @@ class LearnedStepSize(RoundToNearest):
     """
 
     name = "lsq"
+    supported_bits = (3, 4, 8)
     learned_scale = True
 
     def __call__(self, weight: Tensor, scale: Tensor) -> Tensor:

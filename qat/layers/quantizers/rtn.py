@@ -18,6 +18,7 @@ class RoundToNearest(Quantizer):
     """
 
     name = "rtn"
+    supported_bits = (2, 3, 4, 8)
     learned_scale = False
 
     def __init__(self, bits: float) -> None:

@@ -23,6 +23,7 @@ class StretchedElastic(Quantizer):
     """
 
     name = "seq"
+    supported_bits = (1.58, 2)
     learned_scale = True
 
     def __init__(self, bits: float) -> None:

@@ -8,6 +8,7 @@ the weighted sum over its pieces. All checks together cost about five products.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from spectra.backend.errors import InputError, NonFiniteError
-from spectra.backend.vectors import dot, norm
+from spectra.backend.vectors import any_entry, dot, norm
 from spectra.operators.hessian.graphs import GraphStore
 from spectra.operators.hessian.isolation import names_with_hooks
 from spectra.operators.hessian.precision import LOWER
@@ -203,7 +204,9 @@ def check_derivatives(
         FailedCheckError: If an error is larger than rounding error. The message names the parameter with the largest.
     """
     moved = (product != 0) | (graphs.gradient() != 0)
-    if moved.any():  # else the loss is flat, as of a saturated softmax, and the differences have to be zero too
+    if any_entry(
+        moved, over=graphs.shards
+    ):  # else the loss is flat, as of a saturated softmax, and the differences have to be zero too
         direction = direction * moved
     if graphs.dtype == torch.float32:
         found = _quick_comparison(graphs, direction, product, rounding)
@@ -222,13 +225,14 @@ def _quick_comparison(
     graphs: GraphStore, u: torch.Tensor, product: torch.Tensor, rounding: float
 ) -> DerivativeErrors | None:
     """The errors from one difference in float32; None where they are too large for that to be conclusive."""
-    h = QUICK_STEP * _relative(_norm_of_weights(graphs), norm(u))
+    h = QUICK_STEP * _relative(_norm_of_weights(graphs), norm(u, over=graphs.shards))
     with _linearized(graphs, torch.float32):
         try:
             difference, slope = _central_difference(graphs, h * u, torch.float32)
         except NonFiniteError:
             return None
-        error = _relative(norm(difference / h - product), norm(product))
+        over = graphs.shards
+        error = _relative(norm(difference / h - product, over=over), norm(product, over=over))
         if not error <= max(QUICK_TOLERANCE, ROUNDING_ROOM * rounding):
             return None
         return DerivativeErrors(error, 0.0, _check_slope(graphs, u, slope / h, torch.float32))
@@ -254,7 +258,8 @@ def _check_product(
         return error, 0.0, slope
     if dtype != product.dtype:
         exact = graphs.product_at(u, dtype).to(product.dtype)
-        if norm(exact - differences) <= PRODUCT_TOLERANCE[dtype] * norm(exact):
+        over = graphs.shards
+        if norm(exact - differences, over=over) <= PRODUCT_TOLERANCE[dtype] * norm(exact, over=over):
             if error <= ROUNDING_LIMIT:
                 graphs.note(f"rounding changes a product by {error:.1%}; precision='float64' avoids that")
                 return error, error, slope
@@ -277,7 +282,8 @@ def _best_difference(
     Several step sizes are tried: a large one makes rounding error small, a small one does not cross the kinks of
     piecewise linear functions. NaN and None if the differences disagree among themselves as much as with the product.
     """
-    length = _relative(_norm_of_weights(graphs), norm(u))
+    length = _relative(_norm_of_weights(graphs), norm(u, over=graphs.shards))
+    size = functools.partial(norm, over=graphs.shards)
     tried: list[torch.Tensor] = []
     errors: list[float] = []
     slopes: list[float] = []
@@ -287,13 +293,13 @@ def _best_difference(
             difference, slope = _central_difference(graphs, h * u, dtype)
             tried.append((difference / h).to(product.dtype))
             slopes.append(slope / h)
-            errors.append(_relative(norm(tried[-1] - product), max(norm(product), norm(tried[-1]))))
+            errors.append(_relative(size(tried[-1] - product), max(size(product), size(tried[-1]))))
             if errors[-1] <= tolerance:
                 return errors[-1], tried[-1], slopes[-1]
     best = min(range(len(errors)), key=errors.__getitem__, default=None)
     if best is not None:
-        others = [norm(tried[best] - other) for j, other in enumerate(tried) if j != best]
-        uncertain = _relative(min(others, default=0.0), max(norm(product), norm(tried[best])))
+        others = [size(tried[best] - other) for j, other in enumerate(tried) if j != best]
+        uncertain = _relative(min(others, default=0.0), max(size(product), size(tried[best])))
         if errors[best] > 3 * uncertain:
             return errors[best], tried[best], slopes[best]
     graphs.note("products could not be compared with differences of the gradient, which is not smooth here")
@@ -306,7 +312,7 @@ def _check_slope(graphs: GraphStore, u: torch.Tensor, slope: float, dtype: torch
     Along the gradient the loss changes most, so that rounding error matters least.
     """
     gradient = graphs.gradient()
-    steepest, expected = norm(gradient), dot(gradient, u)
+    steepest, expected = norm(gradient, over=graphs.shards), dot(gradient, u, over=graphs.shards)
     if steepest == 0:
         return math.nan
     if abs(slope - expected) <= SLOPE_TOLERANCE * abs(expected):
@@ -429,11 +435,13 @@ def _steps(graphs: GraphStore, dtype: torch.dtype) -> tuple[float, ...]:
 
 
 def _norm_of_weights(graphs: GraphStore) -> float:
-    squares = [float(p.detach().double().square().sum()) for p in graphs.space.parameters]
+    squares = [float(p.detach().double().square().sum()) for p in graphs.local.space.parameters]
     return math.sqrt(sum(squares)) or 1.0
 
 
 def _worst_parameter(graphs: GraphStore, difference: torch.Tensor) -> str:
+    if graphs.shards is not None:
+        difference = graphs.shards.gather(difference)
     parts = [norm(part) for part in difference.split(graphs.space.sizes)]
     return graphs.space.names[max(range(len(parts)), key=parts.__getitem__)]
 

@@ -30,12 +30,14 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> list[float]:
     """A number for each tensor that changes with its values: on a CPU a sum of its bits, on a GPU its norm.
 
     Args:
-        tensors: The tensors. Those without memory of their own and those with another layout (sparse) are left out.
+        tensors: The tensors. Those without memory of their own and those with another layout (sparse) are left out. Of
+            a sharded tensor the part of this rank is looked at.
 
     Returns:
         The numbers.
     """
-    whole = [t.detach() for t in tensors if t.layout == torch.strided and t.numel() and not t.is_meta]
+    held = [getattr(t, "to_local", lambda t=t: t)() for t in (tensor.detach() for tensor in tensors)]
+    whole = [t for t in held if t.layout == torch.strided and t.numel() and not t.is_meta]
     norms = [t for t in whole if t.device.type != "cpu" and t.is_floating_point()]
     sums = [float(t.view(INTEGERS[t.element_size()]).sum()) for t in whole if t.device.type == "cpu" and _plain(t)]
     if not norms:

@@ -16,6 +16,7 @@ from torch import nn
 
 from spectra.backend import memory, ranks
 from spectra.backend.errors import InputError, NonFiniteError, first_line
+from spectra.backend.shards import Shards
 from spectra.operators.hessian import engines
 from spectra.operators.hessian.fingerprint import fingerprint, optimizer_steps
 from spectra.operators.hessian.footprint import Footprint, measure_footprint
@@ -30,14 +31,26 @@ from spectra.operators.hessian.isolation import (
 from spectra.operators.hessian.objective import Objective, Piece
 from spectra.operators.hessian.parameters import ParameterSpace
 from spectra.operators.hessian.precision import arithmetic
+from spectra.operators.hessian.recompute import (
+    ATTENTION_AND_LOSS,
+    LAYERS,
+    NOTHING,
+    AttentionAndLossRecomputed,
+    layers_of,
+    layers_recomputed,
+)
 from spectra.operators.hessian.substitution import Substitution, WeightsWritten, nodes_of
 
 T = TypeVar("T")
 Part = tuple[int, ...] | None  # positions of the parameters of a diagonal block; None for all of them
 OTHER_SEED = 20240229  # of the random numbers that show whether a forward pass depends on random numbers
-POLICIES = ("auto", "keep", "rebuild")
+POLICIES = ("auto", "keep", "recompute", "recompute layers", "rebuild")
+CHOICES = [NOTHING, ATTENTION_AND_LOSS, LAYERS]
+RECOMPUTED = {"recompute": ATTENTION_AND_LOSS, "recompute layers": LAYERS}  # what a policy recomputes from the start
 GRAPHS_SHARE = 0.5  # of the free memory that kept graphs may take under "auto"
 PRODUCT_SHARE = 0.8  # of the free memory that one graph and a product may take before microbatches are cut
+# A graph of one row has less than this many times the bytes of the vectors: with more memory nothing is measured.
+PLENTY = 4096
 # What torch says of an operation that it cannot differentiate twice; the group is the operation.
 NO_SECOND_DERIVATIVE = (
     r"derivative for '?([\w:]+)'? is not implemented",
@@ -54,10 +67,28 @@ class GraphLayout:
     Attributes:
         objective: The loss, cut into the pieces that are processed one after another.
         kept: How many graphs are kept, those of the first pieces; the others are rebuilt at every product.
+        recomputed: What every product computes again instead of keeping it, see
+            `spectra.operators.hessian.recompute`.
     """
 
     objective: Objective
     kept: int
+    recomputed: str = NOTHING
+
+    @property
+    def kept_share(self) -> float:
+        """The share of the rows whose graphs are kept."""
+        return sum(self.objective.rows[: self.kept]) / sum(self.objective.rows)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every graph is kept."""
+        return self.kept == len(self.objective.pieces)
+
+    def means_the_same_as(self, other: GraphLayout) -> bool:
+        """Whether the other cuts rows alike, keeps as many graphs, and recomputes the same."""
+        mine, theirs = ((x.objective.rows, x.kept, x.recomputed) for x in (self, other))
+        return mine == theirs
 
 
 @dataclass
@@ -83,8 +114,8 @@ class GraphStore:
         precision: See `spectra.operators.hessian.precision`.
         training: Whether the model runs in training mode.
         context: Returns a context manager, which is entered around every forward pass.
-        policy: "keep" all graphs, "rebuild" them at every product, or "auto": keep as many as fit in half of the free
-            memory.
+        policy: "keep" all graphs; "recompute" attention and cross-entropy, or "recompute layers", in every product;
+            "rebuild" whole graphs in every product; or "auto": the first of these that fits in memory.
         over_ranks: Whether every rank of torch.distributed has a part of the objective.
         notes: A list; what a reader of the numbers should know is appended to it.
 
@@ -95,7 +126,12 @@ class GraphStore:
         when_out_of_memory: Makes later computations need less memory, and says how in words; by default
             `reduce_memory`.
         each_forward: Returns a further context manager around every forward pass; the checks set it temporarily.
+        reserved: Bytes that an algorithm will need for its vectors.
+        context: See the argument.
+        shards: Which part of every vector this rank holds, where vectors are sharded; else None.
     """
+
+    shards: Shards | None = None
 
     def __init__(
         self,
@@ -120,14 +156,16 @@ class GraphStore:
         self.can_be_cut: Callable[[], bool] = lambda: True
         self.each_forward: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         self.when_out_of_memory: Callable[[], str] = self.reduce_memory
-        self._context = context
+        self.context = context
         # a graph that is to be captured has to be built on the stream that it is captured on
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._state: _State | None = None
         self._versions: tuple[tuple[int, int, int], ...] = ()
         self._fingerprint: list[float] = []
         self._steps_seen = 0
-        self._footprint: Footprint | None = None
+        self.reserved = 0
+        self._recomputed = self._least_recomputed = RECOMPUTED.get(policy, NOTHING)
+        self._footprints: dict[str, Footprint] = {}
         self._random_states: RandomStates | None = None  # from which every forward pass at these weights draws
         self.writes_to_weights = False  # if so, stand-ins have memory of their own
         self._written: dict[int, torch.Tensor] | None = None  # the weights as the forward pass leaves them
@@ -153,17 +191,53 @@ class GraphStore:
             copy=torch.float64,
             precision="float64",
             training=self.training,
-            context=self._context,
+            context=self.context,
             policy=self.policy,
             over_ranks=self.over_ranks,
             notes=notes,
         )
+
+    # -- over the ranks
+
+    @property
+    def local(self) -> GraphStore:
+        """The graphs that this process holds: the store itself, unless parameters are sharded."""
+        return self
+
+    def on_this_rank(self, check: Callable[[GraphStore], T]) -> T:
+        """Call a check with the graphs that this process holds; it needs no other rank."""
+        return check(self)
+
+    def adopt(self, objective: Objective, note: str) -> bool:
+        """Take over the objective that `settle_shares` found for the graphs of this process. Whether it is another.
+
+        Args:
+            objective: The objective, with the shares of its pieces.
+            note: What that check noted.
+
+        Returns:
+            Whether anything computed before belongs to another objective.
+        """
+        changed, self.objective = objective is not self.objective, objective
+        return changed
+
+    def products_over_ranks(
+        self, multiply: Callable[[torch.Tensor], torch.Tensor], vectors: torch.Tensor
+    ) -> torch.Tensor:
+        """The products of the rows of `vectors` (k, n), from those with the part of the objective of this rank."""
+        products = multiply(vectors)
+        return ranks.all_reduce_sum_(products) if self.over_ranks else products
 
     # -- what is known at the current weights
 
     def loss(self) -> float:
         """The loss at the current weights."""
         return self._current().loss
+
+    def loss_found(self) -> float:
+        """The loss that was computed last, whatever the current weights are."""
+        assert self._state is not None
+        return self._state.loss
 
     def gradient(self) -> torch.Tensor:
         """The gradient at the current weights, (n,)."""
@@ -225,6 +299,10 @@ class GraphStore:
         if layout.objective is not self.objective:
             self.objective = layout.objective
             self.notes.append(f"memory for {max(self.objective.rows)} rows at a time")
+        if layout.recomputed != self._recomputed:
+            self._recomputed = layout.recomputed
+            if self._recomputed:
+                self.note(f"{self._recomputed} computed again in every product, for want of memory")
         loss, kept = 0.0, []
         total = torch.zeros(self.space.dimension, dtype=self.dtype, device=self.device)
         with random_states_kept(self.device), self.on_stream():
@@ -311,7 +389,8 @@ class GraphStore:
         Raises:
             InputError: Where the loss does not depend on the chosen parameters, or cannot be differentiated.
         """
-        with self._measuring(), substitution.active(), self._forward_pass():
+        recomputing = self._recomputing() if second_order else contextlib.nullcontext()
+        with self._measuring(), substitution.active(), self._forward_pass(), recomputing:
             if guarded:
                 loss = self._guarded_loss(piece, substitution)
             else:
@@ -524,11 +603,15 @@ class GraphStore:
         assert total is not None  # an objective has at least one piece
         return total
 
-    def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
-        """Raise the NonFiniteError that names the batch and the parameter where a product is not finite."""
+    def check_products(self, vectors: torch.Tensor) -> None:
+        """Raise the NonFiniteError that names the batch and the parameter, if a product of a piece is not finite."""
         for index, piece in enumerate(self.objective.pieces):
             for product in self._piece_products(index, piece, vectors, "reverse"):
                 self.space.check_finite(product, f"the Hessian product of {piece.name}")
+
+    def raise_non_finite(self, vectors: torch.Tensor) -> NoReturn:
+        """Raise the NonFiniteError that names the batch and the parameter where a product is not finite."""
+        self.check_products(vectors)
         raise NonFiniteError("the sum of the Hessian products over batches overflows; measure with precision='float64'")
 
     def _piece_products(
@@ -559,7 +642,15 @@ class GraphStore:
         if part is not None:
             gradient, parameters = tuple(gradient[i] for i in part), tuple(parameters[i] for i in part)
         # activation checkpointing runs parts of the model again here, which need the stand-ins of the graph
-        with substitution.active(), differentiating(self.device), self._arithmetic(), second_derivatives_named():
+        with contextlib.ExitStack() as stack:
+            if self._recomputed == LAYERS:
+                stack.enter_context(self._measuring())
+            stack.enter_context(substitution.active())
+            if self._recomputed == LAYERS:
+                stack.enter_context(self._forward_pass())
+            stack.enter_context(differentiating(self.device))
+            stack.enter_context(self._arithmetic())
+            stack.enter_context(second_derivatives_named())
             return multiply(gradient, parameters, vectors, keep=keep)
 
     def _forward_over_reverse(
@@ -636,59 +727,190 @@ class GraphStore:
 
     # -- memory
 
-    def layout(self) -> GraphLayout:
-        """The layout that fits into the memory that is free now. Calling this changes nothing.
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of the weights that are gathered from other ranks."""
+        return 0
+
+    def exchanged_bytes(self, vectors: int) -> int:
+        """Bytes of the whole vectors that a product of so many sharded vectors gathers."""
+        return 0
+
+    def layout(self, *, reserved: int | None = None, free: int | None = None) -> GraphLayout:
+        """The layout that fits into the memory that is free. Calling this changes nothing.
 
         Under "auto", microbatches are cut until one graph and a product through it fit, and as many graphs are kept as
-        fit in half of the free memory.
+        fit in half of the free memory. Where that is not all of them, attention and cross-entropy are recomputed if all
+        fit then. Where a graph of one row does not fit, every layer is recomputed.
+
+        Args:
+            reserved: How many vectors (n,) an algorithm will hold; None for what was reserved.
+            free: Bytes of memory; None for what is free now.
+
+        Returns:
+            The layout.
         """
+        if reserved is not None:
+            before, self.reserved = self.reserved, reserved * self._vector_bytes
+            try:
+                return self.layout(free=free)
+            finally:
+                self.reserved = before
         objective = self.objective
         if self.policy != "auto":
-            return GraphLayout(objective, len(objective.pieces) if self.policy == "keep" else 0)
-        if len(objective.pieces) == 1 and objective.rows[0] == 1:
-            return GraphLayout(objective, 1)  # nothing to choose
-        free = memory.available(self.device)
-        footprint = self.footprint()
-        while max(objective.rows) > 1 and self._needs(max(objective.rows)) > PRODUCT_SHARE * free:
-            if not self.can_be_cut():
+            return GraphLayout(objective, 0 if self.policy == "rebuild" else len(objective.pieces), self._recomputed)
+        free = memory.available(self.device) if free is None else free
+        single_row = len(objective.pieces) == 1 and objective.rows[0] == 1
+        if single_row and free > PLENTY * self._vector_bytes:
+            return GraphLayout(objective, 1, self._least_recomputed)
+        partial: list[GraphLayout] = []
+        for recomputed in self._choices():
+            fitting = [layout for layout in partial if self._fits(layout, free)]
+            if recomputed == LAYERS and fitting:  # a product costs no more where graphs that are not kept are rebuilt
                 break
+            try:
+                found = self._fitted(recomputed, free)
+            except torch.OutOfMemoryError:  # not even the few rows that are measured fit
+                continue
+            if found.is_whole and self._fits(found, free):
+                return found
+            partial.append(found)
+        if not partial:
+            raise torch.OutOfMemoryError("not even one row of a batch fits")
+        fitting = [layout for layout in partial if self._fits(layout, free)]
+        return max(fitting, key=lambda layout: layout.kept_share) if fitting else partial[-1]
+
+    def _choices(self) -> list[str]:
+        """What may be recomputed, from the least to the most."""
+        possible = CHOICES if self._layers_may_be_recomputed() else CHOICES[:-1]
+        return possible[CHOICES.index(self._least_recomputed) :] or [self._least_recomputed]
+
+    def _layers_may_be_recomputed(self) -> bool:
+        """Whether the model repeats layers that compute the same at every call."""
+        return not self.training and not self.writes_to_weights and bool(layers_of(self.model))
+
+    def _fitted(self, recomputed: str, free: int) -> GraphLayout:
+        """The layout with this recomputed: microbatches cut as far as needed, and as many graphs kept as fit."""
+        objective = self.objective
+        while not self._fits(GraphLayout(objective, 0, recomputed), free) and self._can_be_halved(objective):
             objective = objective.halved()
-        room = int(GRAPHS_SHARE * free)
+        best = self._with_kept(objective, recomputed, free)
+        # a product takes less memory for fewer rows, and leaves more for graphs
+        while self.reserved and not best.is_whole and self._can_be_halved(objective):
+            objective = objective.halved()
+            best = max(best, self._with_kept(objective, recomputed, free), key=lambda layout: layout.kept_share)
+        if len(best.objective.pieces) == 1:
+            return GraphLayout(best.objective, 1, recomputed)  # a single graph is built in any case
+        return best
+
+    def _can_be_halved(self, objective: Objective) -> bool:
+        return max(objective.rows) > 1 and self.can_be_cut()
+
+    def _with_kept(self, objective: Objective, recomputed: str, free: int) -> GraphLayout:
+        """The layout that keeps as many graphs as fit beside a product and the vectors of an algorithm."""
+        footprint = self.footprint(recomputed)
+        room = GRAPHS_SHARE * free
+        if self.reserved:
+            room = PRODUCT_SHARE * (free - self.reserved) - footprint.product(max(objective.rows))
         for kept, rows in enumerate(objective.rows):
             room -= footprint.graph(rows)
             if room < 0:
-                return GraphLayout(objective, max(kept, 1 if len(objective.pieces) == 1 else 0))
-        return GraphLayout(objective, len(objective.pieces))
+                return GraphLayout(objective, kept, recomputed)
+        return GraphLayout(objective, len(objective.pieces), recomputed)
 
-    def _needs(self, rows: int) -> int:
-        """Bytes of the graph of a microbatch with so many rows, and of a product through it."""
-        return self.footprint().graph(rows) + self.footprint().product(rows)
+    def _fits(self, layout: GraphLayout, free: int) -> bool:
+        """Whether one graph and a product through it fit beside the vectors of an algorithm."""
+        footprint, rows = self.footprint(layout.recomputed), max(layout.objective.rows)
+        return footprint.graph(rows) + footprint.product(rows) <= PRODUCT_SHARE * (free - self.reserved)
 
-    def footprint(self) -> Footprint:
-        """The memory that a microbatch takes, measured once on a few rows."""
-        if self._footprint is None:
-            with random_states_kept(self.device), self.on_stream():
-                vector = torch.zeros(1, self.space.dimension, dtype=self.dtype, device=self.device)
-                self._footprint = measure_footprint(
-                    self.objective,
-                    lambda piece: self._build_first(piece)[1:],
-                    lambda built: self.through(*built, vector, keep=True),  # type: ignore[misc]
-                )
-        return self._footprint
+    def footprint(self, recomputed: str | None = None) -> Footprint:
+        """The memory that a microbatch takes, measured once on a few rows.
+
+        Args:
+            recomputed: What is recomputed; None for what is recomputed now.
+
+        Returns:
+            The `Footprint`.
+        """
+        before = self._recomputed
+        chosen = before if recomputed is None else recomputed
+        if chosen not in self._footprints:
+            try:
+                self._recomputed = chosen
+                self._footprints[chosen] = self._measured_footprint()
+            finally:
+                self._recomputed = before
+        return self._footprints[chosen]
+
+    def _measured_footprint(self) -> Footprint:
+        with random_states_kept(self.device), self.on_stream():
+            vector = torch.zeros(1, self.space.dimension, dtype=self.dtype, device=self.device)
+            return measure_footprint(
+                self.objective,
+                lambda piece: self._build_first(piece)[1:],
+                lambda built: self.through(*built, vector, keep=True),  # type: ignore[misc]
+            )
+
+    def reserve(self, vectors: int) -> bool:
+        """Leave memory for so many vectors (n,).
+
+        Graphs that are in the way are dropped, and so are those beside which others could be kept now. The next product
+        builds them anew.
+
+        Args:
+            vectors: How many vectors an algorithm will hold.
+
+        Returns:
+            Whether graphs were dropped.
+        """
+        self.reserved = vectors * self._vector_bytes
+        if self._state is None or self.policy != "auto" or self._recomputed not in self._footprints:
+            return False
+        if self.over_ranks:  # ranks have different amounts of memory, and build graphs together
+            return False
+        current = GraphLayout(self.objective, len(self._state.kept), self._recomputed)
+        held = sum(self.footprint().graph(rows) for rows in self.objective.rows[: current.kept])
+        available = memory.available(self.device)
+        if self.reserved + (self.product_bytes() or 0) <= available and current.is_whole and not self._recomputed:
+            return False
+        if self.layout(free=available + held).means_the_same_as(current):
+            return False
+        self.forget()
+        return True
+
+    def product_bytes(self) -> int | None:
+        """Bytes that a product takes while it runs, beside kept graphs; None where no memory was measured."""
+        if self._recomputed not in self._footprints:
+            return None
+        rows = max(self.objective.rows)
+        built = 0 if self.keeps_every_graph else self.footprint().graph(rows)
+        return self.footprint().product(rows) + built
+
+    @property
+    def _vector_bytes(self) -> int:
+        numbers = self.space.dimension if self.shards is None else self.shards.length
+        return numbers * self.dtype.itemsize
 
     def reduce_memory(self) -> str:
-        """Use less memory from here on: rebuild graphs instead of keeping them, then halve the microbatches.
+        """Use less memory from here on: recompute attention and loss, rebuild graphs, cut rows, then recompute layers.
 
         Returns:
             What changed, in words; "" where nothing is left to do.
         """
         rows = max(self.objective.rows)
-        if self.policy != "rebuild":
+        if self.policy == "auto" and self._recomputed == NOTHING:
+            self._least_recomputed = ATTENTION_AND_LOSS
+            change = "attention and loss computed again in every product"
+        elif self.policy != "rebuild":
             self.policy, change = "rebuild", "graphs rebuilt at every product"
         elif rows > 1 and self.can_be_cut():
             self.objective, change = self.objective.halved(), f"{(rows + 1) // 2} rows at a time"
+        elif self._recomputed != LAYERS and self._layers_may_be_recomputed():
+            self._least_recomputed, change = LAYERS, "every layer computed again in every product"
         else:
             return ""
+        if self.policy != "auto" or self._least_recomputed != NOTHING:
+            self._recomputed = max(self._recomputed, self._least_recomputed, key=CHOICES.index)
         self.forget()
         return change
 
@@ -758,7 +980,15 @@ class GraphStore:
     @contextlib.contextmanager
     def _forward_pass(self) -> Iterator[None]:
         """The contexts around a forward pass."""
-        with self._context(), self.each_forward(), self._arithmetic():
+        with self.context(), self.each_forward(), self._arithmetic():
+            yield
+
+    @contextlib.contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """A context in which parts of a forward pass are recomputed."""
+        layers = layers_recomputed(self.model) if self._recomputed == LAYERS else contextlib.nullcontext()
+        functions = contextlib.nullcontext() if self._recomputed == NOTHING else AttentionAndLossRecomputed()
+        with layers, functions:
             yield
 
     def _arithmetic(self) -> AbstractContextManager[None]:

@@ -111,6 +111,9 @@ class Objective:
         self._check_targets()
         self.adds_up = getattr(loss, "reduction", None) == "sum"
         self._microbatch = microbatch
+        self.counted = 0.0  # the terms of all batches, sum c_b
+        self.is_part = False  # whether other ranks have other pieces of the same batches
+        self.has_others = False  # whether other ranks have other batches
         self.pieces: tuple[Piece, ...] = tuple(self._cut(microbatch))
         self._everything = self.pieces
 
@@ -129,11 +132,18 @@ class Objective:
         """The part of the objective that this rank of torch.distributed computes; see `pieces_of_rank`."""
         part = self.with_pieces(pieces_of_rank(self.pieces))
         part._everything = self.pieces
+        part.is_part = True
         return part
+
+    def scaled(self, factor: float) -> Objective:
+        """The objective times a factor, as a part of the sum over several ranks."""
+        return self.with_pieces([replace(piece, share=piece.share * factor) for piece in self.pieces])
 
     def of_all_ranks(self) -> Objective:
         """The objective over the pieces of all ranks, from the part that `of_this_rank` returned."""
-        return self.with_pieces(self._everything)
+        everything = self.with_pieces(self._everything)
+        everything.is_part = False
+        return everything
 
     def with_batch_shares(self, shares: Mapping[int, float]) -> Objective:
         """The same pieces with other weights of their batches, by index. Batches of weight 0 are left out."""
@@ -209,6 +219,7 @@ class Objective:
             raise InputError(
                 f"no token of the {len(self.batches)} batches counts in the loss ({cause}); give batches with labels"
             )
+        self.counted = total
         for piece in found:
             if piece.share > 0:
                 share = 1.0 if self.adds_up else piece.share / total

@@ -17,7 +17,7 @@ from torch import nn
 from spectra.backend import ranks
 from spectra.backend.errors import InputError
 from spectra.backend.random_vectors import gaussian
-from spectra.backend.vectors import dot, norm
+from spectra.backend.vectors import norm
 from spectra.operators.base import GAP_TO_ROUNDING, UNITS_OF_ROUNDING, Block, LinearOperator, Preflight
 from spectra.operators.hessian import checks, pieces
 from spectra.operators.hessian.footprint import Footprint
@@ -27,6 +27,8 @@ from spectra.operators.hessian.objective import Objective
 from spectra.operators.hessian.parameters import ParameterSpace, Selection
 from spectra.operators.hessian.pick import EnginePick
 from spectra.operators.hessian.precision import LOWER, dtype_of_copy, dtype_of_vectors, note_of_copy
+from spectra.operators.hessian.sharded_graphs import ShardedGraphStore, part_of_this_rank
+from spectra.operators.hessian.sharded_weights import is_sharded
 
 
 @dataclass
@@ -58,6 +60,12 @@ class HessianOperator(LinearOperator):
     if parameters were replaced. One change is not detected: on a GPU, a write through `.data` between the products of
     one algorithm. Call `refresh()` after it. `close()`, or a `with` block, frees the memory of the graphs.
 
+    A model that FSDP2 (`torch.distributed.fsdp.fully_shard`) has sharded over all ranks is measured as it is. Every
+    rank is given its own batches, or all the same ones, and L is the mean over what all ranks count. Each rank holds
+    n / ranks numbers of every vector: `op @ v` takes and gives this rank's part, `op.shards.take(whole)` and
+    `op.shards.gather(part)` go from whole vectors to parts and back. Weights are gathered once for as long as graphs
+    are kept. All ranks make the same calls. See docs/scale.md.
+
     Before the first product the operator checks its assumptions on the model itself (see
     `spectra.operators.hessian.checks`). This costs about five products.
 
@@ -70,8 +78,10 @@ class HessianOperator(LinearOperator):
         weight: batch -> its weight, see `spectra.Objective`.
         training: Whether to measure in training mode.
         context: Returns a context manager, which is entered around every forward pass.
-        graph: "keep" the graph of every microbatch, "rebuild" it at each product (three gradients instead of two, and
-            the memory of one microbatch), or "auto": keep as many as fit in half of the free memory.
+        graph: "keep" the graph of every microbatch; "recompute" attention and cross-entropy in each product, whose
+            graphs are the largest for long sequences and vocabularies; "recompute layers", which keeps the inputs of
+            layers alone (three gradients a product instead of two); "rebuild" whole graphs in each product (three
+            gradients too, and the memory of one microbatch); or "auto": the first of these that fits in memory.
         engine: How several vectors at once are multiplied, see `spectra.operators.hessian.engines`. "auto" times the
             engines that may be fast at the first block of vectors, and keeps the fastest. All engines give the same
             numbers up to rounding error.
@@ -89,6 +99,7 @@ class HessianOperator(LinearOperator):
         shape: (n, n).
         space: the chosen parameters.
         products: HVPs so far.
+        shards: which part of every vector this rank holds, for a sharded model; else None.
         mode: which Hessian: "full", "ste" for a model with straight-through derivatives, "" where `context` says it.
         training: whether the model is measured in training mode.
         notes: what a reader of the numbers should know of how they were computed.
@@ -128,20 +139,29 @@ class HessianOperator(LinearOperator):
         self.notes = note_of_copy(space, self.dtype)
         self.checks: dict[str, float] = {}
         self.spread = ranks.check_spread(spread, ("none", "batches"))
-        objective = Objective(self.model, batches, loss, microbatch=microbatch, weight=weight)
-        self._graphs = self.graph_store(
+        sharded = is_sharded(self.model)
+
+        def given() -> Objective:
+            return Objective(self.model, batches, loss, microbatch=microbatch, weight=weight)
+
+        if sharded:
+            objective = part_of_this_rank(ranks.together(given, self.device), spread)
+        else:
+            objective = given() if spread == "none" else given().of_this_rank()
+        graphs = self.graph_store(
             self.model,
             space,
-            objective if spread == "none" else objective.of_this_rank(),
+            objective,
             dtype=self.dtype,
             copy=copy_dtype,
             precision=precision,
             training=training,
             context=context or contextlib.nullcontext,
             policy=graph,
-            over_ranks=spread == "batches",
+            over_ranks=spread == "batches" and not sharded,
             notes=self.notes,
         )
+        self._graphs: GraphStore = ShardedGraphStore(graphs) if sharded else graphs
         self._connect(engine)
         self._verified_for: tuple[int, ...] = ()  # the parameters, by id
         self._product_rounding = 0.0
@@ -150,8 +170,10 @@ class HessianOperator(LinearOperator):
         self._trusted = False  # whether the checks were made by another operator
 
     def _connect(self, engine: str) -> None:
-        """Let the graphs and an engine use each other."""
-        graphs = self._graphs
+        """Let the graphs of this process and an engine use each other."""
+        graphs = self._graphs.local
+        self.shards = self._graphs.shards
+        self.spread = self.spread if self.shards is None else "batches"
         graphs.can_be_cut = functools.cache(lambda: pieces.may_be_cut(graphs))
         self._engine = EnginePick(graphs, engine)
         graphs.when_out_of_memory = self._engine.reduce_memory
@@ -212,8 +234,8 @@ class HessianOperator(LinearOperator):
         Raises:
             InputError: For another shape.
         """
-        if offset.shape != (self.shape[0],):
-            raise InputError(f"an offset ({self.shape[0]},) is expected, got {tuple(offset.shape)}")
+        if offset.shape != (self.entries,):
+            raise InputError(f"an offset ({self.entries},) is expected, got {tuple(offset.shape)}")
         self._prepare(thorough=True)
         return self._graphs.loss_at(offset=offset.detach().to(device=self.device, dtype=self.dtype))
 
@@ -229,8 +251,7 @@ class HessianOperator(LinearOperator):
         return self._products(vectors)
 
     def _products(self, vectors: torch.Tensor) -> torch.Tensor:
-        products = self._engine.multiply(vectors)
-        return ranks.all_reduce_sum_(products) if self.spread == "batches" else products
+        return self._graphs.products_over_ranks(self._engine.multiply, vectors)
 
     def _multiply_block_rows(self, vectors: torch.Tensor, block: Block) -> torch.Tensor:
         self._prepare()
@@ -241,8 +262,7 @@ class HessianOperator(LinearOperator):
         if self._block_in_use not in (None, block.positions):
             self._blocks[self._block_in_use].engine.forget()
         self._block_in_use = block.positions
-        products = self._state_of(block).engine.multiply(vectors)
-        return ranks.all_reduce_sum_(products) if self.spread == "batches" else products
+        return self._graphs.products_over_ranks(self._state_of(block).engine.multiply, vectors)
 
     def _state_of(self, block: Block) -> _BlockState:
         part = block.positions
@@ -305,8 +325,8 @@ class HessianOperator(LinearOperator):
         try:
             with self._graphs.in_full_precision():
                 self._check_pieces()
-            self.checks["gradient_error"] = checks.check_gradient(self._graphs)
-            checks.check_unused(self._graphs)
+            self.checks["gradient_error"] = self._graphs.on_this_rank(checks.check_gradient)
+            self._graphs.on_this_rank(checks.check_unused)
             self._check_products()
         except InputError as error:
             if self.strict:
@@ -320,12 +340,11 @@ class HessianOperator(LinearOperator):
         self.notes.append(f"a check failed and strict=False was asked for: {error}")
 
     def _check_pieces(self) -> None:
-        objective, error, note = pieces.settle_shares(self._graphs)
+        objective, error, note = self._graphs.on_this_rank(pieces.settle_shares)
         self.checks["pieces_error"] = error
         if note:
             self.notes.append(note)
-        if objective is not self._graphs.objective:
-            self._graphs.objective = objective
+        if self._graphs.adopt(objective, note):
             self.refresh()
 
     def _check_products(self) -> None:
@@ -344,12 +363,10 @@ class HessianOperator(LinearOperator):
         if block is not None:
             u, v = (block.embed(block.take(vector), len(vector)) for vector in (u, v))
         au, av, both = (multiply(vector[None])[0] for vector in (u, v, u + v))
-        if not all(math.isfinite(float(product.sum())) for product in (au, av)):
+        if not all(math.isfinite(norm(product, over=self.shards)) for product in (au, av)):
             self.raise_non_finite(torch.stack([u, v]))
-        scale = max(norm(av) * norm(u), norm(au) * norm(v))
-        symmetry = abs(dot(u, av) - dot(v, au)) / scale if scale > 0 else 0.0
-        size = norm(both)
-        linearity = norm(both - au - av) / size if size > 0 else 0.0
+        symmetry, size = self.asymmetry(u, v, au, av), norm(both, over=self.shards)
+        linearity = norm(both - au - av, over=self.shards) / size if size > 0 else 0.0
         with self._graphs.within(None if block is None else block.positions):
             rounding = max(linearity, self._lower_precision_error(u, au))
             del v, av, both
@@ -446,8 +463,8 @@ class HessianOperator(LinearOperator):
         if self.precision not in LOWER:
             return 0.0
         higher = self._graphs.higher_precision_product(vector)
-        size = norm(higher)
-        return norm(product - higher) / size if size > 0 else 0.0
+        size = norm(higher, over=self.shards)
+        return norm(product - higher, over=self.shards) / size if size > 0 else 0.0
 
     def rounding(self) -> float:
         """See `LinearOperator.rounding`; the error of products in a lower precision is part of it."""
@@ -455,10 +472,43 @@ class HessianOperator(LinearOperator):
 
     # -- memory
 
-    def footprint(self) -> Footprint:
-        """The memory of a microbatch, measured once on a few rows."""
-        return self._graphs.footprint()
+    def reserve(self, vectors: int) -> None:
+        """See `LinearOperator.reserve`: under graph="auto", graphs leave the memory of these vectors free."""
+        if self._graphs.reserve(vectors):
+            self._forget_products()
+            self._engine.pick_again()
 
-    def graph_layout(self) -> GraphLayout:
-        """How graphs would be kept in the memory that is free now. Asking changes nothing."""
-        return self._graphs.layout()
+    def product_bytes(self) -> int | None:
+        """See `LinearOperator.product_bytes`; known where the memory of a few rows was measured."""
+        return self._graphs.product_bytes()
+
+    def footprint(self, recomputed: str | None = None) -> Footprint:
+        """The memory of a microbatch, measured once on a few rows.
+
+        Args:
+            recomputed: What every product computes again, see `GraphLayout`; None for what it computes again now.
+
+        Returns:
+            The `Footprint`.
+        """
+        return self._graphs.footprint(recomputed)
+
+    def graph_layout(self, *, reserved: int | None = None) -> GraphLayout:
+        """How graphs would be kept in the memory that is free now. Asking changes nothing.
+
+        Args:
+            reserved: How many vectors (n,) an algorithm will hold beside them; None for what `reserve` was told.
+
+        Returns:
+            The `GraphLayout`.
+        """
+        return self._graphs.layout(reserved=reserved)
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of the whole weights that this rank gathers from the others; 0 where the model is not sharded."""
+        return self._graphs.gathered_bytes
+
+    def exchanged_bytes(self, vectors: int) -> int:
+        """Bytes of the whole vectors that a product of so many sharded ones gathers; 0 where they are not sharded."""
+        return self._graphs.exchanged_bytes(vectors)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from spectra.backend.errors import InputError, NonFiniteError
+from spectra.operators.hessian.sharded_weights import check_sharding, reshard
 
 TAKEN = "globs, compiled regular expressions, module types, modules, parameters, a list of these, or a predicate"
 Predicate = Callable[[str, nn.Parameter], bool]
@@ -38,12 +39,13 @@ class ParameterSpace:
         dimension: The number of scalars in them, n.
 
     Raises:
-        InputError: Where a selection matches nothing, or a parameter is sharded, has no values yet, or does not hold
+        InputError: Where a selection matches nothing, or a parameter is sharded by other means than FSDP2, has no
+            values yet, or does not hold
             real floating-point numbers.
     """
 
     def __init__(self, model: nn.Module, params: Selection = None):
-        _check_whole(model)
+        _check_usable(model)
         aliases = _names_by_parameter(model)
         chosen = _choose(model, aliases, params)
         self._set(model, [aliases[p][0] for p in chosen], chosen)
@@ -158,14 +160,10 @@ class ParameterSpace:
             )
 
 
-def _check_whole(model: nn.Module) -> None:
-    """Refuse parameters that are a part of a tensor, or have no values yet."""
-    for name, module in model.named_modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise InputError(
-                f"'{name or type(module).__name__}' is sharded by FullyShardedDataParallel, and each rank holds a part "
-                "of its parameters only: measure the model before it is wrapped, or a copy with its full state dict"
-            )
+def _check_usable(model: nn.Module) -> None:
+    """Refuse parameters that are sharded in another way than by FSDP2, or have no values yet."""
+    reshard(model)
+    check_sharding(model)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise InputError(
@@ -173,11 +171,6 @@ def _check_whole(model: nn.Module) -> None:
             )
         if parameter.is_meta:
             raise InputError(f"parameter '{name}' is on the meta device and has no values: load the weights first")
-        if hasattr(parameter, "device_mesh"):  # DTensor, as FSDP2 and tensor parallelism make it
-            raise InputError(
-                f"parameter '{name}' is a sharded DTensor, as fully_shard makes it, which is not supported yet: "
-                "measure the model before it is sharded, or a copy with its full state dict"
-            )
 
 
 def _ties(model: nn.Module) -> frozenset[frozenset[str]]:

@@ -42,6 +42,12 @@ class EnginePick:
         """Drop captured products, which belong to earlier weights."""
         self._captured.clear()
 
+    def pick_again(self) -> None:
+        """Pick engines anew: which of them is the fastest depends on which graphs are kept."""
+        self._picked.clear()
+        self._captured.clear()
+        self._single_calls = 0
+
     def multiply(self, vectors: torch.Tensor) -> torch.Tensor:
         """The products of the rows of `vectors`, (k, n)."""
         return self.graphs.run_within_memory(lambda: self._multiply(vectors), self.reduce_memory, vectors=len(vectors))

@@ -5,7 +5,7 @@ class weights in a closure, for sums, for batch normalisation in training mode a
 gradient of all batches joined to one are compared with the weighted sum over the batches, and those of a batch with the
 sum over its microbatches. Where batches cannot be joined, each is compared with the sum over its own thirds. These
 identities hold at any weights. Where they fail at the current weights, they are compared at moved weights too, because
-at a minimum the difference may be rounding error.
+at a minimum the difference may be rounding error, and in float64, because in a deep network it may be that anywhere.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from spectra.operators.hessian.losses import counts_for_certain
 from spectra.operators.hessian.objective import Objective, Piece
 
 SUM_TOLERANCE = 1e-4  # relative difference of loss and gradient up to which the sum over pieces is that of the whole
+ROUNDING_TOLERANCE = 1e-2  # the same up to which it may be float32's rounding error, and is measured again in float64
 SHARES_TOLERANCE = 1e-3  # relative error of shares that are fitted to gradients with rounding errors
 ROUNDING = 1e-7  # relative rounding error of a gradient, at least
 WHOLE_ROWS = 8  # most rows that are evaluated at once, in units of the rows of the largest piece
@@ -56,6 +57,7 @@ RANDOM = (
     "the loss draws random numbers, so that batches could not be compared with all of them together: they weigh by "
     "what they count"
 )
+NO_MEAN = "the loss of a batch is not the mean over its rows"
 NOT_TOGETHER = (
     "batches of several shapes, or that cannot be joined, could not be compared with all of them together: they weigh "
     "by what they count; pass weight= for another"
@@ -82,7 +84,7 @@ def settle_shares(graphs: GraphStore) -> tuple[Objective, float, str]:
     Raises:
         InputError: Where microbatches were asked for that change the loss.
     """
-    if not graphs.over_ranks:
+    if not graphs.objective.is_part:
         return _settled(graphs, graphs.objective)
     # every rank compares the batches of all ranks, as its own shares depend on those of the others
     everything = graphs.objective.of_all_ranks()
@@ -93,7 +95,7 @@ def settle_shares(graphs: GraphStore) -> tuple[Objective, float, str]:
 def _settled(graphs: GraphStore, objective: Objective) -> tuple[Objective, float, str]:
     first = objective.pieces[0]
     if len(objective.pieces) == 1 and first.batch is objective.batches[first.index]:  # the others count nothing
-        return objective, 0.0, ""
+        return _settled_among_ranks(graphs, objective) if objective.has_others else (objective, 0.0, "")
     with _comparable(graphs):
         found, refusal = None, None
         try:
@@ -112,6 +114,32 @@ def _settled(graphs: GraphStore, objective: Objective) -> tuple[Objective, float
             assert refusal is not None
             raise refusal
         return found
+
+
+def _settled_among_ranks(graphs: GraphStore, objective: Objective) -> tuple[Objective, float, str]:
+    """The objective of one batch, which weighs by what it counts beside those of other ranks, if its thirds do.
+
+    The note is `SUMMED` or `UNSHIFTED` if its weight is another, and `NO_MEAN` if that is not known.
+    """
+    if objective.weight is not None or objective.adds_up:
+        return objective, 0.0, ""
+    unshifted = objective.counting_unshifted()
+    ways = ((objective, ""), (unshifted, UNSHIFTED), (objective.summed(), SUMMED))
+    errors = []
+    with _comparable(graphs):
+        for way, note in ways:
+            if way is None:
+                continue
+            comparison = _Comparison(graphs, way)
+            error = comparison.error_of_thirds(way.pieces[0])
+            if error is None:
+                return objective, 0.0, ""
+            if error <= SUM_TOLERANCE:
+                return way, error, note
+            if comparison.is_random:
+                return objective, 0.0, RANDOM
+            errors.append(error)
+    return objective, errors[0], NO_MEAN
 
 
 def _settled_as_counted(graphs: GraphStore, objective: Objective) -> tuple[Objective, float, str]:
@@ -163,37 +191,42 @@ class _Comparison:
 
     def __init__(self, graphs: GraphStore, objective: Objective | None = None):
         self.graphs, self.objective = graphs, objective or graphs.objective
-        # evaluations that are needed several times, by the id of the batch and whether the weights are moved
-        self._known: dict[tuple[int, bool], _Evaluation] = {}
+        # evaluations that are needed several times, by the batch's id, whether the weights are moved, and the dtype
+        self._known: dict[tuple[int, bool, torch.dtype | None], _Evaluation] = {}
         self._kept = {id(batch) for batch in (*self.objective.batches, *(p.batch for p in self.objective.pieces))}
         self._signs: torch.Tensor | None = None
         self._offset: torch.Tensor | None = None
 
-    def evaluate(self, piece: Piece, *, moved: bool = False) -> _Evaluation:
+    def evaluate(self, piece: Piece, *, moved: bool = False, dtype: torch.dtype | None = None) -> _Evaluation:
         """Loss and gradient of a piece without its share, at the current weights or at moved ones."""
-        key = (id(piece.batch), moved)
+        key = (id(piece.batch), moved, dtype)
         if key in self._known:
             return self._known[key]
         alone = self.objective.with_pieces([replace(piece, share=1.0)])
         offset = self._moved_weights() if moved else None
-        found = _Evaluation(*self._sketched(*self.graphs.gradient_at(alone, offset=offset)))
+        found = _Evaluation(*self._sketched(*self.graphs.gradient_at(alone, offset=offset, dtype=dtype)))
         if id(piece.batch) in self._kept:
             self._known[key] = found
         return found
 
     def error(self, whole: Piece, pieces: Sequence[Piece]) -> float:
-        """The relative error of a weighted sum over pieces; the one at moved weights if the first may be rounding."""
-        error = self._error(whole, pieces, moved=False)
+        """The relative error of a weighted sum over pieces; if that may be rounding, at moved weights or in float64."""
+        error = self._error(whole, pieces)
         if error <= SUM_TOLERANCE:
             return error
-        with contextlib.suppress(*NOT_A_BATCH):
-            again = self._error(whole, pieces, moved=True)
-            return again if again <= SUM_TOLERANCE else error
+        others: list[dict[str, Any]] = [{"moved": True}]
+        if error <= ROUNDING_TOLERANCE and self.graphs.dtype == torch.float32:
+            others.append({"dtype": torch.float64})
+        for other in others:
+            with contextlib.suppress(*NOT_A_BATCH):
+                again = self._error(whole, pieces, **other)
+                if again <= SUM_TOLERANCE:
+                    return again
         return error
 
-    def _error(self, whole: Piece, pieces: Sequence[Piece], *, moved: bool) -> float:
-        parts = [self.evaluate(piece, moved=moved) for piece in pieces]
-        return _disagreement(self.evaluate(whole, moved=moved), parts, [piece.share for piece in pieces])
+    def _error(self, whole: Piece, pieces: Sequence[Piece], **where: Any) -> float:
+        parts = [self.evaluate(piece, **where) for piece in pieces]
+        return _disagreement(self.evaluate(whole, **where), parts, [piece.share for piece in pieces])
 
     def error_of_losses(self, whole: Piece, pieces: Sequence[Piece]) -> float:
         """The relative error of the weighted sum over the pieces' losses, without their gradients."""

@@ -50,9 +50,18 @@ def test_a_pair_that_does_not_exist_is_refused_with_the_way_out():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantizer": "gptq"}, "quantizer must be one of auto, rtn, lsq, seq, binary; got 'gptq'"),
+        (
+            {"quantizer": "gptq"},
+            "quantizer must be one of auto, rtn, lsq, seq, binary, bitnet, quest, parq; got 'gptq'",
+        ),
         ({"quantizer": None}, "quantizer must be one of"),
         ({"activation_bits": 8}, "activation_bits must be 16"),
+        ({"group_size": 1}, "group_size must be a whole number of columns, 2 or more, .* got 1"),
+        ({"group_size": True}, "group_size must be a whole number"),
+        ({"group_size": 32.0}, "group_size must be a whole number"),
+        ({"group_size": 32, "bits": 1.58, "quantizer": "bitnet"}, "'bitnet' has one scale for the whole tensor"),
+        ({"initial_scale": "mean"}, "initial_scale must be one of max, mse; got 'mean'"),
+        ({"initial_scale": "mse", "quantizer": "rtn"}, "quantizer 'rtn' computes its scale from the weights"),
         ({"skip": 3}, "skip must be a list of globs"),
         ({"skip": (3,)}, "skip must be a list of globs"),
         ({"quantize_head": 1}, "quantize_head must be True or False"),

@@ -1,11 +1,14 @@
 """Quantizers against tables worked out by hand in numpy, and their derivatives in every mode of differentiation."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from oracles import normal
+from scipy.linalg import block_diag
+from scipy.linalg import hadamard as hadamard_matrix
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 from qat.layers.config import BITS, SUPPORTED_BITS
@@ -15,20 +18,22 @@ from qat.layers.quantizers.rounding import SCALE_FLOOR, round_ste, sign, straigh
 from spectra.backend.errors import InputError
 
 SCHEMES = [(name, bits) for name, widths in SUPPORTED_BITS.items() for bits in widths]
-LEARNED = [(name, bits) for name, bits in SCHEMES if name != "rtn"]
+LEARNED = [(name, bits) for name, bits in SCHEMES if QUANTIZERS[name].learned_scale]
 DTYPES = (torch.float32, torch.float64)
 
 
 def table(name, bits, w, s):
     """q, dq/dw and dq/ds of each weight, entry by entry; w (rows, columns), s (rows, 1) float64 arrays.
 
-    dq/ds includes the gradient scale, with the number of weights of the whole matrix.
+    dq/ds includes the gradient scale, with the number of weights of the whole matrix. For `quest` w and q are
+    transformed weights, see `transform`.
     """
     count = w.size
     q, slope_w, slope_s = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w)
     for i, j in np.ndindex(*w.shape):
         scale = max(s[i, 0], 1e-5)
         x = w[i, j] / scale
+        gradient_scale, by_scale = 0.0, 0.0
         if name in ("rtn", "lsq"):
             lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
             gradient_scale = 1 / math.sqrt(count * highest)
@@ -45,15 +50,36 @@ def table(name, bits, w, s):
                 level = np.rint(1.5 * min(max(x, -0.99), 0.99)) / 1.5
                 outermost = 2 / 3
             by_scale = level - x if inside else math.copysign(outermost, x)
-        else:
+        elif name == "binary":
             gradient_scale = 1 / math.sqrt(count)
             level = 1.0 if w[i, j] >= 0 else -1.0
             inside = abs(w[i, j]) <= scale
             by_scale = level
+        elif name == "bitnet":
+            level, inside = min(max(float(np.rint(x)), -1.0), 1.0), True
+        else:  # the nearest of n levels from -1 to 1; the upper one, or 0, where two are equally near
+            spacings = 2 if bits == 1.58 else 2**bits - 1
+            exact = Fraction(x) * spacings / 2  # from level 0, in spacings
+            if spacings == 2:
+                level = min(max(round(exact), -1), 1)
+            else:
+                level = 2 * min(max(math.floor(exact + Fraction(spacings + 1, 2)), 0), spacings) / spacings - 1
+            inside = name == "parq" or abs(level - x) <= (1 + 1e-9) / spacings
         q[i, j] = scale * level
         slope_w[i, j] = float(inside)
-        slope_s[i, j] = 0.0 if name == "rtn" else gradient_scale * by_scale
+        slope_s[i, j] = gradient_scale * by_scale if QUANTIZERS[name].learned_scale else 0.0
     return q, slope_w, slope_s
+
+
+def transform(name, columns):
+    """The orthogonal matrix of the coordinates that a scheme quantizes in: x_h = T x for the row x."""
+    if name != "quest":
+        return np.eye(columns)
+    blocks, rest = [128] * (columns // 128), columns % 128
+    while rest:
+        blocks.append(2 ** int(math.log2(rest)))
+        rest -= blocks[-1]
+    return block_diag(*(hadamard_matrix(size) / math.sqrt(size) for size in blocks))
 
 
 def values_and_gradients(quantizer, weight, scale, upstream):
@@ -68,11 +94,12 @@ def check_against_table(name, bits, weight, scale, dtype):
     weight, scale = weight.to(dtype), scale.to(dtype)
     upstream = normal(*weight.shape, seed=11).to(dtype)
     q, by_weight, by_scale = values_and_gradients(quantizer, weight, scale, upstream)
-    want_q, slope_w, slope_s = table(name, bits, weight.double().numpy(), scale.double().numpy())
+    turn = transform(name, weight.shape[1])
+    q_h, slope_w, slope_s = table(name, bits, weight.double().numpy() @ turn.T, scale.double().numpy())
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-13}
     g = upstream.double().numpy()
-    np.testing.assert_allclose(q.numpy(), want_q, **tolerance)
-    np.testing.assert_allclose(by_weight.numpy(), g * slope_w, **tolerance)
+    np.testing.assert_allclose(q.numpy(), q_h @ turn, **tolerance)
+    np.testing.assert_allclose(by_weight.numpy(), (g @ turn.T * slope_w) @ turn, **tolerance)
     np.testing.assert_allclose(by_scale.numpy(), (g * slope_s).sum(1, keepdims=True), **tolerance)
     np.testing.assert_array_equal(quantizer.mask(weight, scale).numpy(), slope_w == 1)
     assert torch.equal(q, quantizer.dequantize(quantizer.codes(weight, scale), scale))
@@ -85,33 +112,44 @@ def test_random_weights_match_the_table(name, bits, dtype):
     weight = 0.02 * normal(7, 33, seed=1)
     quantizer = make_quantizer(name, bits)
     own = quantizer.initial_scale(weight.to(dtype)).double()
-    for factor in (1.0, 0.4, 2.5):  # from a third of the weights clipped to none
+    for factor in (1.0, 0.4, 2.6):  # from a third of the weights clipped to none
         check_against_table(name, bits, weight, factor * own, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "bits"), SCHEMES)
 def test_edge_inputs_match_the_table(name, bits, dtype):
-    # A scale that is a power of two makes the bounds of the uniform grids and of `binary` exact in both dtypes.
-    scale = torch.tensor([[0.25]], dtype=torch.float64)
-    top = 2 ** (bits - 1) - 1 if name in ("rtn", "lsq") else 1
-    bottom = -(2 ** (bits - 1)) if name in ("rtn", "lsq") else -1
+    # A scale that is a power of two makes the bounds of most schemes exact in both dtypes.
+    quantizer = make_quantizer(name, bits)
+    top, bottom = bounds_of(name, bits)
     one_up, one_down = 1 + 2e-7, 1 - 2e-7
     bounds = [top, top * one_up, top * one_down, bottom, bottom * one_up, bottom * one_down]
+    if name == "quest" and bits not in (1, 1.58):  # n / (n - 1) is no binary fraction: not on the bound, next to it
+        bounds = [bound for bound in bounds if abs(bound) not in (top, -bottom)]
     halves = [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]
-    weights = torch.tensor([[0.0, -0.0, *bounds, *halves, 1e-30, -1e-30, 1e4, -1e4]], dtype=torch.float64) * 0.25
-    weights = weights.to(torch.float32).double()  # the same numbers in both dtypes
-    check_against_table(name, bits, weights, scale, dtype)
-    check_against_table(name, bits, torch.zeros(3, 4, dtype=torch.float64), scale.expand(3, 1), dtype)
-    check_against_table(
-        name, bits, torch.tensor([[0.3], [-0.2], [0.0]], dtype=torch.float64), scale.expand(3, 1), dtype
-    )
-    quantizer = make_quantizer(name, bits)
-    bound = torch.tensor([[0.25 * top, 0.25 * bottom]], dtype=dtype)
-    if name != "seq":
-        assert quantizer.mask(bound, scale.to(dtype)).all(), "clip bounds are inclusive"
-        _, gradient, _ = values_and_gradients(quantizer, bound, scale.to(dtype), torch.ones(1, 2, dtype=dtype))
-        assert torch.equal(gradient, torch.ones(1, 2, dtype=dtype))
+    weights = torch.tensor([0.0, -0.0, *bounds, *halves, 1e-30, -1e-30, 1e4, -1e4], dtype=torch.float64) * 0.25
+    weights = weights.to(torch.float32).double()[:, None]  # the same numbers in both dtypes, a row each
+    check_against_table(name, bits, weights, torch.full_like(weights, 0.25), dtype)
+    scale = torch.full((3, 1), 0.25, dtype=torch.float64)
+    if name != "quest":  # whose rows the transform mixes
+        check_against_table(name, bits, weights.T, scale[:1], dtype)
+    check_against_table(name, bits, torch.zeros(3, 4, dtype=torch.float64), scale, dtype)
+    check_against_table(name, bits, torch.tensor([[0.3], [-0.21], [0.0]], dtype=torch.float64), scale, dtype)
+    if (name, bits) in [(n, b) for n, b in SCHEMES if n in ("rtn", "lsq", "binary") or (n == "quest" and b < 2)]:
+        bound = torch.tensor([[0.25 * top], [0.25 * bottom]], dtype=dtype)
+        assert quantizer.mask(bound, scale[:2].to(dtype)).all(), "clip bounds are inclusive"
+        _, gradient, _ = values_and_gradients(quantizer, bound, scale[:2].to(dtype), torch.ones(2, 1, dtype=dtype))
+        assert torch.equal(gradient, torch.ones(2, 1, dtype=dtype))
+
+
+def bounds_of(name, bits):
+    """Where a weight begins to be clipped, in scales."""
+    if name in ("rtn", "lsq"):
+        return 2 ** (bits - 1) - 1, -(2 ** (bits - 1))
+    if name == "quest":
+        count = 3 if bits == 1.58 else 2**bits
+        return count / (count - 1), -count / (count - 1)
+    return 1, -1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,14 +213,16 @@ def test_levels_are_what_comes_out(name, bits):
     counts = {1: 2, 1.58: 3}
     assert len(quantizer.levels) == counts.get(bits, 2 ** int(bits))
     assert list(quantizer.levels) == sorted(quantizer.levels)
-    scale = torch.ones(1, 1, dtype=torch.float64)
-    weight = torch.linspace(-300, 300, 120001, dtype=torch.float64)[None] * (1 if bits == 8 else 0.05)
+    weight = torch.linspace(-300, 300, 120001, dtype=torch.float64)[:, None] * (1 if bits == 8 else 0.05)
+    if name in ("quest", "parq"):
+        weight = 3 * weight / weight.max()  # whose levels end at 1
+    scale = torch.ones_like(weight)
     found = torch.unique(quantizer(weight, scale))
     np.testing.assert_allclose(found.numpy(), quantizer.levels, atol=1e-15)
     codes = quantizer.codes(weight, scale)
     assert codes.dtype == torch.int8
     assert len(torch.unique(codes)) == len(quantizer.levels)
-    assert (codes.diff() >= 0).all(), "codes are monotone"
+    assert (codes.diff(dim=0) >= 0).all(), "codes are monotone"
 
 
 def test_sign_of_zero_is_plus_one():
@@ -222,7 +262,7 @@ def quadratic_of(name, bits, rows=3, columns=4, seed=5):
     """L(w, s) = sum c(Q(w, s)) with a curved, coupled c, and its parts at the quantized weights, all float64."""
     quantizer = make_quantizer(name, bits)
     weight = normal(rows, columns, seed=seed)
-    scale = 0.6 * quantizer.initial_scale(weight)  # some weights clipped at every scheme but rtn at few bits
+    scale = 0.6 * quantizer.initial_scale(weight)  # some weights clipped where the scheme clips at all
     mixing = normal(rows * columns, rows * columns, seed=seed + 1) / 4
 
     def outer(q):
@@ -238,8 +278,10 @@ def expected_hessians(name, bits, weight, scale, outer, quantizer):
     """J^T H(q) J with J from the table: for weights alone, and for weights and scales together."""
     q = quantizer(weight, scale).detach()
     inner = torch.autograd.functional.hessian(outer, q).reshape(q.numel(), q.numel())
-    _, slope_w, slope_s = (torch.as_tensor(part) for part in table(name, bits, weight.numpy(), scale.numpy()))
-    by_weight = torch.diag(slope_w.reshape(-1))
+    turn = torch.as_tensor(transform(name, weight.shape[1]))
+    parts = table(name, bits, (weight @ turn.T).numpy(), scale.numpy())
+    _, slope_w, slope_s = (torch.as_tensor(part) for part in parts)
+    by_weight = torch.block_diag(*(turn.T @ torch.diag(row) @ turn for row in slope_w))
     by_scale = torch.zeros(q.numel(), len(scale), dtype=torch.float64)
     for row in range(len(scale)):
         by_scale[row * weight.shape[1] : (row + 1) * weight.shape[1], row] = slope_s[row]
@@ -263,7 +305,7 @@ def test_the_jacobian_of_the_gradient_is_symmetric_and_is_what_the_table_says(na
     assert (dense - dense.T).abs().max() <= 1e-14 * size
     torch.testing.assert_close(dense[:count, :count], alone, rtol=0, atol=1e-13 * size.item())
     torch.testing.assert_close(dense, both, rtol=0, atol=1e-13 * size.item())
-    if name != "rtn":
+    if quantizer.learned_scale:
         assert dense[:count, count:].abs().max() > 1e-3 * size, "the mixed block is not zero"
 
 

@@ -71,12 +71,12 @@ def test_round_to_nearest_lands_on_its_grid_to_rounding(bits):
     torch.testing.assert_close(model[0].quantized_weight(), values, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(("architecture", "group_size"), [("llama", None), ("gpt2", None), ("llama", 4), ("gpt2", 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bits", BITS)
-def test_the_loss_is_equal_across_a_reset(bits, dtype, architecture):
+def test_the_loss_is_equal_across_a_reset(bits, dtype, architecture, group_size):
     model = causal_lm(architecture, dtype=dtype).eval()
-    qat.quantize_model(model, qat.QuantConfig(bits=bits))
+    qat.quantize_model(model, qat.QuantConfig(bits=bits, group_size=group_size, initial_scale="mse"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for batch in token_batches():  # off the initial weights, with scales of their own
         model(**batch).loss.backward()
@@ -92,6 +92,23 @@ def test_the_loss_is_equal_across_a_reset(bits, dtype, architecture):
             assert torch.equal(one.logits, other.logits)
         moved = [layer.weight for _, layer in qat.quant_layers(model)]
         assert not any(torch.equal(one, other) for one, other in zip(weights, moved, strict=True))
+
+
+@pytest.mark.parametrize(("quantizer", "bits"), [("bitnet", 1.58), ("quest", 2), ("parq", 2), ("parq", 1), ("rtn", 4)])
+def test_scales_that_are_computed_from_the_weights_move_with_a_reset(quantizer, bits):
+    """But not max|w| of rtn and mean|w| of parq at one bit, except by rounding: there the reset keeps them."""
+    model = causal_lm("llama").eval()
+    qat.quantize_model(model, qat.QuantConfig(bits=bits, quantizer=quantizer))
+    batch = token_batches()[0]
+    before = model(**batch).loss.item()
+    start = [layer.weight.detach().clone() for _, layer in qat.quant_layers(model)]
+    grid = [layer.quantized_weight().detach() for _, layer in qat.quant_layers(model)]
+    qat.interpolate_(model, alpha=0.4)
+    layers = [layer for _, layer in qat.quant_layers(model)]
+    for layer, w, q in zip(layers, start, grid, strict=True):
+        torch.testing.assert_close(layer.weight.detach(), 0.6 * w + 0.4 * q)
+    kept = quantizer == "rtn" or bits == 1
+    assert (abs(model(**batch).loss.item() - before) < 1e-6 * before) == kept
 
 
 def test_only_quantized_weights_move_and_the_optimizer_is_left_alone():

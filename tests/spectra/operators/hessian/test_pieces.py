@@ -565,3 +565,23 @@ def test_each_rank_gets_its_part_of_the_shares_of_all(monkeypatch, rank, loss):
     assert [(piece.share, piece.index) for piece in settled.pieces] == [(pytest.approx(wanted[0]), wanted[1])]
     assert note == (pieces.BY_THE_LOSS if loss else "")
     assert graphs.over_ranks
+
+
+@pytest.mark.parametrize(("uneven", "allowed"), [(0.0, True), (3e-3, False)])
+def test_rounding_error_is_told_from_another_loss_in_float64(uneven, allowed):
+    """Float32 cancels most digits of the loss; where `uneven`, it also weighs rows by their position in the batch."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 1)
+    inputs = torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
+
+    def loss(outputs, _):
+        weights = 1 + uneven * torch.linspace(-1, 1, len(outputs), dtype=outputs.dtype)[:, None]
+        return (5e3 + weights * outputs.square()).mean() - 5e3
+
+    op = spectra.HessianOperator(model, [(inputs, inputs)], loss=loss)
+    comparison = pieces._Comparison(op._graphs)
+    (piece,) = comparison.samples()
+    parts = list(comparison.objective.split(piece, 3))
+    for where in ({}, {"moved": True}):
+        assert pieces.SUM_TOLERANCE < comparison._error(piece, parts, **where) < pieces.ROUNDING_TOLERANCE
+    assert pieces.may_be_cut(op._graphs) is allowed
