@@ -114,9 +114,11 @@ def compiling(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
+    from torch._dynamo.exc import TorchDynamoException
+
     try:
         yield
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except TorchDynamoException as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"torch.compile failed ({reason}): train with --no-compile, or compile=False") from error
     finally:

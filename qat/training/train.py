@@ -175,7 +175,7 @@ def _distributed(step: TrainingStep, config: TrainConfig) -> nn.Module:
     """The step as it is, or with its gradients averaged over all ranks."""
     if rank_count() == 1:
         return step
-    if config.activation_checkpointing:
+    if config.activation_checkpointing and config.compile:
         torch._dynamo.config.optimize_ddp = False  # type: ignore[assignment]  # which cannot split checkpointed code
     # A mixture of experts may send no token to an expert, whose weights then have no gradient.
     return nn.parallel.DistributedDataParallel(step, find_unused_parameters=_has_experts(step.model))

@@ -154,6 +154,14 @@ def test_the_curve_is_the_validation_loss_along_the_way(tmp_path):
     assert "validation_loss" not in logged[3]
 
 
+def test_validation_losses_are_computed_in_the_dtype_of_the_training():
+    model, validation = model_of(bits=2), blocks(3, seed=6)
+    result = train(model, blocks(), validation, settings(dtype="bfloat16"), device="cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = evaluate(model, validation).loss
+    assert result.validation_loss == rounded != evaluate(model, validation).loss
+
+
 def test_telemetry_has_what_happened_at_each_step(tmp_path):
     model = model_of(bits=2)
     run = Run.create(tmp_path / "run", {})
