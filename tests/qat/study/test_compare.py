@@ -19,6 +19,7 @@ from qat.study.config import SmallLlamaConfig, StudyConfig
 from qat.study.resume import check_same, is_finished, planned_marks, validation_curve
 from qat.study.start import prepare
 from qat.training.config import TrainConfig
+from qat.training.distillation import DistillationConfig
 from qat.training.evaluate import evaluate
 from qat.training.train import train
 from spectra.backend.errors import InputError, NonFiniteError
@@ -390,6 +391,65 @@ def test_the_default_model_is_trained_on_the_given_text_before_it_is_quantized(t
     study.compare(replace(config, out=str(tmp_path / "again")), say=again.append)
     assert not any("trained the full-precision model" in line for line in again)
     assert said[-2] == again[-2]  # the table
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_several_seeds_are_a_run_each_and_their_spread_is_shown(done, llama, tmp_path):
+    out, said = tmp_path / "out", []
+    rows = study.compare(tiny(llama, out, bits=(2,), methods=("baseline",), seeds=(0, 1)), say=said.append)
+    assert [(row["seed"], row["label"]) for row in rows] == [(s, f"2-bit baseline, seed {s}") for s in (0, 1)]
+    assert rows[0]["validation_loss"] == done[1][3]["validation_loss"] != rows[1]["validation_loss"]
+    assert rows[0]["rms_end"] == done[1][3]["rms_end"]
+    runs = [Run(out / f"2bit-baseline-seed{seed}") for seed in (0, 1)]
+    assert [run.config["seed"] for run in runs] == [0, 1]
+    assert {record.seed for run in runs for record in run.records} == {0}  # the same probe vectors
+    assert runs[0].records[0] == runs[1].records[0]
+    losses = [row["validation_loss"] for row in rows]
+    (spread,) = json.loads((out / "seeds.json").read_text())
+    assert (spread["validation_loss"]["mean"], spread["validation_loss"]["low"]) == (sum(losses) / 2, min(losses))
+    words = f"2-bit baseline, 2 seeds: validation loss {sum(losses) / 2:.4f} on average, from {min(losses):.4f}"
+    assert any(line.startswith(words) for line in said)
+    assert words in (out / "table.md").read_text()
+    assert f"({min(losses):.4f} to {max(losses):.4f})" in (out / "report.html").read_text()
+    assert study.compare(tiny(llama, out, bits=(2,), methods=("baseline",), seeds=(0, 1)), say=said.append) == rows
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_training_with_several_seeds_leaves_a_model_each(done, llama, tmp_path):
+    config = tiny(llama, tmp_path / "out", bits=(2,), methods=("baseline",), seeds=(0, 1), steps=2, **ROUGH)
+    rows = study.train_seeds(config, say=lambda line: None)
+    assert [row["seed"] for row in rows] == [0, 1]
+    saved = [(tmp_path / "out" / f"seed{seed}" / "model" / "model.safetensors").read_bytes() for seed in (0, 1)]
+    assert saved[0] != saved[1]
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        "table.md",
+        "table.json",
+        "seeds.json",
+        "report.html",
+    }
+    assert not (tmp_path / "out" / ".starts").exists()
+    assert study.train_seeds(config, say=lambda line: None) == rows
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_distilled_runs_say_which_loss_is_measured(done, llama, tmp_path):
+    distilled = DistillationConfig(weight=0.8)
+    config = tiny(llama, tmp_path / "out", bits=(2,), methods=("baseline",), reference=True, distillation=distilled)
+    reference, row = study.compare(config, say=lambda line: None)
+    assert reference == done[1][0]  # the reference is trained with the cross-entropy
+    assert row["validation_loss"] != done[1][3]["validation_loss"]
+    run = run_of(tmp_path / "out", 2, "baseline")
+    assert run.config["measured_loss"] == "the cross-entropy"
+    assert run.config["distillation"] == {"weight": 0.8, "temperature": 1.0, "hidden": 0.0}
+    trained = "0.2 x cross-entropy + 0.8 x KL(teacher || student) at temperature 1"
+    note = f"the cross-entropy is measured; trained with {trained}"
+    assert all(note in record.notes for record in run.records)
+    plain = run_of(done[0], 2, "baseline")
+    assert run.records[0].estimates == plain.records[0].estimates
+    assert "distillation" not in plain.config
+    assert "distillation" not in Run(tmp_path / "out" / "full-precision").config
+    with pytest.raises(InputError, match="distillation"):
+        study.compare(replace(config, distillation=None), say=lambda line: None)
 
 
 class Poison(TrainerCallback):
