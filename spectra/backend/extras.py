@@ -20,6 +20,7 @@ EXTRA_OF = {
     "pandas": "pandas",
     "pyhessian": "pyhessian",
     "pytorch_lightning": "lightning",
+    "shtab": "completion",
 }
 
 
