@@ -20,7 +20,7 @@ from spectra.runs.files import write_whole
 from spectra.runs.folder import Run, open_run
 from spectra.runs.record import SpectrumRecord
 from spectra.views.embedded import embedded
-from spectra.views.pictures import Picture, density_pictures, figures, single_runs, trajectory_pictures
+from spectra.views.pictures import Picture, density_pictures, figures, layer_pictures, single_runs, trajectory_pictures, whole_modes
 from spectra.views.style import rendered
 from spectra.views.summary import summary
 from spectra.views.tables import Table, estimates_of_rows, estimates_of_runs, results
@@ -78,11 +78,12 @@ def write(
         tables=_estimate_tables(runs, rows),
         galleries=[
             ("spectra", "Spectra", [_shown(picture, saved) for picture in density_pictures(given)]),
+            ("layers", "By layer", [_shown(picture, saved) for picture in layer_pictures(given)]),
             ("trajectories", "Over training", [_shown(one, saved) for one in trajectories if not one.minor]),
             ("further", "Further quantities over training", [_shown(one, saved) for one in trajectories if one.minor]),
         ],
         quantities=_meanings(runs),
-        modes=[(mode, mode_meaning(runs, mode)) for mode in dict.fromkeys(r.mode for r in _all_records(runs))],
+        modes=[(mode, mode_meaning(runs, mode)) for mode in dict.fromkeys(m for run in runs for m in whole_modes(run))],
         settings=_settings(given, runs),
         notes=list(dict.fromkeys(note for record in _all_records(runs) for note in record.notes)),
     )
@@ -132,7 +133,8 @@ def _estimate_tables(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> 
     if rows and table.rows:
         return [("At the start and the end of training", table)]
     measured = [single for single in runs if single.measured]
-    return [("All records" if len(measured) > 1 else measured[0].presentation.label, estimates_of_runs(measured, describe=named))]
+    heading = "All records" if len(measured) > 1 else measured[0].presentation.label
+    return [(heading, estimates_of_runs(measured, describe=named))]
 
 
 def _with_references(rows: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> list[Mapping[str, Any]]:
@@ -155,8 +157,8 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     products, seconds = sum(record.products for record in records), sum(record.seconds for record in records)
     facts = [
         ("measured spectra", f"{len(records)} in {len(runs)} run{'s' if len(runs) > 1 else ''}"),
-        ("parameters", _distinct(f"{record.dimension:,}" for record in records)),
-        ("Hessian mode", _distinct(record.mode for record in records)),
+        ("parameters", _distinct(f"{record.dimension:,}" for record in records if not record.block) or "by block"),
+        ("Hessian mode", _distinct(mode for run in runs for mode in whole_modes(run))),
         ("probe vectors × Lanczos steps", _distinct(f"{r.probes} × {r.lanczos_steps}" for r in records)),
         ("cost", f"{products:,} Hessian-vector products, {_duration(seconds)}"),
         ("precision, device", _distinct(f"{r.dtype or 'unknown'}, {r.device or 'unknown'}" for r in records)),

@@ -15,6 +15,7 @@ from spectra.runs.series import available, modes, select, series
 from spectra.views import plots
 from spectra.views.curves import curves_of
 from spectra.views.densities import draw_densities
+from spectra.views.layers import SHOWN, draw_layers, height_of, table_of
 from spectra.views.panels import figure_of
 from spectra.views.style import TITLE_WIDTH, literal, new_figure, note, wrapped
 from spectra.views.wording import describe, listed, sentence_case, unfinished_words
@@ -74,7 +75,8 @@ def figures(run: Run | Sequence[Run]) -> dict[str, Figure]:
         The figures by name, such as "density" or "trajectory-rms". They are not registered with pyplot, so they need
         not be closed.
     """
-    return {picture.name: picture.figure for picture in density_pictures(run) + trajectory_pictures(run)}
+    pictures = density_pictures(run) + layer_pictures(run) + trajectory_pictures(run)
+    return {picture.name: picture.figure for picture in pictures}
 
 
 def density_pictures(run: Run | Sequence[Run]) -> list[Picture]:
@@ -207,9 +209,40 @@ def _ends_in_words(runs: list[Run], mode: str | None) -> str:
 
 def _modes(runs: list[Run]) -> list[str | None]:
     """The modes that figures are made for: [None] where no run has several, which stands for the mode of each run."""
-    if all(len(modes(single)) < 2 for single in runs):
+    if all(len(modes(single)) < 2 for single in runs):  # none has blocks either
         return [None]
-    return list(dict.fromkeys(mode for single in runs for mode in modes(single)))
+    return list(dict.fromkeys(mode for single in runs for mode in whole_modes(single)))
+
+
+def whole_modes(run: Run) -> list[str]:
+    """The Hessian modes of a run without those of its blocks, which have heat maps; of blocks alone all of them."""
+    whole = {record.mode for record in run.measured if not record.block}
+    return [mode for mode in modes(run) if mode in whole or not whole]
+
+
+def layer_pictures(run: Run | Sequence[Run]) -> list[Picture]:
+    """The heat maps of the runs that measured blocks: all quantities at the end, and the size along the training."""
+    given = [run] if isinstance(run, Run) else list(run)
+    pictures = []
+    for single in single_runs(given):
+        steps = {record.step for record in single.measured if record.block}
+        name = single.presentation.label
+        if steps:
+            caption = f"Curvature by layer of {name} at step {max(steps)}, the Hessian in the parameters of each alone."
+            pictures.append(_heat_map(_file_name("layers", name), single, SHOWN, caption))
+        if len(steps) > 1:
+            caption = f"Root-mean-square eigenvalue by layer of {name} over training steps."
+            pictures.append(_heat_map(_file_name("layers-rms", name), single, "rms", caption))
+    return _with_distinct_names(pictures)
+
+
+def _heat_map(name: str, run: Run, quantities: str | Sequence[str], caption: str) -> Picture:
+    """A heat map of the blocks of a run, in its first mode."""
+    figure, (ax,) = new_figure()
+    table = table_of(run, quantities, mode=None, step=None)
+    figure.set_figheight(height_of(table))
+    draw_layers(ax, table)
+    return Picture(name, figure, caption, caption)
 
 
 def _mode_in_words(runs: list[Run], mode: str | None) -> str:

@@ -122,6 +122,8 @@ def estimates_of_rows(rows: Sequence[Mapping[str, Any]], *, describe: Describe =
 def estimates_of_runs(runs: Sequence[Run], *, describe: Describe = quantities.describe) -> Table:
     """The estimates of the records of runs, a row each; the records of a run are evenly thinned where they are many.
 
+    Diagonal blocks are left to the heat maps where the whole was measured too.
+
     Args:
         runs: Runs with a record.
         describe: Gives name and unit of a quantity from its key.
@@ -129,7 +131,7 @@ def estimates_of_runs(runs: Sequence[Run], *, describe: Describe = quantities.de
     Returns:
         The table, with a column for each quantity.
     """
-    chosen = [(run, record) for run in runs for record in _thinned(run.measured)]
+    chosen = [(run, record) for run in runs for record in _thinned(_whole(run))]
     several_modes = len({record.mode for _, record in chosen}) > 1
     found = sorted({key for _, record in chosen for key in record.estimates if key not in LEFT_OUT}, key=_rank)
     table = []
@@ -141,6 +143,11 @@ def estimates_of_runs(runs: Sequence[Run], *, describe: Describe = quantities.de
         table.append(Row(", ".join(filter(None, notes)), cells))
     columns = [_column(describe, key) for key in ("loss", "gradient_norm", *found)]
     return Table([Column("Run" if len(runs) > 1 else "Training step"), *columns], table)
+
+
+def _whole(run: Run) -> list[SpectrumRecord]:
+    """The records of the whole Hessian; those of its blocks where there are no others."""
+    return [record for record in run.measured if not record.block] or run.measured
 
 
 def _thinned(records: Sequence[SpectrumRecord]) -> list[SpectrumRecord]:
