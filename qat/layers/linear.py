@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.layers.fast_path import quantize
 from qat.layers.quantizers.base import Quantizer
 from qat.layers.quantizers.linearization import Linearization
 
@@ -80,14 +81,14 @@ class QuantLayer(nn.Module):
         """Q(W + U) as (rows, columns), U ~ N(0, noise_sigma^2) in train mode and 0 in evaluation mode."""
         weight = self.rows()
         if not (self.training and self.noise_sigma > 0):
-            return self.quantizer(weight, self.scale)
-        weight = weight + self.noise_sigma * torch.randn_like(weight)
+            return quantize(self.quantizer, weight, self.scale)
+        weight = weight + torch.randn_like(weight).mul_(self.noise_sigma)
         if not self.quantizer.learned_scale:
-            return self.quantizer(weight, self.quantizer.initial_scale(weight))
+            return quantize(self.quantizer, weight, self.quantizer.initial_scale(weight))
         scale = self.scale
         if self.noise_scales:
             scale = scale + self.noise_sigma * torch.randn_like(scale)
-        return self.quantizer(weight, scale)
+        return quantize(self.quantizer, weight, scale)
 
     def linearization(self) -> Linearization:
         """The smooth function that the straight-through derivative belongs to, for checks by finite differences."""

@@ -52,7 +52,9 @@ QUANTITIES = {
 RECORD_LABELS = {"before-reset": "before the reset", "after-reset": "after the reset"}
 
 
-def presentation(*, bits: float | str | None = None, method: str | None = None) -> dict[str, Any]:
+def presentation(
+    *, bits: float | str | None = None, method: str | None = None, seed: int | None = None
+) -> dict[str, Any]:
     """The entry "presentation" of a run's config.json, from which the views of `spectra` take names and colours.
 
     Without a bit-width the run is the full-precision reference that the others are compared with.
@@ -60,6 +62,7 @@ def presentation(*, bits: float | str | None = None, method: str | None = None) 
     Args:
         bits: The bit-width of the quantized weights; None for a full-precision run.
         method: How the run is trained, such as "baseline" or "winq"; None leaves it out of the label.
+        seed: The seed of the run, where a study has several of the same bit-width and method.
 
     Returns:
         Plain values for JSON: `label`, `group`, `color`, `line`, `reference`, `modes`, `quantities` and `labels`.
@@ -79,8 +82,10 @@ def presentation(*, bits: float | str | None = None, method: str | None = None) 
         >>> presentation()["label"]
         'full precision'
     """
+    shown = _reference() if bits is None else _quantized(parse_bits(bits), method)
     return {
-        **(_reference() if bits is None else _quantized(parse_bits(bits), method)),
+        **shown,
+        "label": with_seed(shown["label"], seed),
         "modes": dict(MODE_MEANINGS),
         "quantities": {key: dict(entry) for key, entry in QUANTITIES.items()},
         "labels": dict(RECORD_LABELS),
@@ -90,6 +95,11 @@ def presentation(*, bits: float | str | None = None, method: str | None = None) 
 def run_label(bits: float, method: str | None) -> str:
     """The name of a run: bit-width and method, such as "2-bit WinQ"."""
     return f"{bits:g}-bit" if method is None else f"{bits:g}-bit {METHOD_NAMES.get(method, method)}"
+
+
+def with_seed(label: str, seed: int | None) -> str:
+    """The name of a run with its seed, where there are several: "2-bit WinQ, seed 1"."""
+    return label if seed is None else f"{label}, seed {seed}"
 
 
 def _reference() -> dict[str, Any]:
