@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from spectra.backend.errors import InputError
@@ -76,12 +77,12 @@ def _along(run: Run, runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _between(runs: Sequence[Run]) -> Iterator[str]:
-    """How the last spectra differ between the first run of a group and each other one."""
-    groups: dict[str, list[Run]] = {}
+    """How the last spectra differ between the first run of a group and each other one of the same seed."""
+    groups: dict[Any, list[Run]] = {}
     for run in runs:
         if not run.presentation.reference:
-            groups.setdefault(run.presentation.group, []).append(run)
-    if all(len(members) == 1 for members in groups.values()):
+            groups.setdefault((run.presentation.group, run.config.get("seed")), []).append(run)
+    if all(len(members) == 1 for members in groups.values()) and len({group for group, _ in groups}) == len(groups):
         groups = {"": [members[0] for members in groups.values()]}
     pairs = [(members[0], other) for members in groups.values() for other in members[1:]]
     for one, other in pairs[:MOST_PAIRS]:
@@ -95,16 +96,27 @@ def _between(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _losses(runs: Sequence[Run]) -> Iterator[str]:
-    """The last validation loss of each run."""
-    found = []
+    """The last validation loss of each run; of runs that differ in their seed alone the mean and the range."""
+    found: dict[str, list[float]] = {}
     for run in runs:
         if "validation_loss" in available(run):
             value = series(run, "validation_loss").points[-1].estimate.value
             if math.isfinite(value):
-                found.append((run.presentation.label, value))
-    if found:
-        values = listed(f"{label} {number(value)}" for label, value in found)
-        yield f"Validation loss: {values}. These are single trainings, so they have no interval."
+                name = run.presentation.label.removesuffix(f", seed {run.config.get('seed')}")
+                found.setdefault(name, []).append(value)
+    if not found:
+        return
+    values = listed(f"{name} {_spread(losses)}" for name, losses in found.items())
+    alone = all(len(losses) == 1 for losses in found.values())
+    yield f"Validation loss: {values}." + (" These are single trainings, so they have no interval." if alone else "")
+
+
+def _spread(values: Sequence[float]) -> str:
+    """A number, or the mean of several with their range."""
+    if len(values) == 1:
+        return number(values[0])
+    mean, low, high = (number(value) for value in (fmean(values), min(values), max(values)))
+    return f"{mean} on average over {len(values)} seeds, from {low} to {high}"
 
 
 def _open(runs: Sequence[Run]) -> list[str]:

@@ -84,3 +84,21 @@ def test_one_record_has_no_change_to_tell(tmp_path):
     run = run_folders.Run.create(tmp_path / "a")
     run_folders.add(run)
     assert set(parts([run])) <= {"Not resolved", "What the intervals do not hold"}
+
+
+def test_runs_that_differ_in_their_seed_have_a_mean_and_a_range_and_are_compared_seed_by_seed(tmp_path):
+    runs = []
+    for method, loss in (("baseline", 2.0), ("winq", 1.0)):
+        for seed in (0, 1):
+            shown = {"label": f"{method}, seed {seed}", "group": "2-bit"}
+            run = run_folders.Run.create(tmp_path / f"{method}-{seed}", {"seed": seed, "presentation": shown})
+            run_folders.add(run)
+            run.append_telemetry({"step": 0, "validation_loss": loss + seed / 2})
+            runs.append(run)
+    loss, *pairs = parts(runs)["Between runs, at the end"]
+    assert loss == (
+        "Validation loss: baseline 2.250 on average over 2 seeds, from 2 to 2.500 and "
+        "winq 1.250 on average over 2 seeds, from 1 to 1.500."
+    )
+    compared = [pair.partition(":")[0] for pair in pairs]
+    assert compared == [f"winq, seed {seed} against baseline, seed {seed}" for seed in (0, 1)]
