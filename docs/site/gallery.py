@@ -6,7 +6,6 @@ python docs/site/gallery.py
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -34,7 +33,7 @@ def main() -> None:
                 exec(compile(code, str(PAGE), "exec"), names)
             else:
                 save(names["ax"], PAGE.parent / picture)
-    print(f"drawn: {len(list((PAGE.parent / 'gallery').glob('*.svg')))} figures in {os.path.relpath(PAGE.parent)}/gallery")
+    print("docs/gallery holds", len(list((PAGE.parent / "gallery").glob("*.svg"))), "figures")
 
 
 def save(ax: Any, path: Path) -> None:

@@ -52,7 +52,9 @@ def draw_bands(
     curve_legend(ax, curves if len(curves) > 1 or curves[0].label != "spectrum" else [], place=legend)
 
 
-def _draw_band(ax: Axes, curve: Curve, axis: EigenvalueAxis, *, level: float, position: int, count: int) -> CumulativeBand:
+def _draw_band(
+    ax: Axes, curve: Curve, axis: EigenvalueAxis, *, level: float, position: int, count: int
+) -> CumulativeBand:
     """The band of one spectrum: filled, with its edges, hatched if the curve asks for it, and with its middle line."""
     points = axis.between(axis.low, axis.high, POINTS)
     band = sharp_band(curve.density, level=level, thresholds=points)

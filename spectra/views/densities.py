@@ -93,12 +93,10 @@ def read_cells(ax: Axes, curve: Curve, name: str, cells: DensityCells) -> None:
         cells: Its cells.
     """
     n, edges = curve.density.dimension, cells.edges
-    says = [
-        f"{share_in_words(low, high, n)} in {typeset(f'{left:.3g}')} … {typeset(f'{right:.3g}')}" + ("" if resolved else ", not resolved")
-        for low, high, resolved, left, right in zip(
-            cells.low, cells.high, cells.resolved, edges[:-1], edges[1:], strict=True
-        )
-    ]
+    says = []
+    for low, high, resolved, *ends in zip(cells.low, cells.high, cells.resolved, edges[:-1], edges[1:], strict=True):
+        left, right = (typeset(f"{end:.3g}") for end in ends)
+        says.append(f"{share_in_words(low, high, n)} in {left} … {right}" + ("" if resolved else ", not resolved"))
     marks.read(ax, name, curve.colour, edges, [*says, ""], axis="λ = ", cells=True)
 
 

@@ -128,10 +128,11 @@ def _panels(figure: Figure) -> list[dict[str, Any]]:
         if not readings:
             continue
         box = ax.get_position()
+        place = (box.x0 * width, (1 - box.y1) * height, box.width * width, box.height * height)
         panels.append(
             {
                 "panel": index,
-                "box": [round(v, 2) for v in (box.x0 * width, (1 - box.y1) * height, box.width * width, box.height * height)],
+                "box": [round(number, 2) for number in place],
                 "x": _scale(ax.xaxis, ax.get_xlim()),
                 "y": _scale(ax.yaxis, ax.get_ylim()) if _has_numbers(ax) else None,
                 "series": [_series(ax, reading) for reading in readings],

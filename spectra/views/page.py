@@ -20,7 +20,15 @@ from spectra.runs.files import write_whole
 from spectra.runs.folder import Run, open_run
 from spectra.runs.record import SpectrumRecord
 from spectra.views.embedded import embedded
-from spectra.views.pictures import Picture, density_pictures, figures, layer_pictures, single_runs, trajectory_pictures, whole_modes
+from spectra.views.pictures import (
+    Picture,
+    density_pictures,
+    figures,
+    layer_pictures,
+    single_runs,
+    trajectory_pictures,
+    whole_modes,
+)
 from spectra.views.style import rendered
 from spectra.views.summary import summary
 from spectra.views.tables import Table, estimates_of_rows, estimates_of_runs, results
@@ -62,7 +70,9 @@ def write(
         raise InputError(f"one run is expected where no folder to write to is named, got {len(given)}: name out")
     runs = single_runs(given)
     if not any(single.measured for single in runs):
-        raise InputError(f"{listed(str(one.folder) for one in given)} holds no spectrum to report on: measure one first")
+        raise InputError(
+            f"{listed(str(one.folder) for one in given)} holds no spectrum to report on: measure one first"
+        )
     rows = [row for one in given for row in _stored_table(one)] if table is None else list(table)
     folder = given[0].folder if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)

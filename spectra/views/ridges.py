@@ -10,7 +10,6 @@ import numpy as np
 
 from spectra.backend.errors import InputError
 from spectra.estimates.cells import DensityCells
-from spectra.views import marks
 from spectra.views.axis import eigenvalue_axis
 from spectra.views.curves import Curve
 from spectra.views.densities import cells_of, limits, read_cells

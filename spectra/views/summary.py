@@ -130,7 +130,11 @@ def _open(runs: Sequence[Run]) -> list[str]:
         unresolved = [(run, estimate) for run, estimate in having if not estimate.resolved]
         if not unresolved:
             continue
-        who = "every run" if len(unresolved) == len(having) > 1 else listed(run.presentation.label for run, _ in unresolved)
+        who = (
+            "every run"
+            if len(unresolved) == len(having) > 1
+            else listed(run.presentation.label for run, _ in unresolved)
+        )
         low, high = min(e.low for _, e in unresolved), max(e.high for _, e in unresolved)
         within = f"between {typeset(f'{low:.2g}')} and {typeset(f'{high:.2g}')}"
         name = sentence_case(describe(runs, key).name)
@@ -153,9 +157,7 @@ def _caveat(runs: Sequence[Run]) -> list[str]:
     return sentences
 
 
-def _changes(
-    before: tuple[Run, SpectrumRecord], after: tuple[Run, SpectrumRecord]
-) -> dict[str, Change]:
+def _changes(before: tuple[Run, SpectrumRecord], after: tuple[Run, SpectrumRecord]) -> dict[str, Change]:
     """The changes of the quantities that are told; {} where the spectra were not kept or cannot be compared."""
     (one, first), (other, last) = before, after
     if not (one.keeps_density(first) and other.keeps_density(last)) or first.mode != last.mode:

@@ -104,7 +104,10 @@ def draw_trajectories(
 def _read_points(ax: Axes, run: Run, line: Series, label: str, colour: Any) -> None:
     """Note the value with its interval at each point."""
     words = [run.presentation.labels.get(point.label, point.label.replace("-", " ")) for point in line.points]
-    says = [value_in_words(point.estimate) + (f", {word}" if word else "") for point, word in zip(line.points, words, strict=True)]
+    says = [
+        value_in_words(point.estimate) + (f", {word}" if word else "")
+        for point, word in zip(line.points, words, strict=True)
+    ]
     marks.read(ax, label, colour, [point.step for point in line.points], says, axis="step ")
 
 

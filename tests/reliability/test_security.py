@@ -2,9 +2,9 @@
 
 import ast
 import base64
+import functools
 import hashlib
 import json
-import functools
 import pickle
 import re
 import shutil

@@ -58,7 +58,11 @@ def test_readings_stand_where_the_curve_is_drawn(tmp_path):
 @pytest.mark.parametrize("kind", ["cumulative", "tails", "density", "ridge"])
 def test_the_axis_and_the_points_of_a_spectrum_are_those_of_the_figure(kind, tmp_path):
     run = run_folders.run_folder(tmp_path / "a", marks=((0, ""), (10, "")))
-    got = drawn(lambda ax: getattr(plots, kind)(run, ax=ax, steps=None, scale="symlog") if kind != "tails" else plots.tails(run, ax=ax))
+    got = drawn(
+        lambda ax: (
+            getattr(plots, kind)(run, ax=ax, steps=None, scale="symlog") if kind != "tails" else plots.tails(run, ax=ax)
+        )
+    )
     (panel,) = got.panels
     assert panel["x"]["kind"] == ("log" if kind == "tails" else "symlog")
     assert (panel["y"] is None) == (kind == "ridge")

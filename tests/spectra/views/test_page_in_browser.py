@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 READER = """
 const seen = {};
 const [results, estimates] = document.querySelectorAll("table.sortable");
-const column = (table, at) => [...table.tBodies[0].rows].map((row) => row.cells[at].dataset.order ?? row.cells[at].textContent.trim());
+const order = (cell) => cell.dataset.order ?? cell.textContent.trim();
+const column = (table, at) => [...table.tBodies[0].rows].map((row) => order(row.cells[at]));
 const sort = (table, at) => table.querySelectorAll("thead button")[at].click();
 sort(results, 1); seen.ascending = column(results, 1);
 sort(results, 1); seen.descending = column(results, 1);
