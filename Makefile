@@ -7,7 +7,7 @@ CORE := $(VENV)/core
 PEERS := $(VENV)/peers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-core test-slow soak mutation lint bench bench-trust bench-speed figures clean
+.PHONY: demo test test-core test-slow soak mutation lint bench bench-trust bench-speed figures site clean
 
 demo: $(INSTALLED)
 	$(BIN)/qat compare --bits 1,2,4 --methods baseline,winq --out runs/demo
@@ -53,9 +53,14 @@ $(PEERS)/.installed: benchmarks/peers.txt $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(PEERS) --requirement benchmarks/peers.txt
 	touch $@
 
-# The figures of the README and of docs/speed.md. The README's second one is drawn where `make demo` has been run.
+# The figures of the README, of docs/speed.md and of the gallery. The README's second one is drawn where `make demo` has been run.
 figures: $(INSTALLED)
 	$(BIN)/python docs/figures.py $(if $(wildcard runs/demo/table.json),--study runs/demo)
+	$(BIN)/python docs/site/gallery.py
+
+# The site, into site/: docs/ and the docstrings, without network; a link that leads nowhere ends it with an error.
+site: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -80,4 +85,4 @@ $(CORE)/.installed: $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

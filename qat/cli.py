@@ -19,6 +19,7 @@ from qat.training.distillation import DistillationConfig
 from qat.training.winq import PRESETS, WinQConfig
 from spectra.backend.errors import InputError
 from spectra.cli.command_line import add_formats, examples, interrupts_say, print_csv, print_json, run_command
+from spectra.cli.completion import add_completion
 from spectra.runs.flat import flattened
 
 LISTED_BITS = ",".join(f"{bits:g}" for bits in BITS)
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="qat", description="Quantization-aware training of language models, watched through Hessian spectra."
     )
+    add_completion(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     compare = commands.add_parser(

@@ -295,7 +295,7 @@ def _inside(estimates: Sequence[Estimate], bounds: tuple[float, float], parts: S
     recurrence = parts[0].recurrence
     steps = 0 if recurrence is None else max(result.steps for result in recurrence.tridiagonals())
     reason = (
-        f"{steps} steps after a change of variables leave {found.high - found.low:.2f} of the eigenvalues near the "
-        "bounds unplaced: use more products; eigenvalues of zero that are no coordinates would stay unplaced"
+        f"{steps} Lanczos steps after a change of variables do not say on which side {found.high - found.low:.2f} of "
+        "the eigenvalues lie: use more products; eigenvalues of zero that are no coordinates would stay open"
     )
     return replace(found, resolved=not estimates or all(e.resolved for e in estimates), reason=reason)

@@ -22,6 +22,7 @@ EXTRA_OF = {
     "pytorch_lightning": "lightning",
     "gguf": "export",
     "torchao": "export",
+    "shtab": "completion",
 }
 
 

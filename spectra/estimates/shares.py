@@ -89,7 +89,8 @@ def _sampled_share(measure: SpectralMeasure, low: float, high: float) -> Estimat
     if unplaced > sampling_error:
         steps = max(len(alphas) for alphas, _ in measure.jacobi.used)
         remedy = "use more steps" if measure.known.any_deflated else "use more steps, or deflate"
-        reason = f"{steps} steps leave {min(2 * unplaced, 1):.2f} of the mass near the bounds unplaced: {remedy}"
+        share = f"{min(2 * unplaced, 1):.0%}".replace("%", " %")
+        reason = f"{steps} Lanczos steps do not say whether {share} of the eigenvalues lie inside the bounds: {remedy}"
     else:
         reason = f"the sampling error of {probes} probe vectors is +-{sampling_error:.2f}: use more probe vectors"
     return Estimate(value, max(lower - sampling_error, 0.0), min(upper + sampling_error, 1.0), reason=reason)

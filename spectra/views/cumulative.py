@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spectra.estimates.band import CumulativeBand
 from spectra.estimates.estimate import RESOLVED_HALF_WIDTH
 from spectra.estimates.sharp_band import sharp_band
+from spectra.views import marks
 from spectra.views.axis import EigenvalueAxis, eigenvalue_axis
 from spectra.views.curves import Curve
 from spectra.views.legends import curve_legend
 from spectra.views.style import MARKERS_ALONG, tidy
+from spectra.views.wording import share_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +42,9 @@ def draw_bands(
     """
     axis = axis or eigenvalue_axis(curves, scale)
     for position, curve in enumerate(curves):
-        _draw_band(ax, curve, axis, level=level, position=position, count=len(curves))
+        with marks.series(ax, curve.label):
+            band = _draw_band(ax, curve, axis, level=level, position=position, count=len(curves))
+        _read_band(ax, curve, band, axis)
     axis.apply(ax)
     ax.set_ylim(-0.02, 1.02)
     ax.set_ylabel(f"share of eigenvalues below λ ({100 * level:g}\u00a0%\u00a0band)")
@@ -47,7 +52,9 @@ def draw_bands(
     curve_legend(ax, curves if len(curves) > 1 or curves[0].label != "spectrum" else [], place=legend)
 
 
-def _draw_band(ax: Axes, curve: Curve, axis: EigenvalueAxis, *, level: float, position: int, count: int) -> None:
+def _draw_band(
+    ax: Axes, curve: Curve, axis: EigenvalueAxis, *, level: float, position: int, count: int
+) -> CumulativeBand:
     """The band of one spectrum: filled, with its edges, hatched if the curve asks for it, and with its middle line."""
     points = axis.between(axis.low, axis.high, POINTS)
     band = sharp_band(curve.density, level=level, thresholds=points)
@@ -63,8 +70,17 @@ def _draw_band(ax: Axes, curve: Curve, axis: EigenvalueAxis, *, level: float, po
     for side in (low, high):
         ax.plot(points, side, linestyle=curve.style["linestyle"], **edge)
     middle = np.where(high - low <= 2 * RESOLVED_HALF_WIDTH, (low + high) / 2, np.nan)
-    marks = {"marker": curve.marker, "markersize": 4, "markevery": _places(points, axis, position, count)}
-    ax.plot(points, middle, linewidth=1.6, label=curve.label, **marks, **curve.style)
+    spots = {"marker": curve.marker, "markersize": 4, "markevery": _places(points, axis, position, count)}
+    ax.plot(points, middle, linewidth=1.6, label=curve.label, **spots, **curve.style)
+    return band
+
+
+def _read_band(ax: Axes, curve: Curve, band: CumulativeBand, axis: EigenvalueAxis) -> None:
+    """Note the bounds of the share at points along the axis."""
+    points = axis.between(axis.low, axis.high, marks.POINTS)
+    low, high = band.at(points)
+    says = [f"{share_in_words(*ends, curve.density.dimension)} below" for ends in zip(low, high, strict=True)]
+    marks.read(ax, curve.label, curve.colour, points, says, axis="λ = ")
 
 
 def without_level_parts(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectra.estimates.cells import DensityCells, density_cells
+from spectra.views import marks
 from spectra.views.axis import EigenvalueAxis, eigenvalue_axis, ends_of
 from spectra.views.curves import Curve
 from spectra.views.legends import curve_legend, hatched_entry
 from spectra.views.style import TEXT_COLOUR, UNRESOLVED_HATCH, tidy
+from spectra.views.wording import share_in_words, typeset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,16 +47,19 @@ def draw_densities(
         ax.set_ylim(bottom, top)
         axis.apply(ax)
         for curve, cells in members:
-            _draw_cells(ax, curve, cells, bottom)
-            _mark_known(ax, curve, bottom)
-            if len(members) <= MOST_LABELLED:
-                _name_masses(ax, curve, cells, axis, bottom)
+            with marks.series(ax, curve.label):
+                _draw_cells(ax, curve, cells, bottom)
+                _mark_known(ax, curve, bottom)
+                if len(members) <= MOST_LABELLED:
+                    _name_masses(ax, curve, cells, axis, bottom)
+            read_cells(ax, curve, curve.label, cells)
         for position, (curve, cells) in enumerate(members):
-            _draw_zeros(ax, curve, cells, position, count=len(members))
+            with marks.series(ax, curve.label):
+                _draw_zeros(ax, curve, cells, position, count=len(members))
         ax.set_ylabel("density of eigenvalues")
         tidy(ax)
         hatched = any(np.any(~cells.resolved & (cells.high > 0)) for _, cells in members)
-        further = [hatched_entry("not resolved: only the mass inside is known")] if hatched else []
+        further = [hatched_entry("not resolved: only the number inside is known")] if hatched else []
         named = [curve for curve, _ in members] if len(members) > 1 or members[0][0].label != "spectrum" else []
         curve_legend(ax, named, place=legend, further=further)
 
@@ -76,6 +81,23 @@ def cells_of(curve: Curve, axis: EigenvalueAxis, *, level: float) -> DensityCell
     inner = np.append(spacing, 0.0)
     edges = np.unique(np.concatenate([[low], inner[(inner > low) & (inner < high)], [high]]))
     return density_cells(curve.density, edges, positions=axis.positions(edges), level=level)
+
+
+def read_cells(ax: Axes, curve: Curve, name: str, cells: DensityCells) -> None:
+    """Note how many eigenvalues lie in each cell.
+
+    Args:
+        ax: The axes.
+        curve: The spectrum.
+        name: What the readings call it.
+        cells: Its cells.
+    """
+    n, edges = curve.density.dimension, cells.edges
+    says = []
+    for low, high, resolved, *ends in zip(cells.low, cells.high, cells.resolved, edges[:-1], edges[1:], strict=True):
+        left, right = (typeset(f"{end:.3g}") for end in ends)
+        says.append(f"{share_in_words(low, high, n)} in {left} … {right}" + ("" if resolved else ", not resolved"))
+    marks.read(ax, name, curve.colour, edges, [*says, ""], axis="λ = ", cells=True)
 
 
 def limits(found: Sequence[DensityCells]) -> tuple[float, float]:
@@ -130,35 +152,11 @@ def _name_masses(ax: Axes, curve: Curve, cells: DensityCells, axis: EigenvalueAx
         middle = (positions[cell] + positions[cell + 1]) / 2
         x = middle if axis.threshold is None else axis.threshold * np.sinh(middle)
         low, high = (max(float(heights[cell]), bottom) for heights in cells.heights)
-        words = mass_in_words(cells.low[cell], cells.high[cell], n) + ("\nnot resolved" if cell == widest else "")
+        words = share_in_words(cells.low[cell], cells.high[cell], n) + ("\nnot resolved" if cell == widest else "")
         turned = 90 if spans[cell] < 0.16 else 0
         box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}
         about = {"ha": "center", "va": "center", "fontsize": 7, "color": TEXT_COLOUR, "rotation": turned, "bbox": box}
         ax.text(x, math.sqrt(low * high), words, clip_on=True, **about)
-
-
-def mass_in_words(low: float, high: float, n: int) -> str:
-    """Bounds on a share of eigenvalues in words: in per cent, or as a number where they are few.
-
-    Args:
-        low: The lower bound of the share.
-        high: The upper bound.
-        n: The number of all eigenvalues.
-
-    Returns:
-        The words, rounded outward.
-
-    Example:
-        >>> mass_in_words(0.62, 0.91, 1000), mass_in_words(0.0, 0.003, 1000), mass_in_words(0.002, 0.002, 1000)
-        ('62–91 %', '0–3', '2')
-    """
-    if high * n < 1000 and high < 0.02:
-        fewest, most = math.ceil(low * n - 1e-6), math.floor(high * n + 1e-6)
-        return f"{fewest}" if fewest == most else f"{fewest}–{most}"
-    digits = 0 if low >= 0.01 or low == 0 else 1
-    scale = 10**digits
-    fewest = math.floor(100 * low * scale + 1e-9) / scale
-    return f"{fewest:.{digits}f}–{math.ceil(100 * high - 1e-9)} %"
 
 
 def _mark_known(ax: Axes, curve: Curve, bottom: float) -> None:

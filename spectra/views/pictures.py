@@ -15,6 +15,7 @@ from spectra.runs.series import available, modes, select, series
 from spectra.views import plots
 from spectra.views.curves import curves_of
 from spectra.views.densities import draw_densities
+from spectra.views.layers import SHOWN, draw_layers, height_of, table_of
 from spectra.views.panels import figure_of
 from spectra.views.style import TITLE_WIDTH, literal, new_figure, note, wrapped
 from spectra.views.wording import describe, listed, sentence_case, unfinished_words
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 OF_A_MODE = (*ESTIMATES, "zero_share", "loss", "gradient_norm")  # other quantities do not depend on the mode
 LEFT_OUT = ("frobenius", "learning_rate")  # the Frobenius norm is rms times a constant
 FIRST = ("validation_loss", "training_loss")  # quantities whose figures come first
+MAJOR = ("validation_loss", "training_loss", "negative_share", "lambda_max", "lambda_min", "rms")  # shown at once
 MAX_PANELS = 2  # most panels of a figure
 RIDGE_STEPS = 3  # measured training steps from which a run has a ridge
 ABOUT = {
@@ -51,49 +53,60 @@ class Picture:
     alternative: str
 
     @property
+    def minor(self) -> bool:
+        """Whether it is about a quantity that few readers look for."""
+        return self.name.startswith("trajectory-") and not any(
+            self.name.startswith(f"trajectory-{key}") for key in MAJOR
+        )
+
+    @property
     def wide(self) -> bool:
         """Whether it needs the full width of a page."""
         return self.figure.get_figwidth() > 8
 
 
-def figures(run: Run) -> dict[str, Figure]:
+def figures(run: Run | Sequence[Run]) -> dict[str, Figure]:
     """Draw every figure of the report of a run or a study.
 
     Args:
-        run: A run or a study.
+        run: A run or a study, or several of them.
 
     Returns:
         The figures by name, such as "density" or "trajectory-rms". They are not registered with pyplot, so they need
         not be closed.
     """
-    return {picture.name: picture.figure for picture in density_pictures(run) + trajectory_pictures(run)}
+    pictures = density_pictures(run) + layer_pictures(run) + trajectory_pictures(run)
+    return {picture.name: picture.figure for picture in pictures}
 
 
-def density_pictures(run: Run) -> list[Picture]:
+def density_pictures(run: Run | Sequence[Run]) -> list[Picture]:
     """The figures of spectra: cumulative bands first, tails, densities, and ridges where there are several steps.
 
     Bands and tails have a figure for each Hessian mode, with the last spectra of a group of runs in a panel. Densities
     and ridges have the runs of a group side by side, two in a figure, and there is one of all last densities.
     """
-    runs = [single for single in (run.runs or [run]) if any(map(single.keeps_density, single.measured))]
-    pictures = [_of_groups(kind, runs, mode, run) for kind in ABOUT for mode in _modes(runs)] if runs else []
+    given = [run] if isinstance(run, Run) else list(run)
+    runs = [single for single in single_runs(given) if any(map(single.keeps_density, single.measured))]
+    several = len(given) > 1 or bool(given[0].runs)
+    pictures = [_of_groups(kind, runs, mode, given) for kind in ABOUT for mode in _modes(runs)] if runs else []
     for mode in _modes(runs):
         having = [single for single in runs if mode is None or mode in modes(single)]
         for group, members in _groups(having).items():
             for first in range(0, len(members), MAX_PANELS):
-                name = ("density", group if run.runs else "", str(first or ""), mode)
+                name = ("density", group if several else "", str(first or ""), mode)
                 beside = members[first : first + MAX_PANELS]
                 pictures.append(_side_by_side(_file_name(*name), beside, mode))
                 if any(len(select(single, mode=mode)) >= RIDGE_STEPS for single in beside):
                     pictures.append(_ridges(_file_name("ridge", *name[1:]), beside, mode))
         if len(having) > 1:
-            pictures.append(_last_spectra(having, mode, run))
+            pictures.append(_last_spectra(having, mode, given))
     return _with_distinct_names(pictures)
 
 
-def trajectory_pictures(run: Run) -> list[Picture]:
+def trajectory_pictures(run: Run | Sequence[Run]) -> list[Picture]:
     """A figure for each quantity that a run holds at two training steps or more, and for each Hessian mode it has."""
-    runs = run.runs or [run]
+    given = [run] if isinstance(run, Run) else list(run)
+    runs = single_runs(given)
     names = dict.fromkeys(name for single in runs for name in available(single) if name not in LEFT_OUT)
     pictures = []
     for quantity in sorted(names, key=lambda name: name not in FIRST):
@@ -106,8 +119,13 @@ def trajectory_pictures(run: Run) -> list[Picture]:
                 if count == 1 and single.presentation.reference
             ]
             if moving:
-                pictures.append(_trajectory(moving + levels, quantity, mode, run))
+                pictures.append(_trajectory(moving + levels, quantity, mode, given))
     return _with_distinct_names(pictures)
+
+
+def single_runs(given: Sequence[Run]) -> list[Run]:
+    """Runs, with those of a study in its place."""
+    return [single for run in given for single in (run.runs or [run])]
 
 
 def _side_by_side(name: str, runs: list[Run], mode: str | None) -> Picture:
@@ -125,11 +143,11 @@ def _side_by_side(name: str, runs: list[Run], mode: str | None) -> Picture:
     return Picture(name, figure, caption, f"{caption} {_ends_in_words(runs, mode)}")
 
 
-def _of_groups(kind: str, runs: list[Run], mode: str | None, study: Run) -> Picture:
+def _of_groups(kind: str, runs: list[Run], mode: str | None, given: list[Run]) -> Picture:
     """The last spectra of runs, a panel for each group."""
     having = [single for single in runs if mode is None or mode in modes(single)]
     figure = figure_of(having, kind, mode=mode)
-    note(figure.axes[-1], unfinished_words([study]))
+    note(figure.axes[-1], unfinished_words(given))
     names = listed(single.presentation.label for single in having)
     caption = f"{ABOUT[kind]}: the last spectrum of {names}, {_mode_in_words(having, mode)}."
     return Picture(_file_name(kind, mode), figure, caption, f"{caption} {_ends_in_words(having, mode)}")
@@ -152,20 +170,20 @@ def _title(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
         ax.set_title("\n".join(lines), fontsize=11, loc="left")
 
 
-def _last_spectra(runs: list[Run], mode: str | None, study: Run) -> Picture:
+def _last_spectra(runs: list[Run], mode: str | None, given: list[Run]) -> Picture:
     """The last density of every run of a study in one panel."""
     figure, (ax,) = new_figure()
     plots.density(runs, ax=ax, mode=mode, steps="last")
-    note(ax, unfinished_words([study]))
+    note(ax, unfinished_words(given))
     caption = f"The last spectrum of every run, {_mode_in_words(runs, mode)}."
     return Picture(_file_name("density-last", mode), figure, caption, f"{caption} {_ends_in_words(runs, mode)}")
 
 
-def _trajectory(runs: list[Run], quantity: str, mode: str | None, study: Run) -> Picture:
-    """A quantity over the training steps of runs of a study; a run alone is its own study."""
+def _trajectory(runs: list[Run], quantity: str, mode: str | None, given: list[Run]) -> Picture:
+    """A quantity over the training steps of runs, which belong to the runs and studies given."""
     figure, (ax,) = new_figure()
     plots.trajectory(runs, quantity, ax=ax, mode=mode)
-    note(ax, unfinished_words([study]))
+    note(ax, unfinished_words(given))
     about = describe(runs, quantity)
     caption = sentence_case(about.name) + (f": {about.meaning}" if about.meaning else "")
     caption += f", Hessian mode {mode}." if mode else "."
@@ -191,9 +209,40 @@ def _ends_in_words(runs: list[Run], mode: str | None) -> str:
 
 def _modes(runs: list[Run]) -> list[str | None]:
     """The modes that figures are made for: [None] where no run has several, which stands for the mode of each run."""
-    if all(len(modes(single)) < 2 for single in runs):
+    if all(len(modes(single)) < 2 for single in runs):  # none has blocks either
         return [None]
-    return list(dict.fromkeys(mode for single in runs for mode in modes(single)))
+    return list(dict.fromkeys(mode for single in runs for mode in whole_modes(single)))
+
+
+def whole_modes(run: Run) -> list[str]:
+    """The Hessian modes of a run without those of its blocks, which have heat maps; of blocks alone all of them."""
+    whole = {record.mode for record in run.measured if not record.block}
+    return [mode for mode in modes(run) if mode in whole or not whole]
+
+
+def layer_pictures(run: Run | Sequence[Run]) -> list[Picture]:
+    """The heat maps of the runs that measured blocks: all quantities at the end, and the size along the training."""
+    given = [run] if isinstance(run, Run) else list(run)
+    pictures = []
+    for single in single_runs(given):
+        steps = {record.step for record in single.measured if record.block}
+        name = single.presentation.label
+        if steps:
+            caption = f"Curvature by layer of {name} at step {max(steps)}, the Hessian in the parameters of each alone."
+            pictures.append(_heat_map(_file_name("layers", name), single, SHOWN, caption))
+        if len(steps) > 1:
+            caption = f"Root-mean-square eigenvalue by layer of {name} over training steps."
+            pictures.append(_heat_map(_file_name("layers-rms", name), single, "rms", caption))
+    return _with_distinct_names(pictures)
+
+
+def _heat_map(name: str, run: Run, quantities: str | Sequence[str], caption: str) -> Picture:
+    """A heat map of the blocks of a run, in its first mode."""
+    figure, (ax,) = new_figure()
+    table = table_of(run, quantities, mode=None, step=None)
+    figure.set_figheight(height_of(table))
+    draw_layers(ax, table)
+    return Picture(name, figure, caption, caption)
 
 
 def _mode_in_words(runs: list[Run], mode: str | None) -> str:

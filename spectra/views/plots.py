@@ -32,8 +32,9 @@ from spectra.views.directions import (
     weights_by_layer,
 )
 from spectra.views.directions import loss_along as loss_on_line
+from spectra.views.layers import SHOWN, draw_layers, height_of, table_of
 from spectra.views.ridges import draw_ridges
-from spectra.views.style import forget, new_axes, note
+from spectra.views.style import PANEL, forget, new_axes, note
 from spectra.views.tails import draw_tails
 from spectra.views.trajectories import all_series, draw_trajectories, runs_shown
 from spectra.views.wording import unfinished_words
@@ -234,6 +235,48 @@ def trajectory(
     with _axes(ax) as ax:
         draw_trajectories(ax, found, drawn, quantity, legend=legend)
         note(ax, _unfinished(runs))
+    return ax
+
+
+def layers(
+    blocks: Any,
+    quantities: str | Sequence[str] = SHOWN,
+    *,
+    ax: Axes | None = None,
+    mode: str | None = None,
+    step: int | None = None,
+) -> Axes:
+    """Draw a heat map of curvature by layer: a row for each block, a column for each quantity or training step.
+
+    A share is as dark as it is large. A size, |lambda_max| or a trace, is darker the fewer decades it lies below the
+    largest of its column; below three decades it is palest. Unresolved estimates are hatched.
+
+    Args:
+        blocks: What `slq(op, blocks="layers")` or `trace(op, blocks="layers")` returns, {name: result}; or a run, a
+            probe or a folder of a run that measured blocks.
+        quantities: Keys of quantities such as "rms", a column each; or one key, whose values in a run are drawn with a
+            column for each training step. An `Estimate` for each block is its own column.
+        ax: Where to draw; by default on a new figure.
+        mode: The Hessian mode; by default the run's first.
+        step: The training step of a run that is drawn; by default the last.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: There are no blocks, or a quantity, mode or step is not there.
+
+    Example:
+        Which layers curve most::
+
+            spectra.plots.layers(spectra.slq(operator, blocks="layers", probes=8, steps=30))
+    """
+    table = table_of(blocks, quantities, mode=mode, step=step)
+    own = ax is None
+    with _axes(ax) as ax:
+        if own:
+            ax.figure.set_size_inches(PANEL[0], height_of(table))  # type: ignore[union-attr]
+        draw_layers(ax, table)
     return ax
 
 

@@ -12,7 +12,7 @@ from spectra.backend.errors import InputError
 from spectra.estimates.cells import DensityCells
 from spectra.views.axis import eigenvalue_axis
 from spectra.views.curves import Curve
-from spectra.views.densities import cells_of, limits
+from spectra.views.densities import cells_of, limits, read_cells
 from spectra.views.legends import hatched_entry
 from spectra.views.style import UNRESOLVED_HATCH, add_legend, tidy
 
@@ -46,13 +46,14 @@ def draw_ridges(
     for ax, rows in found:
         for row, (curve, cells) in enumerate(rows):
             _draw_row(ax, curve, cells, row, bottom, top)
+            read_cells(ax, curve, curve.label, cells)
         axis.apply(ax)
         ax.set_ylim(-0.1, len(rows) - 1 + ROW_HEIGHT + 0.15 + 0.12 * len(rows))
         ax.set_yticks(range(len(rows)), [_name(curve) for curve, _ in rows])
         ax.set_ylabel("training step" if all(curve.step is not None for curve, _ in rows) else "")
         tidy(ax)
         hatched = any(np.any(~cells.resolved & (cells.high > 0)) for _, cells in rows)
-        entries: list[Any] = [hatched_entry("not resolved: only the mass inside is known")] if hatched else []
+        entries: list[Any] = [hatched_entry("not resolved: only the number inside is known")] if hatched else []
         entries.append(Line2D([], [], linestyle="", label=f"heights: density, {_power(bottom)} to {_power(top)}, log"))
         add_legend(ax, entries, [entry.get_label() for entry in entries], "none" if legend == "none" else "inside")
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from spectra.backend.errors import InputError
 from spectra.runs.folder import Run
+from spectra.views.marks import legend_entries
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -219,14 +220,16 @@ def add_legend(ax: Axes, handles: list[Any], labels: list[str], place: str = "au
         return
     if place == "auto":
         place = "outside" if inches(ax)[0] >= NARROW and len(handles) > 1 else "inside"
-    labels = [wrapped(label, LEGEND_WIDTH) for label in labels]
+    names, labels = labels, [wrapped(label, LEGEND_WIDTH) for label in labels]
     if place == "outside":
-        ax.legend(handles, labels, frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+        beside = ax.legend(handles, labels, frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+        legend_entries(ax, beside.get_texts(), names)
         return
     inside = {"frameon": True, "framealpha": 0.8, "edgecolor": "none", "borderpad": 0.2, "labelspacing": 0.25}
-    ax.legend(
-        handles, labels, fontsize=8 if inches(ax)[0] >= NARROW else 6.5, loc="best", handlelength=1.8, **inside
-    ).set_zorder(10)
+    size = 8 if inches(ax)[0] >= NARROW else 6.5
+    over = ax.legend(handles, labels, fontsize=size, loc="best", handlelength=1.8, **inside)
+    over.set_zorder(10)
+    legend_entries(ax, over.get_texts(), names)
 
 
 def step_bar(ax: Axes, last: int) -> None:

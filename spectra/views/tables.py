@@ -1,4 +1,4 @@
-"""The tables of a report, as cells of text: results with a row for each run, estimates with a row for each quantity."""
+"""The tables of a report, as cells of text: a row for each run, or for each record of a run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 
 from spectra.estimates import quantities
 from spectra.estimates.estimate import Estimate
-from spectra.estimates.quantities import ESTIMATES, Quantity
+from spectra.estimates.quantities import ESTIMATES
 from spectra.runs.folder import Run
-from spectra.views.wording import record_words, sentence_case
+from spectra.runs.record import SpectrumRecord
+from spectra.views.wording import number, record_words, sentence_case, typeset
 
 STAGES = ("start", "end")  # of the training; a key of a study's table ends with one of them
-MAX_RECORDS = 12  # most columns of a run's table
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+MAX_RECORDS = 40  # most rows of a run's table
+LEFT_OUT = ("frobenius",)  # the Frobenius norm is rms times a constant
 
-Describe = Callable[[str], Quantity]
+Describe = Callable[[str], quantities.Quantity]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Cell:
         unresolved: Whether it is an unresolved estimate.
         reason: Why it is unresolved.
         words: Whether the value is text, not a number.
+        order: The number by which a column is sorted; None for text, and where there is no value.
     """
 
     text: str
@@ -38,30 +40,30 @@ class Cell:
     unresolved: bool = False
     reason: str = ""
     words: bool = False
+    order: float | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """The heading of a column: a name, and its unit or meaning."""
+
+    name: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table.
-
-    Attributes:
-        heading: What the row is about.
-        detail: Its unit or meaning.
-        stage: "start" or "end" of the training, or "".
-        cells: A cell for each column.
-    """
+    """A row of a table: what it is about, and a cell for each further column."""
 
     heading: str
-    detail: str
-    stage: str
     cells: list[Cell]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Column headings and rows."""
+    """Headings, of which the first is that of the rows' own headings, and rows."""
 
-    columns: list[str]
+    columns: list[Column]
     rows: list[Row]
 
     @property
@@ -77,91 +79,89 @@ def results(rows: Sequence[Mapping[str, Any]], *, describe: Describe = quantitie
     """The plain columns of a study's table, a row each; estimates are left to `estimates_of_rows`.
 
     Args:
-        rows: The rows of the study. The value under "label" is the name of a row, and the first column.
+        rows: The rows of the study. The value under "label" is the name of a row.
         describe: Gives the name of a column from its key.
 
     Returns:
-        The table; its rows have no heading.
+        The table.
     """
     keys = [key for key in _keys(rows) if key != "label" and not any(_is_estimate(row.get(key)) for row in rows)]
-    columns = [sentence_case(describe(key).name) for key in keys]
-    table = [[_cell(row.get(key)) for key in keys] for row in rows]
-    if any(_label(row) for row in rows):
-        columns.insert(0, "Run")
-        for position, (row, cells) in enumerate(zip(rows, table, strict=True)):
-            cells.insert(0, Cell(_row_name(row, position), words=True))
-    return Table(columns, [Row("", "", "", cells) for cells in table])
+    columns = [Column("Run"), *(Column(sentence_case(describe(key).name)) for key in keys)]
+    cells = [[_cell(row.get(key)) for key in keys] for row in rows]
+    return Table(columns, [Row(_row_name(row, at), cells[at]) for at, row in enumerate(rows)])
 
 
 def estimates_of_rows(rows: Sequence[Mapping[str, Any]], *, describe: Describe = quantities.describe) -> Table:
-    """The estimates of a study's table, at the start and the end of each run: quantities down, rows across.
+    """The estimates of a study's table: a row for each run, Hessian mode and stage of the training.
 
     Args:
-        rows: The rows of the study. The value under "label" is the name of a row.
+        rows: The rows of the study. The value under "label" is the name of a row, that under "mode" its first mode.
         describe: Gives name and unit of a quantity from its key.
 
     Returns:
-        The table, with a column for each of the rows.
+        The table, with a column for each quantity.
     """
-    keys = [key for key in _keys(rows) if any(_is_estimate(row.get(key)) for row in rows)]
-    several_modes = len({row.get("mode") for row in rows}) > 1
+    keys = [_split(key) for key in _keys(rows) if any(_is_estimate(row.get(key)) for row in rows)]
+    found = sorted({quantity for _, quantity, _ in keys if quantity not in LEFT_OUT}, key=_rank)
+    modes = sorted({mode for mode, _, _ in keys})
+    stages = [stage for stage in (*STAGES, "") if any(key[2] == stage for key in keys)]
+    several_modes = len(modes) > 1 or len({row.get("mode") for row in rows}) > 1
     table = []
-    for key in sorted(keys, key=_rank):
-        mode, quantity, stage = _split(key)
-        table.append(_row(describe(quantity), [_cell(row.get(key)) for row in rows], stage=stage, mode=mode))
-    names = [_row_name(row, position, with_mode=several_modes) for position, row in enumerate(rows)]
-    return Table(names, table)
+    for position, row in enumerate(rows):
+        for mode in modes:
+            for stage in stages:
+                values = [row.get(_joined(mode, quantity, stage)) for quantity in found]
+                if all(value is None for value in values):
+                    continue
+                notes = [mode or row.get("mode") if several_modes else "", stage]
+                heading = ", ".join([_row_name(row, position), *(str(note) for note in notes if note)])
+                table.append(Row(heading, [_cell(value) for value in values]))
+    return Table([Column("Run"), *(_column(describe, quantity) for quantity in found)], table)
 
 
-def estimates_of_run(run: Run) -> Table:
-    """The estimates of a run's records: quantities down, records across, evenly thinned where they are many.
+def estimates_of_runs(runs: Sequence[Run], *, describe: Describe = quantities.describe) -> Table:
+    """The estimates of the records of runs, a row each; the records of a run are evenly thinned where they are many.
+
+    Diagonal blocks are left to the heat maps where the whole was measured too.
 
     Args:
-        run: A run with a record.
+        runs: Runs with a record.
+        describe: Gives name and unit of a quantity from its key.
 
     Returns:
-        The table, with a column for each record.
+        The table, with a column for each quantity.
     """
-    records, describe = run.measured, run.presentation.describe
-    several_modes = len({record.mode for record in records}) > 1
-    if len(records) > MAX_RECORDS:
-        last = len(records) - 1
-        records = [records[round(index * last / (MAX_RECORDS - 1))] for index in range(MAX_RECORDS)]
-    columns = []
-    for record in records:
-        notes = [record_words(run, record), record.mode if several_modes else ""]
-        columns.append(f"step {record.step}" + "".join(f", {note}" for note in notes if note))
-    keys = sorted(dict.fromkeys(key for record in records for key in record.estimates), key=_rank)
-    rows = [_row(describe("loss"), [_cell(record.loss) for record in records])]
-    rows.append(_row(describe("gradient_norm"), [_cell(record.gradient_norm) for record in records]))
-    rows += [_row(describe(key), [_cell(record.estimates.get(key)) for record in records]) for key in keys]
-    return Table(columns, rows)
+    chosen = [(run, record) for run in runs for record in _thinned(_whole(run))]
+    several_modes = len({record.mode for _, record in chosen}) > 1
+    found = sorted({key for _, record in chosen for key in record.estimates if key not in LEFT_OUT}, key=_rank)
+    table = []
+    for run, record in chosen:
+        name = run.presentation.label if len(runs) > 1 else ""
+        notes = [name, f"step {record.step}", record_words(run, record), record.mode if several_modes else ""]
+        numbers = [_cell(record.loss), _cell(record.gradient_norm)]
+        cells = numbers + [_cell(record.estimates.get(key)) for key in found]
+        table.append(Row(", ".join(filter(None, notes)), cells))
+    columns = [_column(describe, key) for key in ("loss", "gradient_norm", *found)]
+    return Table([Column("Run" if len(runs) > 1 else "Training step"), *columns], table)
 
 
-def number(value: float) -> str:
-    """A number as text: four digits, an exponent for very large and small numbers, and whole numbers in full."""
-    if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < 1e6):
-        return _typeset(str(int(value)))
-    return _typeset(f"{value:#.4g}")
+def _whole(run: Run) -> list[SpectrumRecord]:
+    """The records of the whole Hessian; those of its blocks where there are no others."""
+    return [record for record in run.measured if not record.block] or run.measured
 
 
-def _typeset(text: str) -> str:
-    """A number as Python writes it, with the signs of print: 1,234, −2.5·10⁻⁷, ∞."""
-    if text == "nan":
-        return "not finite"
-    mantissa, _, exponent = text.replace("inf", "∞").partition("e")
-    mantissa = mantissa.removesuffix(".")
-    if exponent:
-        mantissa += "·10" + str(int(exponent)).translate(SUPERSCRIPTS)
-    elif mantissa.lstrip("-").isdigit():
-        mantissa = f"{int(mantissa):,}"
-    return mantissa.replace("-", "−")
+def _thinned(records: Sequence[SpectrumRecord]) -> list[SpectrumRecord]:
+    """At most `MAX_RECORDS` of the records, evenly spaced, with the first and the last."""
+    last = len(records) - 1
+    if last < MAX_RECORDS:
+        return list(records)
+    return [records[round(index * last / (MAX_RECORDS - 1))] for index in range(MAX_RECORDS)]
 
 
-def _row(about: Quantity, cells: list[Cell], *, stage: str = "", mode: str = "") -> Row:
-    """A row about a quantity."""
-    heading = sentence_case(about.name) + (f", mode {mode}" if mode else "")
-    return Row(heading, about.unit or about.meaning, stage, cells)
+def _column(describe: Describe, key: str) -> Column:
+    """The heading of a quantity: its name, and its unit or else its meaning."""
+    about = describe(key)
+    return Column(sentence_case(about.name), about.unit or about.meaning)
 
 
 def _cell(value: Any) -> Cell:
@@ -170,15 +170,21 @@ def _cell(value: Any) -> Cell:
         return Cell("–")
     if isinstance(value, Estimate) or _is_estimate(value):
         estimate = value if isinstance(value, Estimate) else Estimate.from_dict(value)
+        given = {"unresolved": not estimate.resolved, "reason": estimate.reason, "order": _order(estimate.value)}
         if not estimate.high > estimate.low:
-            return Cell(number(estimate.value), "", not estimate.resolved, estimate.reason)
-        value, low, high = map(_typeset, estimate.rounded())
-        return Cell(value, f"[{low}, {high}]", not estimate.resolved, estimate.reason)
+            return Cell(number(estimate.value), **given)
+        value, low, high = map(typeset, estimate.rounded())
+        return Cell(value, f"[{low}, {high}]", **given)
     if isinstance(value, bool):
         return Cell("yes" if value else "no", words=True)
     if isinstance(value, int | float):
-        return Cell(number(value))
+        return Cell(number(value), order=_order(value))
     return Cell(str(value), words=True)
+
+
+def _order(value: float) -> float | None:
+    """The number by which a cell is sorted."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _is_estimate(value: Any) -> bool:
@@ -204,19 +210,17 @@ def _split(key: str) -> tuple[str, str, str]:
     return "", name, stage
 
 
-def _rank(key: str) -> tuple[str, int]:
-    """The sort key of a column: its mode, then the position of its quantity in `ESTIMATES`."""
-    mode, quantity, _ = _split(key)
-    return mode, ESTIMATES.index(quantity) if quantity in ESTIMATES else len(ESTIMATES)
+def _joined(mode: str, quantity: str, stage: str) -> str:
+    """The key of a mode, a quantity and a stage."""
+    return "_".join(filter(None, (mode, quantity, stage)))
 
 
-def _label(row: Mapping[str, Any]) -> str:
-    """The label of a row, "" where it has none."""
-    value = row.get("label")
-    return "" if value is None else str(value)
+def _rank(quantity: str) -> tuple[int, str]:
+    """The sort key of a column: the position of its quantity in `ESTIMATES`."""
+    return (ESTIMATES.index(quantity) if quantity in ESTIMATES else len(ESTIMATES)), quantity
 
 
-def _row_name(row: Mapping[str, Any], position: int, *, with_mode: bool = False) -> str:
+def _row_name(row: Mapping[str, Any], position: int) -> str:
     """The name of a row: its label, else its number."""
-    name = _label(row) or f"row {position + 1}"
-    return f"{name}, {row['mode']}" if with_mode and row.get("mode") else name
+    value = row.get("label")
+    return f"row {position + 1}" if value is None or value == "" else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from spectra.backend.errors import InputError
 from spectra.estimates.cells import RESOLVED_RATIO
 from spectra.estimates.quantities import EIGENVALUE_UNIT
 from spectra.estimates.sharp_band import sharp_band
+from spectra.views import marks
 from spectra.views.axis import ends_of
 from spectra.views.cumulative import without_level_parts
 from spectra.views.curves import Curve
@@ -90,16 +92,20 @@ def draw_tails(ax: Axes, curves: Sequence[Curve], *, level: float, side: str, le
     if not drawn:
         raise InputError(f"no spectrum has eigenvalues {'beyond' if side == 'both' else side} 0: draw another side")
     start = min(_start(tail) for _, tail in drawn)
+    end = max(tail.sizes[-1] for _, tail in drawn)
+    alone = len(curves) == 1
     for position, (curve, tail) in enumerate(drawn):
-        _draw_tail(ax, curve, _from(tail, start), position=position, count=len(drawn))
+        name = curve.label if alone or side != "both" else curve.label.rpartition(", ")[0]
+        with marks.series(ax, name):
+            _draw_tail(ax, curve, _from(tail, start), position=position, count=len(drawn))
+        _read_tail(ax, curve, tail, name, points=np.geomspace(start, end, marks.POINTS))
     ax.set(xscale="log", yscale="log")
-    ax.set_xlim(start, 1.15 * max(tail.sizes[-1] for _, tail in drawn))
+    ax.set_xlim(start, 1.15 * end)
     ax.set_ylim(FEWEST, 1.5 * max(tail.high[np.searchsorted(tail.sizes, start) :].max(initial=1) for _, tail in drawn))
     ax.set_xlabel(f"t ({EIGENVALUE_UNIT})")
     words = {"both": "beyond ±t", "above": "above t", "below": "below −t"}[side]
     ax.set_ylabel(f"number of eigenvalues {words} ({100 * level:g}\u00a0%\u00a0band)")
     tidy(ax)
-    alone = len(curves) == 1
     named = [replace(curve, step=None, repeated="") for curve, _ in drawn if curve.label != "spectrum"]
     further = [] if alone or side != "both" else [_line_entry("above t", "solid"), _line_entry("below −t", "dashed")]
     if further:
@@ -145,8 +151,23 @@ def _draw_tail(ax: Axes, curve: Curve, tail: Tail, *, position: int, count: int)
     known = (tail.low >= 1) & (tail.high <= RESOLVED_RATIO * tail.low)
     middle = np.where(known, np.sqrt(low * high), np.nan)
     every = np.linspace(0, len(tail.sizes) - 1, 4 * MARKERS_ALONG * count).astype(int)[position::count]
-    marks = {"marker": curve.marker, "markersize": 4, "markevery": every.tolist()}
-    ax.plot(tail.sizes, middle, linewidth=1.5, label=curve.label, **marks, **curve.style)
+    spots = {"marker": curve.marker, "markersize": 4, "markevery": every.tolist()}
+    ax.plot(tail.sizes, middle, linewidth=1.5, label=curve.label, **spots, **curve.style)
+
+
+def _read_tail(ax: Axes, curve: Curve, tail: Tail, name: str, *, points: np.ndarray) -> None:
+    """Note the bounds of the number at sizes along the axis."""
+    places = np.searchsorted(tail.sizes, points)
+    low, high = (np.append(side, 0.0)[places] for side in (tail.low, tail.high))  # none beyond the last
+    beyond = curve.label.rpartition(", ")[2] if curve.label.endswith(("above t", "below −t")) else ""
+    says = [f"{_count(*ends)} {beyond}".strip() for ends in zip(low, high, strict=True)]
+    marks.read(ax, name, curve.colour, points, says, axis="t = ")
+
+
+def _count(low: float, high: float) -> str:
+    """Bounds on a number of eigenvalues, rounded outward."""
+    fewest, most = math.ceil(low - 1e-6), math.floor(high + 1e-6)
+    return f"{fewest:,}" if fewest >= most else f"{fewest:,}–{most:,}"
 
 
 def _from(tail: Tail, start: float) -> Tail:

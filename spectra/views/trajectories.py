@@ -15,8 +15,9 @@ from spectra.runs.folder import Run
 from spectra.runs.record import SpectrumRecord
 from spectra.runs.series import Point, Series, as_runs, series
 from spectra.runs.unsaved import UnsavedRun
+from spectra.views import marks
 from spectra.views.style import TEXT_COLOUR, add_legend, literal, run_marks, run_style, tidy
-from spectra.views.wording import axis_name
+from spectra.views.wording import axis_name, value_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,19 +84,31 @@ def draw_trajectories(
     ax.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
     for position, (run, line) in enumerate(drawn):
         style, label = run_style(run, position), literal(run.presentation.label)
-        if run.presentation.reference and len(line.points) == 1 and len(drawn) > 1:
-            _draw_level(ax, line.points[0], style, label=label)
-        else:
-            marker = run_marks(run, position)[0] or "o"
-            opacity = 0.16 if len(drawn) < 3 else 0.1
-            shift = 3.0 * (position - (len(drawn) - 1) / 2)
-            _draw_line(ax, line, style, label=label, marker=marker, opacity=opacity, shift=shift)
+        with marks.series(ax, label):
+            if run.presentation.reference and len(line.points) == 1 and len(drawn) > 1:
+                _draw_level(ax, line.points[0], style, label=label)
+            else:
+                marker = run_marks(run, position)[0] or "o"
+                opacity = 0.16 if len(drawn) < 3 else 0.1
+                shift = 3.0 * (position - (len(drawn) - 1) / 2)
+                _draw_line(ax, line, style, label=label, marker=marker, opacity=opacity, shift=shift)
+        _read_points(ax, run, line, label, style["color"])
     points = [point for _, line in drawn for point in line.points]
     _limit_y(ax, quantity, points)
     ax.set_xlabel("training step")
     ax.set_ylabel(literal(axis_name(runs, quantity)))
     tidy(ax)
     _add_legend(ax, drawn, unresolved=any(not point.estimate.resolved for point in points), place=legend)
+
+
+def _read_points(ax: Axes, run: Run, line: Series, label: str, colour: Any) -> None:
+    """Note the value with its interval at each point."""
+    words = [run.presentation.labels.get(point.label, point.label.replace("-", " ")) for point in line.points]
+    says = [
+        value_in_words(point.estimate) + (f", {word}" if word else "")
+        for point, word in zip(line.points, words, strict=True)
+    ]
+    marks.read(ax, label, colour, [point.step for point in line.points], says, axis="step ")
 
 
 def all_series(runs: Sequence[Run], quantity: str, mode: str | None) -> list[tuple[Run, Series]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from spectra.estimates import quantities
+from spectra.estimates.estimate import Estimate
 from spectra.estimates.quantities import Quantity
 from spectra.runs.folder import Run
 from spectra.runs.planned import unfinished
@@ -12,6 +14,7 @@ from spectra.runs.record import SpectrumRecord
 
 MODE_MEANINGS = {"full": "the Hessian of the loss in the model's own weights"}
 UNKNOWN_MODE = "a Hessian that the caller supplied"
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def describe(runs: Sequence[Run], key: str) -> Quantity:
@@ -62,3 +65,62 @@ def unfinished_words(shown: Sequence[Run]) -> str:
         return ""
     many = f"{len(shown) - len(lacking)} of {len(shown)} runs are finished"
     return f"unfinished: {lacking[0] if len(shown) == 1 else many}"
+
+
+def share_in_words(low: float, high: float, n: int) -> str:
+    """Bounds on a share of eigenvalues in words: in per cent, or as a number where they are few.
+
+    Args:
+        low: The lower bound of the share.
+        high: The upper bound.
+        n: The number of all eigenvalues.
+
+    Returns:
+        The words, rounded outward.
+
+    Example:
+        >>> share_in_words(0.62, 0.91, 1000), share_in_words(0.0, 0.003, 1000), share_in_words(0.002, 0.002, 1000)
+        ('62–91 %', '0–3', '2')
+    """
+    if high * n < 1000 and high < 0.02:
+        fewest, most = math.ceil(low * n - 1e-6), math.floor(high * n + 1e-6)
+        return f"{fewest}" if fewest == most else f"{fewest}–{most}"
+    digits = 0 if low >= 0.01 or low == 0 else 1
+    scale = 10**digits
+    fewest = math.floor(100 * low * scale + 1e-9) / scale
+    return f"{fewest:.{digits}f}–{math.ceil(100 * high - 1e-9)} %"
+
+
+def number(value: float) -> str:
+    """A number as text: four digits, an exponent for very large and small numbers, and whole numbers in full."""
+    if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < 1e6):
+        return typeset(str(int(value)))
+    return typeset(f"{value:#.4g}")
+
+
+def typeset(text: str) -> str:
+    """A number as Python writes it, with the signs of print: 1,234, −2.5·10⁻⁷, ∞."""
+    if text == "nan":
+        return "not finite"
+    mantissa, _, exponent = text.replace("inf", "∞").partition("e")
+    mantissa = mantissa.removesuffix(".")
+    if exponent:
+        mantissa += "·10" + str(int(exponent)).translate(SUPERSCRIPTS)
+    elif mantissa.lstrip("-").isdigit():
+        mantissa = f"{int(mantissa):,}"
+    return mantissa.replace("-", "−")
+
+
+def value_in_words(estimate: Estimate) -> str:
+    """A value with its interval, and whether it is unresolved, as in "0.41 [0.39, 0.43]".
+
+    Args:
+        estimate: The estimate.
+
+    Returns:
+        The words; a number that is known exactly has no interval.
+    """
+    if not estimate.high > estimate.low:
+        return number(estimate.value)
+    value, low, high = map(typeset, estimate.rounded())
+    return f"{value} [{low}, {high}]" + ("" if estimate.resolved else ", unresolved")

@@ -30,7 +30,7 @@ def curves(ax):
     return [line for line in ax.lines if not str(line.get_label()).startswith("_")]
 
 
-HATCHED = "not resolved: only the mass inside is known"
+HATCHED = "not resolved: only the number inside is known"
 
 
 def legend(ax):

@@ -5,7 +5,9 @@ import run_folders
 
 from spectra.estimates.estimate import Estimate
 from spectra.estimates.quantities import Quantity
-from spectra.views.tables import estimates_of_rows, estimates_of_run, number, results
+from spectra.views import tables
+from spectra.views.tables import Column, estimates_of_rows, estimates_of_runs, results
+from spectra.views.wording import number
 
 ONE, OTHER = Estimate(0.5, 0.25, 0.75), Estimate(0.625, 0.5, 0.875)
 
@@ -14,17 +16,35 @@ def texts(table):
     return [[cell.text for cell in row.cells] for row in table.rows]
 
 
+def headings(table):
+    return [row.heading for row in table.rows]
+
+
 def test_rows_are_called_by_their_label_and_every_other_column_is_plain():
     rows = [
         {"bits": 2, "method": "winq", "label": "2-bit WinQ", "perplexity": 12.5, "done": True, "rms_end": ONE},
         {"bits": 4, "method": "other", "rms_end": OTHER},
     ]
     table = results(rows)
-    assert table.columns == ["Run", "Bits", "Method", "Perplexity", "Done"]
-    assert texts(table) == [["2-bit WinQ", "2", "winq", "12.50", "yes"], ["row 2", "4", "other", "–", "–"]]
+    assert [column.name for column in table.columns] == ["Run", "Bits", "Method", "Perplexity", "Done"]
+    assert headings(table) == ["2-bit WinQ", "row 2"]
+    assert texts(table) == [["2", "winq", "12.50", "yes"], ["4", "other", "–", "–"]]
+    assert [[cell.order for cell in row.cells] for row in table.rows] == [[2, None, 12.5, None], [4, None, None, None]]
     estimates = estimates_of_rows(rows)
-    assert estimates.columns == ["2-bit WinQ", "row 2"]
-    assert texts(estimates) == [["0.50", "0.62"]]
+    assert headings(estimates) == ["2-bit WinQ, end", "row 2, end"]
+    assert texts(estimates) == [["0.50"], ["0.62"]]
+    assert [row.cells[0].order for row in estimates.rows] == [0.5, 0.625]
+
+
+def test_quantities_stand_across_and_stages_and_modes_below_each_other():
+    rows = [
+        {"label": "a", "mode": "ste", "rms_start": ONE, "rms_end": OTHER, "trace_end": ONE, "latent_rms_end": OTHER},
+        {"label": "b", "mode": "ste", "rms_end": ONE, "frobenius_end": ONE},
+    ]
+    table = estimates_of_rows(rows)
+    assert [column.name for column in table.columns] == ["Run", "Root-mean-square eigenvalue", "Trace"]
+    assert headings(table) == ["a, ste, start", "a, ste, end", "a, latent, end", "b, ste, end"]
+    assert texts(table) == [["0.50", "–"], ["0.62", "0.50"], ["0.62", "–"], ["0.50", "–"]]
 
 
 @pytest.mark.parametrize(
@@ -43,33 +63,42 @@ def test_an_estimate_has_the_digits_of_its_interval(estimate, text, interval):
     assert (cell.text, cell.interval) == (text, interval)
 
 
-def test_without_labels_there_is_no_column_of_names():
+def test_without_labels_rows_have_numbers():
     table = results([{"steps": 5, "note": None}, {"steps": 6}])
-    assert table.columns == ["Steps", "Note"]
+    assert [column.name for column in table.columns] == ["Run", "Steps", "Note"]
+    assert headings(table) == ["row 1", "row 2"]
     assert texts(table) == [["5", "–"], ["6", "–"]]
 
 
 def test_columns_are_named_by_who_describes_them():
     about = {"rms": Quantity("size", "unit"), "time": Quantity("wall time")}
     rows = [{"time": 3, "rms_end": ONE}]
-    assert results(rows, describe=about.__getitem__).columns == ["Wall time"]
-    (row,) = estimates_of_rows(rows, describe=about.__getitem__).rows
-    assert (row.heading, row.detail, row.stage) == ("Size", "unit", "end")
+    assert results(rows, describe=about.__getitem__).columns == [Column("Run"), Column("Wall time")]
+    assert estimates_of_rows(rows, describe=about.__getitem__).columns == [Column("Run"), Column("Size", "unit")]
 
 
 def test_rows_of_several_modes_say_which():
     rows = [{"label": "a", "mode": "one", "rms_end": ONE}, {"label": "a", "mode": "two", "rms_end": OTHER}]
-    assert estimates_of_rows(rows).columns == ["a, one", "a, two"]
-    assert estimates_of_rows([row | {"mode": "one"} for row in rows]).columns == ["a", "a"]
+    assert headings(estimates_of_rows(rows)) == ["a, one, end", "a, two, end"]
+    assert headings(estimates_of_rows([row | {"mode": "one"} for row in rows])) == ["a, end", "a, end"]
 
 
 def test_records_are_called_in_the_words_of_the_run(tmp_path):
     shown = {"labels": {"after-reset": "after the reset"}, "quantities": {"trace": {"name": "sum", "unit": "J"}}}
     run = run_folders.run_folder(tmp_path / "a", marks=run_folders.RESETS, presentation=shown)
-    table = estimates_of_run(run)
-    names = ["step 0, start", "step 10, before reset", "step 10, after the reset", "step 20, end"]
-    assert table.columns == names
-    assert ("Sum", "J") in [(row.heading, row.detail) for row in table.rows]
+    table = estimates_of_runs([run], describe=run.presentation.describe)
+    assert headings(table) == ["step 0, start", "step 10, before reset", "step 10, after the reset", "step 20, end"]
+    assert Column("Sum", "J") in table.columns
+    assert table.columns[0] == Column("Training step")
+    assert {len(row.cells) + 1 for row in table.rows} == {len(table.columns)}
+
+
+def test_many_records_are_thinned_and_those_of_several_runs_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MAX_RECORDS", 4)
+    many = run_folders.run_folder(tmp_path / "a", marks=[(step, "") for step in range(7)])
+    few = run_folders.run_folder(tmp_path / "b", marks=[(3, "")])
+    found = headings(estimates_of_runs([many, few]))
+    assert found == ["a, step 0", "a, step 2", "a, step 4", "a, step 6", "b, step 3"]
 
 
 @pytest.mark.parametrize(
