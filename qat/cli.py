@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = build_parser().parse_args(arguments)
+    for name in ("torchao", "torch.utils._pytree"):  # torchao, where transformers finds it, tells of kernels it lacks
+        logging.getLogger(name).setLevel(logging.ERROR)
     options.command(options)
     return 0
 

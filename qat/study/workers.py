@@ -8,6 +8,7 @@ one thread, and 40 to 95 s with two threads on busy cores. Processes do not wait
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import multiprocessing
 import os
@@ -147,6 +148,8 @@ def _interrupts_held() -> Iterator[None]:
 def _set_up(shared: bytes, lock: Any, counter: Any, parent_lives: Connection) -> None:
     """Prepare a new worker: one thread, its own line for progress bars, and an end with its parent."""
     global _shared
+    for name in ("torchao", "torch.utils._pytree"):  # as in the command itself
+        logging.getLogger(name).setLevel(logging.ERROR)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent_lives,), daemon=True).start()
     torch.set_num_threads(1)
