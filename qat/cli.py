@@ -14,7 +14,8 @@ from qat.hessian import MODES
 from qat.layers.config import BITS, INITIAL_SCALES, SUPPORTED_BITS
 from qat.study.config import METHODS, SmallLlamaConfig, StudyConfig, choose_device
 from qat.study.workers import MOST_WORKERS, available_cores, threads
-from qat.training.config import PRETRAINED_RATE, SCHEDULES, SMALL_LLAMA_RATE, TrainConfig
+from qat.training.config import DTYPES, PRETRAINED_RATE, SCHEDULES, SMALL_LLAMA_RATE, TrainConfig
+from qat.training.distillation import DistillationConfig
 from qat.training.winq import PRESETS, WinQConfig
 from spectra.backend.errors import InputError
 from spectra.cli.command_line import add_formats, examples, interrupts_say, print_csv, print_json, run_command
@@ -24,12 +25,15 @@ LISTED_BITS = ",".join(f"{bits:g}" for bits in BITS)
 # Options that have the name of the setting they give.
 TRAINING_OPTIONS = (
     *("steps", "batch_size", "learning_rate", "schedule", "warmup", "weight_decay", "evaluate_every", "seed"),
+    *("scale_learning_rate", "dtype", "compile", "accumulate", "activation_checkpointing", "rank_noise"),
+    "telemetry_every",
 )
 STUDY_OPTIONS = (
     *("out", "model", "tokenizer", "dataset", "trust_remote_code", "device", "quantizer", "length"),
     *("group_size", "initial_scale"),
     *("activation_bits", "activation_symmetric", "cache_bits"),
     *("validation_sequences", "probes", "lanczos_steps", "deflate", "count_products", "measure_sequences"),
+    "save_every",
 )
 
 
@@ -67,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="train by several methods at several bit-widths, and compare",
         **examples(
             "qat compare --bits 2,4 --out runs/study",
+            "qat compare --bits 2 --seeds 0,1,2 --out runs/seeds",
             "qat compare --bits 2 --model checkpoint --text notes.txt --steps 200 --out runs/own --csv",
         ),
     )
@@ -75,6 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--methods", default=",".join(METHODS), help=f"default: {','.join(METHODS)}")
     compare.add_argument(
         "--workers", type=int, help="runs at once, a process each (default: one a core for the default model, else 1)"
+    )
+    compare.add_argument(
+        "--no-reference",
+        action="store_true",
+        help="do not train the unquantized model, whose row is the reference of the table",
     )
     _add_study_options(compare)
 
@@ -165,12 +175,22 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
 
     training, given = parser.add_argument_group("training"), TrainConfig
     training.add_argument("--steps", type=int, help=_with_default(given.steps, "training steps"))
-    training.add_argument("--batch-size", type=int, help=_with_default(given.batch_size, "sequences a training step"))
+    training.add_argument(
+        "--batch-size",
+        type=int,
+        help=_with_default(given.batch_size, "sequences a training step, on all ranks together"),
+    )
     training.add_argument(
         "--lr",
         type=float,
         dest="learning_rate",
         help=f"peak learning rate (default: {SMALL_LLAMA_RATE:g}, and {PRETRAINED_RATE:g} for a --model)",
+    )
+    training.add_argument(
+        "--scale-lr",
+        type=float,
+        dest="scale_learning_rate",
+        help="peak learning rate of the learned scales (default: that of the weights)",
     )
     training.add_argument(
         "--schedule", help=_with_default(given.schedule, f"{', '.join(SCHEDULES)}: what wins can depend on it")
@@ -185,12 +205,71 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
         "--evaluate-every", type=int, help="training steps between validation losses (default: a sixteenth of the run)"
     )
     training.add_argument(
+        "--telemetry-every", type=int, help="training steps between lines of telemetry (default: a 128th of the run)"
+    )
+    training.add_argument(
         "--validation-sequences",
         type=int,
         help=_with_default(StudyConfig.validation_sequences, "a validation loss is taken over"),
     )
-    training.add_argument(
+    seeds = training.add_mutually_exclusive_group()
+    seeds.add_argument(
         "--seed", type=int, help=_with_default(given.seed, "of the data order, the weight noise and the probe vectors")
+    )
+    seeds.add_argument(
+        "--seeds", metavar="0,1,2", help="train once with each seed, and say the spread; probe vectors are of the first"
+    )
+    training.add_argument(
+        "--save-every",
+        type=int,
+        metavar="STEPS",
+        help="training steps between two checkpoints, from which the same command goes on after an interrupt; 0: none "
+        "(default: by time, at most a fiftieth of the training)",
+    )
+
+    distillation, settings = parser.add_argument_group("distillation"), DistillationConfig
+    distillation.add_argument(
+        "--distill",
+        nargs="?",
+        type=float,
+        const=settings.weight,
+        metavar="WEIGHT",
+        help="train with WEIGHT x KL(full precision || quantized) + (1 - WEIGHT) x cross-entropy (WEIGHT alone: "
+        f"{settings.weight:g}; default: the cross-entropy)",
+    )
+    distillation.add_argument(
+        "--distill-temperature", type=float, metavar="T", help=_with_default(settings.temperature, "divides the logits")
+    )
+    distillation.add_argument(
+        "--distill-hidden",
+        type=float,
+        metavar="FACTOR",
+        help=_with_default(0, "of the squared error of hidden states"),
+    )
+
+    speed = parser.add_argument_group("speed and memory")
+    speed.add_argument(
+        "--dtype",
+        help=f"{', '.join(DTYPES)}: of matrix products; weights stay float32 (default: bfloat16 on a GPU that has it, "
+        "for models of ten million parameters or more)",
+    )
+    speed.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="use torch.compile (default: on a GPU, for such models)",
+    )
+    speed.add_argument(
+        "--accumulate", type=int, help=_with_default(given.accumulate, "parts that a batch is passed through in")
+    )
+    speed.add_argument(
+        "--activation-checkpointing",
+        action="store_true",
+        default=None,
+        help="compute activations again in the backward pass: less memory, a third more time",
+    )
+    speed.add_argument(
+        "--rank-noise",
+        help=_with_default(given.rank_noise, "under torchrun, weight noise that is the same on all ranks, or own"),
     )
 
     quantization, winq = parser.add_argument_group("quantization and WinQ"), PRESETS["paper"]
@@ -279,27 +358,39 @@ def _compare(options: argparse.Namespace) -> None:
     workers = options.workers
     if workers is None:
         workers = min(available_cores(), MOST_WORKERS) if _is_small(options.model, options.device) else 1
-    config = _study_config(options, bits=_listed(options.bits), methods=_listed(options.methods), workers=workers)
+    chosen = {"bits": _listed(options.bits), "methods": _listed(options.methods), "reference": not options.no_reference}
+    config = _study_config(options, **chosen, workers=workers)
     from qat.study.compare import compare
 
     with _threads_for(config):
         rows = compare(config, say=_saying(options))
     if options.json:
-        print_json({"out": config.out, "rows": rows})
+        _print_rows(config, rows)
     if options.csv:
         print_csv([flattened(row) for row in rows])
 
 
+def _print_rows(config: StudyConfig, rows: list[dict[str, Any]]) -> None:
+    from qat.study.seeds import spread_rows
+
+    print_json({"out": config.out, "rows": rows, **({"seeds": spread_rows(rows)} if config.seeds else {})})
+
+
 def _train(options: argparse.Namespace) -> None:
     config = _study_config(options, bits=(options.bits,), methods=(options.method,))
-    from qat.study.compare import train_one
+    from qat.study.compare import train_one, train_seeds
 
     with _threads_for(config):
-        row = train_one(config, say=_saying(options))
-    if options.json:
-        print_json({"out": config.out, **row})
+        several = bool(config.seeds)
+        rows = train_seeds(config, say=_saying(options)) if several else [train_one(config, say=_saying(options))]
+    if rows == [{}]:
+        return  # one of several ranks, of which the first speaks
+    if options.json and several:
+        _print_rows(config, rows)
+    elif options.json:
+        print_json({"out": config.out, **rows[0]})
     if options.csv:
-        print_csv([flattened(row)])
+        print_csv([flattened(row) for row in rows])
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -411,8 +502,28 @@ def _study_config(options: argparse.Namespace, **chosen: Any) -> StudyConfig:
         skip=tuple(options.skip or ()),
         train=TrainConfig(**training),
         winq=_winq_config(options),
+        seeds=_seeds(options.seeds),
+        distillation=_distillation(options),
         small_llama=SmallLlamaConfig(**base),
     )
+
+
+def _seeds(text: str | None) -> tuple[int, ...]:
+    try:
+        seeds = tuple(int(part) for part in _listed(text or ""))
+    except ValueError:
+        raise InputError(f"--seeds is a list of whole numbers such as 0,1,2, got {text!r}") from None
+    if text is not None and not seeds:
+        raise InputError("--seeds is empty: give whole numbers, separated by commas")
+    return seeds
+
+
+def _distillation(options: argparse.Namespace) -> DistillationConfig | None:
+    """The settings of distillation; None where it was not asked for."""
+    given = _given(options, distill="weight", distill_temperature="temperature", distill_hidden="hidden")
+    if options.distill is None and given:
+        raise InputError("--distill-temperature and --distill-hidden set how --distill trains: give --distill too")
+    return DistillationConfig(**given) if given else None
 
 
 def _winq_config(options: argparse.Namespace) -> WinQConfig:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.layers.activations import ActivationQuantizer
+from qat.layers.fast_path import quantize
 from qat.layers.quantizers.base import Quantizer
 from qat.layers.quantizers.grouped import Grouped
 from qat.layers.quantizers.linearization import Linearization
@@ -57,6 +58,8 @@ class QuantLayer(nn.Module):
         self.transposed = transposed
         self.noise_sigma = 0.0
         self.noise_scales = False
+        # While set, it is the noise of the weight in place of fresh random numbers; see qat.training.noise.
+        self.drawn_noise: Tensor | None = None
         # While set, replaces `training_weight` in the forward pass. qat.hessian puts its definitions here.
         self.weight_override: Callable[[QuantLayer], Tensor] | None = None
         self.weight = weight
@@ -107,7 +110,8 @@ class QuantLayer(nn.Module):
         weight = self.rows()
         if not (self.training and self.noise_sigma > 0):
             return self._training(weight, self.scale)
-        weight = weight + self.noise_sigma * torch.randn_like(weight)
+        noise = torch.randn_like(weight) if self.drawn_noise is None else self.drawn_noise
+        weight = weight + self.noise_sigma * noise
         if not self.quantizer.learned_scale:
             return self._training(weight, self.quantizer.initial_scale(weight))
         scale = self.scale
@@ -127,7 +131,7 @@ class QuantLayer(nn.Module):
         """The quantizer of the mode: annealed in train mode, on the grid in evaluation mode."""
         if self.training and self.scheme.anneals:
             return self.quantizer.annealed(weight, scale)
-        return self.quantizer(weight, scale)
+        return quantize(self.quantizer, weight, scale)
 
     def _first_scale(self, initial_scale: str) -> Tensor:
         """The scales that training starts from, (rows, groups)."""

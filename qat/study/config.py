@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 
 from qat.hessian import MODES
 from qat.layers.config import QuantConfig
 from qat.training.config import TrainConfig, check_seed
+from qat.training.distillation import DistillationConfig
 from qat.training.winq import WinQConfig, reset_steps
 from spectra.algorithms.inertia import COUNT_PRODUCTS
 from spectra.backend.errors import InputError
 from spectra.runs.settings import MeasurementSettings
 
 METHODS = ("baseline", "winq")
+REFERENCE, REFERENCE_BITS = "full-precision", 16  # the unquantized model, trained as long as the others
 MINIMUM = {
     "length": 2,
     "validation_sequences": 1,
@@ -26,6 +29,7 @@ MINIMUM = {
     "measure_sequences": 1,
     "workers": 1,
 }
+UNSET = ("seeds", "distillation")
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,12 @@ class StudyConfig:
         measure_sequences: How many training sequences the loss of a spectrum is the mean of.
         workers: How many runs are trained at once, each in a process of its own on one thread. A script that asks
             for more than 1 needs the usual `if __name__ == "__main__":`.
+        seeds: Seeds of the data order and the weight noise: every method is trained once with each. The probe vectors
+            are those of the first, so that spectra of all runs are paired. Empty: `train.seed` alone.
+        reference: Whether the unquantized model is trained too, by the same settings and with the cross-entropy.
+        distillation: Settings of distillation from the full-precision model; None: the loss is the cross-entropy.
+        save_every: Training steps between two checkpoints; 0: none. None: by time, every two minutes or less often,
+            so that saving takes at most a fiftieth of the training.
         small_llama: The default model.
 
     Raises:
@@ -145,6 +155,10 @@ class StudyConfig:
     count_products: int = COUNT_PRODUCTS
     measure_sequences: int = 4
     workers: int = 1
+    seeds: tuple[int, ...] = ()
+    reference: bool = True
+    distillation: DistillationConfig | None = None
+    save_every: int | None = None
     small_llama: SmallLlamaConfig = field(default_factory=SmallLlamaConfig)
 
     def __post_init__(self) -> None:
@@ -161,10 +175,31 @@ class StudyConfig:
         for name, minimum in MINIMUM.items():
             if getattr(self, name) < minimum:
                 raise InputError(f"{name} is {minimum} or more, got {getattr(self, name)}")
+        if self.save_every is not None and self.save_every < 0:
+            raise InputError(f"save_every is a number of training steps, or 0 for none, got {self.save_every}")
+        self._settle_seeds()
         MeasurementSettings(count_products=self.count_products)
         choose_device(self.device)
         if "noisy" in self.modes and self.winq.sigma == 0:
             raise InputError("the noisy Hessian needs noise: give --sigma above 0, or leave noisy out of --modes")
+
+    def _settle_seeds(self) -> None:
+        """`train.seed` is the first seed; `seeds` is empty unless there are several."""
+        seeds = tuple(dict.fromkeys(self.seeds))
+        for seed in seeds:
+            check_seed(seed)
+        if seeds:
+            object.__setattr__(self, "train", replace(self.train, seed=seeds[0]))
+        object.__setattr__(self, "seeds", seeds if len(seeds) > 1 else ())
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seeds to train with, one or more."""
+        return self.seeds or (self.train.seed,)
+
+    def to_config(self) -> dict[str, Any]:
+        """The settings for config.json; those that are not set are left out."""
+        return {name: value for name, value in asdict(self).items() if name not in UNSET or value}
 
     def quantization(self, bits: float) -> QuantConfig:
         """How a model of this bit-width is quantized."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from qat.layers.convert import quantize_model
 from qat.layers.linear import full_precision_names
 from qat.study.config import StudyConfig
 from qat.study.presentation import REFERENCE_LABEL, presentation
-from qat.study.resume import check_same, start_again
+from qat.study.resume import check_same, go_back
 from qat.study.start import Start
 from qat.training.evaluate import Evaluation, evaluate
 from qat.training.progress import MeasuringBar
@@ -86,7 +88,7 @@ def measure_full_precision(start: Start, config: StudyConfig, folder: Path) -> E
     settings = {"method": REFERENCE_LABEL, **start.facts, PLANNED_RECORDS: 1}
     check_same(folder, settings)
     if not (is_recorded(folder) and Run(folder).records):
-        start_again(folder)
+        go_back(folder)
         _measure_reference(model, start, config, folder, settings)
     return evaluate(model, start.validation, batch_size=config.train.batch_size)
 
@@ -95,9 +97,6 @@ def _measure_reference(
     model: nn.Module, start: Start, config: StudyConfig, folder: Path, settings: Mapping[str, Any]
 ) -> None:
     """The one spectrum of the full-precision model."""
-    quantized = copy.deepcopy(start.model)
-    quantize_model(quantized, config.quantization(config.bits[0]))
-    names = frozenset(full_precision_names(quantized))
     probe = study_probe(
         model,
         start,
@@ -106,9 +105,53 @@ def _measure_reference(
         name=REFERENCE_LABEL,
         modes={"full": HessianOperator},
         settings={**settings, "presentation": presentation()},
-        params=lambda name, parameter: name in names,
+        params=quantized_names(start, config),
     )
     probe.measure(0, "start")
+
+
+def quantized_names(start: Start, config: StudyConfig) -> Callable[[str, Any], bool]:
+    """Which parameters of the full-precision model will be quantized.
+
+    Args:
+        start: The model.
+        config: The study's settings.
+
+    Returns:
+        A selection of parameters, as in `spectra.HessianOperator`.
+    """
+    quantized = copy.deepcopy(start.model)
+    quantize_model(quantized, config.quantization(config.bits[0]))
+    names = frozenset(full_precision_names(quantized))
+    return lambda name, parameter: name in names
+
+
+class CarriedState:
+    """The state of a probe in checkpoints. It changes with a measurement; until then the file is linked, not written.
+
+    Args:
+        probe: The probe.
+    """
+
+    def __init__(self, probe: SpectrumProbe) -> None:
+        self.probe = probe
+        self.written: Path | None = None
+        self.records = 0  # that the probe had then
+
+    def save_state(self, path: Path) -> None:
+        """Write the state, or link the file of the checkpoint before."""
+        if self.written is not None and self.records == len(self.probe.records):
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it was removed, or the file system has no links
+                os.link(self.written, path)
+        if not path.exists() or self.records != len(self.probe.records):
+            self.probe.save_state(path)
+        self.written, self.records = path, len(self.probe.records)
+
+    def load_state(self, path: Path) -> None:
+        """Take over the state of a checkpoint."""
+        self.probe.load_state(path)
+        self.written, self.records = path, len(self.probe.records)
 
 
 class MeasuringCallback(TrainerCallback):

@@ -58,6 +58,7 @@ def presentation(
     method: str | None = None,
     activation_bits: int = 16,
     cache_bits: int = 16,
+    seed: int | None = None,
 ) -> dict[str, Any]:
     """The entry "presentation" of a run's config.json, from which the views of `spectra` take names and colours.
 
@@ -68,6 +69,7 @@ def presentation(
         method: How the run is trained, such as "baseline" or "winq"; None leaves it out of the label.
         activation_bits: The bit-width of activations; 16 leaves it out of the label.
         cache_bits: The bit-width of keys and values; 16 leaves it out of the label.
+        seed: The seed of the run, where a study has several of the same bit-width and method.
 
     Returns:
         Plain values for JSON: `label`, `group`, `color`, `line`, `reference`, `modes`, `quantities` and `labels`.
@@ -87,8 +89,11 @@ def presentation(
         >>> presentation()["label"]
         'full precision'
     """
+    widths = {"activation_bits": activation_bits, "cache_bits": cache_bits}
+    shown = _reference() if bits is None else _quantized(parse_bits(bits), method, **widths)
     return {
-        **(_reference() if bits is None else _quantized(parse_bits(bits), method, activation_bits, cache_bits)),
+        **shown,
+        "label": with_seed(shown["label"], seed),
         "modes": _mode_meanings(min(activation_bits, cache_bits) < 16),
         "quantities": {key: dict(entry) for key, entry in QUANTITIES.items()},
         "labels": dict(RECORD_LABELS),
@@ -116,6 +121,11 @@ def _mode_meanings(activations: bool) -> dict[str, str]:
         mode: meaning if mode == "full" else f"{meaning}; the network's activations are quantized, straight-through"
         for mode, meaning in MODE_MEANINGS.items()
     }
+
+
+def with_seed(label: str, seed: int | None) -> str:
+    """The name of a run with its seed, where there are several: "2-bit WinQ, seed 1"."""
+    return label if seed is None else f"{label}, seed {seed}"
 
 
 def _reference() -> dict[str, Any]:

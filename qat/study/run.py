@@ -1,4 +1,7 @@
-"""One run of a study: quantize a copy of the full-precision model, train it by one method, measure it along the way."""
+"""One run of a study: quantize a copy of the full-precision model, train it by one method, measure it along the way.
+
+The reference is a run too, of the model that is not quantized.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import copy
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,26 +17,37 @@ from transformers import TrainerCallback
 from qat.hessian import hessian_operator
 from qat.layers.convert import ConversionReport, quantize_model
 from qat.study.config import StudyConfig
-from qat.study.measure import MeasuringCallback, study_probe
-from qat.study.presentation import presentation, run_label
+from qat.study.measure import CarriedState, MeasuringCallback, quantized_names, study_probe
+from qat.study.plan import PlannedRun
+from qat.study.presentation import presentation
 from qat.study.resume import (
     Curve,
     check_same,
+    go_back,
     is_finished,
+    measured_modes,
+    planned_marks,
     planned_records,
-    start_again,
     validation_curve,
 )
+from qat.study.shared_start import SharedStart
 from qat.study.start import Start
 from qat.study.table import Row, spectrum_columns
 from qat.training.callback import PARQCallback, WinQCallback
+from qat.training.checkpoints import Checkpoints
+from qat.training.distillation import Distillation
 from qat.training.evaluate import perplexity_of
+from qat.training.ranks import agreed
+from qat.training.step import Loss, computation_facts, next_token_loss
 from qat.training.telemetry import Telemetry
 from qat.training.train import train
+from qat.training.winq import AroundReset
+from spectra.operators.hessian.operator import HessianOperator
 from spectra.runs.folder import Run, is_recorded
 from spectra.runs.planned import PLANNED_RECORDS
 
 NOISE_DRAWS = 4
+MEASURED_LOSS = "the cross-entropy"
 
 
 @dataclass(frozen=True)
@@ -56,72 +69,122 @@ class Outcome:
     model: nn.Module | None = None
 
 
-def train_method(start: Start, config: StudyConfig, bits: float, method: str, folder: Path) -> Outcome:
-    """Quantize a copy of the full-precision model, train it, and measure spectra along the way.
+def train_method(start: Start, config: StudyConfig, plan: PlannedRun, *, shared: SharedStart | None = None) -> Outcome:
+    """Make the run's model of a copy of the full-precision one, train it, and measure spectra along the way.
 
-    What an interrupted run has left in the folder is removed first.
+    A run that was interrupted goes on from its last checkpoint; without one, what it left in the folder is removed.
 
     Args:
         start: The model, the text and the measured batches.
         config: The study's settings.
-        bits: The bit-width of the quantized weights.
-        method: "baseline" or "winq".
-        folder: The run folder to make.
+        plan: Which run.
+        shared: Where runs from the same start leave its spectrum for each other.
 
     Returns:
         The trained model and its row of the table.
 
     Raises:
+        InputError: A checkpoint cannot be read.
         NonFiniteError: A loss or a Hessian-vector product held NaN or infinity; what was recorded is kept.
     """
-    start_again(folder)
-    model = copy.deepcopy(start.model)
-    converted = quantize_model(model, config.quantization(bits))
-    model.to(start.device)
-    name = f"{bits:g} bit, {method}"
-    modes = {
-        mode: partial(hessian_operator, mode=mode, sigma=config.winq.sigma or None, draws=NOISE_DRAWS)
-        for mode in config.modes
-    }
-    settings = {
-        **run_settings(config, bits, method),
-        **_conversion_facts(converted),
-        **start.facts,
-        "presentation": presentation(bits=bits, method=method, **activation_settings(config)),
-    }
-    probe = study_probe(model, start, config, folder, name=name, modes=modes, settings=settings)
-    measure = MeasuringCallback(probe, config.measuring_steps())
-    callbacks: list[TrainerCallback] = [measure]
-    if method == "winq":
-        callbacks = [WinQCallback(**asdict(config.winq), around_reset=measure.around_reset), measure]
-    if config.quantizer == "parq":
-        callbacks = [PARQCallback(), *callbacks]
-    measure(0, "start")
+    checkpoint = agreed(go_back(plan.folder))
+    model, options, facts = _model_of(start, config, plan)
+    facts |= computation_facts(config.train, model, start.device)
+    settings = {**run_settings(config, plan), **facts, **start.facts, "presentation": _shown(plan)}
+    probe = study_probe(model, start, config, plan.folder, name=plan.name, settings=settings, **options)
+    loss = _loss(start, config, plan)
+    if config.distillation is not None and not plan.is_reference:
+        probe.notes.append(f"{MEASURED_LOSS} is measured; trained with {config.distillation.in_words()}")
+    marks = {step for step, label in planned_marks(config, plan.method) if label == "quarter"}
+    measure = MeasuringCallback(probe, sorted(marks))
+    if checkpoint is None and not (shared is not None and shared.take(probe)):
+        measure(0, "start")
+        if shared is not None:
+            shared.give(probe)
+    telemetry = None if plan.is_reference else Telemetry(model)
+    parts: dict[str, Any] = {"probe": CarriedState(probe)} | ({} if telemetry is None else {"telemetry": telemetry})
+    assert probe.run is not None
     result = train(
         model,
         start.train,
         start.validation,
-        config.train,
-        name=name,
+        replace(config.train, seed=plan.seed),
+        name=plan.name,
         run=probe.run,
-        callbacks=callbacks,
-        telemetry=Telemetry(model),
+        callbacks=[*_callbacks(config, plan, measure.around_reset), measure],
+        telemetry=telemetry,
         device=start.device.type,
+        checkpoints=Checkpoints(plan.folder, every=config.save_every, resumed=checkpoint, parts=parts),
+        loss=loss,
     )
     measure(config.train.steps, "end")
-    assert probe.run is not None
-    outcome = outcome_of(probe.run, config, bits, method)
-    return replace(outcome, seconds=result.seconds, model=model)
+    return replace(outcome_of(probe.run, config, plan), seconds=result.seconds, model=model)
 
 
-def outcome_of(run: Run, config: StudyConfig, bits: float, method: str) -> Outcome:
+def _model_of(start: Start, config: StudyConfig, plan: PlannedRun) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """The model of a run on its device, what its probe measures, and what config.json says of its weights."""
+    model = copy.deepcopy(start.model)
+    if plan.is_reference:
+        options = {"modes": {"full": HessianOperator}, "params": quantized_names(start, config)}
+        return model.to(start.device), options, {}
+    converted = quantize_model(model, config.quantization(plan.bits))
+    modes = {
+        mode: partial(hessian_operator, mode=mode, sigma=config.winq.sigma or None, draws=NOISE_DRAWS)
+        for mode in config.modes
+    }
+    return model.to(start.device), {"modes": modes}, _conversion_facts(converted)
+
+
+def _shown(plan: PlannedRun) -> dict[str, Any]:
+    """The entry "presentation" of a run."""
+    if plan.is_reference:
+        return presentation(seed=plan.shown_seed)
+    return presentation(bits=plan.bits, method=plan.method, seed=plan.shown_seed, **plan.widths)
+
+
+def _callbacks(config: StudyConfig, plan: PlannedRun, around_reset: AroundReset | None) -> list[TrainerCallback]:
+    """What changes the weights in training: the annealing of parq, and WinQ."""
+    annealed = config.quantizer == "parq" and not plan.is_reference
+    winq = [WinQCallback(**asdict(config.winq), around_reset=around_reset)] if plan.method == "winq" else []
+    return [*([PARQCallback()] if annealed else []), *winq]
+
+
+def _loss(start: Start, config: StudyConfig, plan: PlannedRun) -> Loss:
+    if config.distillation is None or plan.is_reference:
+        return next_token_loss
+    return Distillation(copy.deepcopy(start.model).to(start.device), config.distillation)
+
+
+def follow_method(start: Start, config: StudyConfig, plan: PlannedRun) -> None:
+    """What ranks after the first do while the first is in `train_method`: train along, and write nothing of the run.
+
+    Args:
+        start: As on the first rank.
+        config: The study's settings.
+        plan: Which run.
+    """
+    checkpoint = agreed(None)
+    model, _, _ = _model_of(start, config, plan)
+    train(
+        model,
+        start.train,
+        start.validation,
+        replace(config.train, seed=plan.seed),
+        name=plan.name,
+        callbacks=_callbacks(config, plan, None),
+        device=start.device.type,
+        checkpoints=Checkpoints(plan.folder, every=config.save_every, resumed=checkpoint),
+        loss=_loss(start, config, plan),
+    )
+
+
+def outcome_of(run: Run, config: StudyConfig, plan: PlannedRun) -> Outcome:
     """The result of a finished run, read from its folder.
 
     Args:
         run: The run.
         config: The study's settings.
-        bits: The bit-width of the quantized weights.
-        method: "baseline" or "winq".
+        plan: Which run it is.
 
     Returns:
         The outcome, without a model.
@@ -129,28 +192,27 @@ def outcome_of(run: Run, config: StudyConfig, bits: float, method: str) -> Outco
     records, curve = run.records, validation_curve(run)
     loss = curve[-1][1]
     row = {
-        "label": run_label(bits, method, **activation_settings(config)),
-        "bits": bits,
-        "method": method,
-        **{name: width for name, width in activation_settings(config).items() if width < 16},
+        "label": plan.label,
+        "bits": plan.bits,
+        "method": plan.method,
+        **{name: width for name, width in plan.widths.items() if width < 16},
+        **({} if plan.shown_seed is None else {"seed": plan.shown_seed}),
         "validation_loss": loss,
         "perplexity": perplexity_of(loss),
         "steps": config.train.steps,
-        "mode": config.modes[0],
+        "mode": measured_modes(config, plan.method)[0],
         **spectrum_columns(records),
     }
     return Outcome(row, curve, len(records))
 
 
-def finished_outcome(start: Start, config: StudyConfig, bits: float, method: str, folder: Path) -> Outcome | None:
+def finished_outcome(start: Start, config: StudyConfig, plan: PlannedRun) -> Outcome | None:
     """The result of a run that an earlier call has finished; None if the run does not exist or is not finished.
 
     Args:
         start: What the study's runs start from.
         config: The study's settings.
-        bits: The bit-width of the quantized weights.
-        method: "baseline" or "winq".
-        folder: The folder of the run.
+        plan: Which run.
 
     Returns:
         The outcome, without a model.
@@ -158,36 +220,37 @@ def finished_outcome(start: Start, config: StudyConfig, bits: float, method: str
     Raises:
         InputError: The folder holds a run with other settings.
     """
-    check_same(folder, {**run_settings(config, bits, method), **start.facts})
-    if not is_recorded(folder):
+    check_same(plan.folder, {**run_settings(config, plan), **start.facts})
+    if not is_recorded(plan.folder):
         return None
-    run = Run(folder)
-    return outcome_of(run, config, bits, method) if is_finished(run, config, method) else None
+    run = Run(plan.folder)
+    return outcome_of(run, config, plan) if is_finished(run, config, plan.method) else None
 
 
-def run_settings(config: StudyConfig, bits: float, method: str) -> dict[str, Any]:
+def run_settings(config: StudyConfig, plan: PlannedRun) -> dict[str, Any]:
     """The entries of a run's config.json that follow from the study's settings alone.
 
     Args:
         config: The study's settings.
-        bits: The bit-width of the quantized weights.
-        method: "baseline" or "winq".
+        plan: Which run.
 
     Returns:
         Plain values by name.
     """
+    quantized = not plan.is_reference
+    distilled = config.distillation if quantized else None
     return {
-        "bits": bits,
-        "method": method,
-        "quantizer": config.quantization(bits).scheme,
-        **_scale_settings(config),
-        **asdict(config.train),
-        **(asdict(config.winq) if method == "winq" else {}),
-        **({"measured_sigma": config.winq.sigma} if "noisy" in config.modes else {}),
-        "modes": list(config.modes),
+        "bits": plan.bits,
+        "method": plan.method,
+        **({"quantizer": config.quantization(plan.bits).scheme, **_scale_settings(config)} if quantized else {}),
+        **asdict(replace(config.train, seed=plan.seed)),
+        **(asdict(config.winq) if plan.method == "winq" else {}),
+        **({"measured_sigma": config.winq.sigma} if "noisy" in config.modes and quantized else {}),
+        **({} if distilled is None else {"distillation": asdict(distilled), "measured_loss": MEASURED_LOSS}),
+        "modes": list(measured_modes(config, plan.method)),
         "skip": list(config.skip),
-        **activation_settings(config),
-        "activation_symmetric": config.activation_symmetric,
+        **plan.widths,
+        **({"activation_symmetric": config.activation_symmetric} if quantized else {}),
         "length": config.length,
         "validation_sequences": config.validation_sequences,
         "measure_sequences": config.measure_sequences,
@@ -195,13 +258,8 @@ def run_settings(config: StudyConfig, bits: float, method: str) -> dict[str, Any
         "lanczos_steps": config.lanczos_steps,
         "deflated": config.deflate,
         "count_products": config.count_products,
-        PLANNED_RECORDS: planned_records(config, method),
+        PLANNED_RECORDS: planned_records(config, plan.method),
     }
-
-
-def activation_settings(config: StudyConfig) -> dict[str, int]:
-    """The bit-widths of activations and of keys and values, for a label and for config.json."""
-    return {"activation_bits": config.activation_bits, "cache_bits": config.cache_bits}
 
 
 def _scale_settings(config: StudyConfig) -> dict[str, Any]:

@@ -6,19 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qat.study.config import REFERENCE
+from qat.study.seeds import Row, as_text, in_words
 from spectra.estimates.estimate import Estimate
 from spectra.estimates.quantities import ESTIMATES
 from spectra.runs.files import write_whole
 from spectra.runs.jsonlines import encoded
 from spectra.runs.record import SpectrumRecord
 
-RUN_KEYS = ("bits", "method")  # the columns that identify a run of a study
+RUN_KEYS = ("bits", "method", "seed")  # the columns that identify a run of a study
 OUTCOMES = ("validation_loss", "perplexity", "steps", "steps_to_baseline_loss")
 STAGES = ("start", "end")  # of the training
 NOT_REACHED = "not reached"
 QUANTITIES_PER_BLOCK = 2  # side by side on a terminal
 
-Row = dict[str, Any]
 Curve = Sequence[tuple[int, float]]
 
 
@@ -76,38 +77,60 @@ def with_steps_to_baseline(rows: Sequence[Row], curves: Sequence[Curve]) -> list
         curves: The validation curve of each row's run.
 
     Returns:
-        New rows. The value is None where the loss is never reached, or no baseline was trained at that bit-width.
+        New rows. The value is None where the loss is never reached, or no baseline was trained at that bit-width and
+        with that seed. The reference has none.
     """
-    finals = {row["bits"]: row["validation_loss"] for row in rows if row["method"] == "baseline"}
+    finals = {_key(row): row["validation_loss"] for row in rows if row["method"] == "baseline"}
     return [
-        row | {"steps_to_baseline_loss": steps_to(finals[row["bits"]], curve) if row["bits"] in finals else None}
+        row if row["method"] == REFERENCE else row | {"steps_to_baseline_loss": _steps_to(finals.get(_key(row)), curve)}
         for row, curve in zip(rows, curves, strict=True)
     ]
 
 
-def for_report(rows: Sequence[Row]) -> list[Row]:
-    """The rows as the report shows them: steps as text, `not reached` where a loss was not."""
-    return [_in_order(row) | {"steps_to_baseline_loss": _cell(row, "steps_to_baseline_loss")} for row in rows]
+def _key(row: Row) -> tuple[float, Any]:
+    """What a run has in common with its baseline."""
+    return row["bits"], row.get("seed")
 
 
-def write_table(rows: Sequence[Row], folder: Path, *, heading: str = "") -> None:
+def _steps_to(loss: float | None, curve: Curve) -> float | None:
+    return None if loss is None else steps_to(loss, curve)
+
+
+def for_report(rows: Sequence[Row], spread: Sequence[Row] = ()) -> list[Row]:
+    """The rows as the report shows them: steps as text, `not reached` where a loss was not.
+
+    Args:
+        rows: The rows of a study.
+        spread: What several seeds say together, from `spread_rows`; these rows stand first.
+
+    Returns:
+        The rows.
+    """
+    single = [_in_order(row | {"steps_to_baseline_loss": _cell(row, "steps_to_baseline_loss")}) for row in rows]
+    return [*as_text(spread), *single]
+
+
+def write_table(rows: Sequence[Row], folder: Path, *, heading: str = "", spread: Sequence[Row] = ()) -> None:
     """Write table.json and table.md. JSON has no NaN and no infinity: such a number is null there.
 
     Args:
         rows: The rows of a study.
         folder: The folder to write to.
         heading: What table.md says above the table.
+        spread: What several seeds say together, for table.md.
     """
     write_whole(folder / "table.json", encoded([_in_order(row) for row in rows], indent=2) + b"\n")
-    write_whole(folder / "table.md", markdown(rows, heading=heading).encode(errors="replace"))
+    write_whole(folder / "table.md", markdown(rows, heading=heading, spread=spread).encode(errors="replace"))
 
 
-def markdown(rows: Sequence[Row], *, heading: str = "") -> str:
+def markdown(rows: Sequence[Row], *, heading: str = "", spread: Sequence[Row] = ()) -> str:
     """One Markdown table with every column. Estimates have their 95 % interval, and `?` where they are unresolved."""
     keys = _keys(rows)
     lines = ["| " + " | ".join(key.replace("_", " ") for key in keys) + " |", "|" + " --- |" * len(keys)]
     lines += ["| " + " | ".join(_cell(row, key) for key in keys) + " |" for row in rows]
     notes = [heading, *lines, "", "Intervals are 95 %; ? marks an estimate that the measurement cannot resolve."]
+    if spread:
+        notes += ["", "Over seeds:", "", *(f"* {line}" for line in in_words(spread))]
     return "\n".join(notes if heading else notes[1:]).replace("\n|", "\n\n|", 1 if heading else 0) + "\n"
 
 
@@ -125,7 +148,7 @@ def terminal(rows: Sequence[Row]) -> str:
 
 def _aligned(rows: Sequence[Row], keys: Sequence[str]) -> str:
     """Columns of the table as lines of text, with the columns aligned."""
-    keys = [*RUN_KEYS, *keys]
+    keys = [key for key in (*RUN_KEYS, *keys) if key != "seed" or any("seed" in row for row in rows)]
     cells = [[key.replace("_", " ") for key in keys], *([_cell(row, key) for key in keys] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(keys))]
     return "\n".join(
@@ -143,14 +166,17 @@ def _keys(rows: Sequence[Row]) -> list[str]:
     """All columns but the label, which repeats bits and method; the estimates in the order of `ESTIMATES`."""
     keys = list(dict.fromkeys(key for row in rows for key in _in_order(row) if key != "label"))
     rank = {f"{name}_{stage}": index for index, name in enumerate(ESTIMATES) for stage in STAGES}
-    return sorted(keys, key=lambda key: rank.get(key, len(rank)) if key in rank or key.endswith(STAGES) else -1)
+    plain = [key for key in keys if key not in rank and not key.endswith(STAGES)]
+    first = [key for key in (*RUN_KEYS, *OUTCOMES) if key in plain]  # the row of the reference has not all of them
+    spectral = sorted((key for key in keys if key not in plain), key=lambda key: rank.get(key, len(rank)))
+    return [*first, *(key for key in plain if key not in first), *spectral]
 
 
 def _cell(row: Row, key: str) -> str:
     """A cell as text; an estimate with its interval, and `?` where it is unresolved."""
     value = row.get(key)
     if value is None:
-        return NOT_REACHED if key == "steps_to_baseline_loss" else "-"
+        return NOT_REACHED if key == "steps_to_baseline_loss" and row.get("method") != REFERENCE else "-"
     if isinstance(value, Estimate):
         number, low, high = value.rounded()
         return f"{number}{'' if value.resolved else '?'} [{low}, {high}]"

@@ -33,6 +33,11 @@ class Checked:
     parts: tuple[weakref.ref[Any], ...]
     states: tuple[tuple[torch.dtype, bool], ...]
 
+    @classmethod
+    def taken_from(cls, model: nn.Module, figures: dict[str, float], notes: list[str]) -> Checked:
+        """What was found, for the parameters and modules that a model has now."""
+        return cls(figures, notes, tuple(map(weakref.ref, _parts(model))), _states(model))
+
     def holds_for(self, model: nn.Module) -> bool:
         """Whether the model still has the parameters and modules that were checked."""
         now = _parts(model)
@@ -63,7 +68,7 @@ def check(op: HasLoss, model: nn.Module) -> Checked:
         figures["precision_error"] = preflight.precision_error
     else:
         figures = dataclasses.asdict(preflight)
-    return Checked(figures, notes, tuple(map(weakref.ref, _parts(model))), _states(model))
+    return Checked.taken_from(model, figures, notes)
 
 
 def take_over(op: HasLoss, checked: Checked) -> bool:

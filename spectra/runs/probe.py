@@ -44,6 +44,7 @@ from spectra.operators.hessian.isolation import MODULE_TABLES, unwrap
 from spectra.operators.hessian.operator import HessianOperator
 from spectra.operators.hessian.parameters import ParameterSpace, Selection
 from spectra.operators.hessian.sharded_weights import is_sharded
+from spectra.runs.carried import Carried
 from spectra.runs.checked import Checked, check, take_over
 from spectra.runs.failure import Failure, give_memory_back
 from spectra.runs.folder import FolderError, Run
@@ -328,6 +329,31 @@ class SpectrumProbe:
     def as_run(self) -> Run:
         """The run with the records: that of the folder, or one in memory. Functions of `spectra.plots` take a probe."""
         return self._memory if self.run is None else self.run
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Write what the next measurement takes over from the last: checks, outliers, the change of variables.
+
+        A checkpoint of a training keeps it, so that a training that goes on from there measures the same bits.
+
+        Args:
+            path: A safetensors file to write.
+        """
+        checks = {mode: (found.figures, found.notes) for mode, found in self._checked.items()}
+        Carried(checks, self._outliers, self._congruences).save(path)
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Take over what a probe of the same training has written.
+
+        Args:
+            path: A file of `save_state`.
+
+        Raises:
+            InputError: If it cannot be read.
+        """
+        carried = Carried.load(path)
+        checks = {mode: taken for mode, taken in carried.checks.items() if mode in self.modes}
+        self._checked = {mode: Checked.taken_from(self.model, *taken) for mode, taken in checks.items()}
+        self._outliers, self._congruences = carried.outliers, carried.congruences
 
     # -- measuring
 

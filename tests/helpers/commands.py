@@ -9,6 +9,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 TIMES = ("wall_time", "seconds")
+PROGRESS = re.compile(r": [\d,]+ of [\d,]+ \w+, \d\d:\d\d")
 MODULES = {"qat": "qat.cli", "spectra": "spectra.cli.main"}
 PRELOADED = ["qat.cli", "qat.study.compare", "spectra.cli.main", "spectra.integrations.loading", "matplotlib.figure"]
 
@@ -115,9 +117,10 @@ def _run(module, arguments, environment, files, figures):
 
 
 def finish(process, seconds=300):
-    """Exit code, stdout and stderr at the end of a command."""
+    """Exit code, stdout and stderr at the end of a command, without the lines of progress that a busy machine gets."""
     out, err = process.communicate(timeout=seconds)
-    return process.returncode, out, err
+    lines = [line for line in err.splitlines(keepends=True) if not PROGRESS.search(line)]
+    return process.returncode, out, "".join(lines)
 
 
 def signal_group(process, number):

@@ -16,6 +16,7 @@ import qat
 from qat import cli
 from qat.study.config import SmallLlamaConfig, StudyConfig
 from qat.training.config import SMALL_LLAMA_RATE, TrainConfig
+from qat.training.distillation import DistillationConfig
 from spectra.runs.folder import Run
 from spectra.views import page
 
@@ -86,7 +87,7 @@ def test_compare_leaves_what_it_says(capfd, llama, tmp_path):
     assert f"written to {out}" in shown.out
     rows = json.loads((out / "table.json").read_text())
     kinds = [(row["bits"], row["method"]) for row in rows]
-    assert kinds == [(1.58, "baseline"), (1.58, "winq"), (4, "baseline"), (4, "winq")]
+    assert kinds == [(16, "full-precision"), (1.58, "baseline"), (1.58, "winq"), (4, "baseline"), (4, "winq")]
     for row in rows:
         assert f"{row['validation_loss']:.4f}" in shown.out
         assert math.isfinite(row["rms_end"]["value"])
@@ -116,7 +117,8 @@ def test_every_option_reaches_the_study(monkeypatch, llama, tmp_path):
         --steps 7 --batch-size 3 --lr 0.5 --schedule wsd --warmup 0.1 --weight-decay 0.2 --evaluate-every 2
         --validation-sequences 5 --seed 11 --quantizer lsq --skip a b --preset released --every 3 --sigma 0.25
         --group-size 4 --workers 2 --initial-scale mse --modes latent,noisy --probes 6 --lanczos-steps 8
-        --measure-sequences 4"""
+        --measure-sequences 4 --no-reference
+        --save-every 3 --distill 0.3 --distill-temperature 2 --distill-hidden 0.5"""
     assert cli.main(["compare", *options.split(), *llama]) == 0
     (config,) = seen
     folder, text = llama[1], llama[3]
@@ -140,6 +142,9 @@ def test_every_option_reaches_the_study(monkeypatch, llama, tmp_path):
         lanczos_steps=8,
         measure_sequences=4,
         workers=2,
+        reference=False,
+        save_every=3,
+        distillation=DistillationConfig(weight=0.3, temperature=2.0, hidden=0.5),
         train=TrainConfig(
             steps=7,
             batch_size=3,
@@ -286,6 +291,12 @@ def test_a_refusal_in_a_process_of_its_own_is_one_line_and_loads_nothing_that_tr
         ("--length 1", "length is 2 or more, got 1"),
         ("--seed -3", "a seed is a whole number"),
         ("--device tpu", "unknown device 'tpu': choose cpu or cuda"),
+        ("--seeds 0,one", "--seeds is a list of whole numbers such as 0,1,2, got '0,one'"),
+        ("--seeds ,", "--seeds is empty"),
+        ("--seeds 0,1 --seed 2", "argument --seed: not allowed with argument --seeds"),
+        ("--save-every -1", "save_every is a number of training steps, or 0 for none, got -1"),
+        ("--distill 2", "the weight of distillation lies between 0 and 1, got 2.0"),
+        ("--distill-hidden 1", "give --distill too"),
         ("--workers 0", "workers is 1 or more, got 0"),
         ("--base-steps 0", "steps is 1 or more, got 0"),
         ("--vocabulary-size 9", "a byte-level vocabulary has 257 tokens or more, got 9"),
@@ -363,7 +374,7 @@ def test_a_length_that_the_model_does_not_take_is_refused(capfd, llama, tmp_path
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_recorded(workers, llama, tmp_path, capfd):
     out = tmp_path / "out"
     options = ["--bits", 2, "--methods", "baseline", "--out", out, *QUICK, "--steps", 4, *llama, "--lr", "1e30"]
-    options += ["--workers", workers]
+    options += ["--no-reference", "--workers", workers]
     line = refused(capfd, "compare", *options)  # and nothing of a traceback, from a worker either
     found = re.search(r"at step (\d)", line)
     assert found

@@ -1,5 +1,9 @@
-"""SIGKILL and Ctrl-C at random moments: the same command again ends with the records of an undisturbed one."""
+"""SIGKILL and Ctrl-C at random moments: the same command again ends with the files of an undisturbed one, bit for bit.
 
+Those are records, matrices, telemetry, tables and the weights of the trained model.
+"""
+
+import json
 import random
 import re
 import signal
@@ -18,9 +22,18 @@ TRAINING = [
     *("--steps", "4", "--batch-size", "2", "--length", "8", "--probes", "1", "--lanczos-steps", "3", "--deflate", "0"),
     *("--count-products", "0", "--measure-sequences", "1", "--validation-sequences", "4", "--device", "cpu"),
 ]
+# With checkpoints, weight noise, resets, and spectra that carry their outliers to the next.
+SAVED = [
+    *("--steps", "8", "--batch-size", "2", "--length", "8", "--probes", "1", "--lanczos-steps", "2", "--deflate", "1"),
+    *("--count-products", "0", "--measure-sequences", "1", "--validation-sequences", "4", "--device", "cpu"),
+    *("--save-every", "1", "--schedule", "cosine", "--warmup", "0.2"),
+]
 ARGUMENTS = {
     "study": ["qat", "compare", "--bits", "2", *TRAINING],
     "training": ["qat", "train", "--bits", "2", *TRAINING],
+    "saved training": ["qat", "train", "--bits", "2", *SAVED],
+    "saved study": ["qat", "compare", "--bits", "2,4", *SAVED],
+    "saved seeds": ["qat", "train", "--bits", "2", "--seeds", "0,7", *SAVED],
     "measurement": [
         "spectra",
         "measure",
@@ -103,12 +116,36 @@ def killed_and_gone_on(command, out, kills, seed, *more, fresh=False):
     assert left == expected
     assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
     assert not list(out.rglob("*.partial"))
+    assert not list(out.rglob("checkpoint*"))
+    assert not list(out.rglob("*.pt*"))
     assert list(command.cache.with_name("temporary").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", ["study", "training", "saved training", "measurement"])
 def test_what_is_killed_twice_ends_as_if_undisturbed(name, command, tmp_path):
     killed_and_gone_on(command(name), tmp_path / "out", 2, SEED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["saved training", "saved study", "saved study with workers", "saved seeds"])
+def test_twenty_kills_of_trainings_with_checkpoints(name, command, tmp_path):
+    """20 kills each, at random moments of one command after another, until the last may end."""
+    more = ["--workers", 2] if name.endswith("workers") else []
+    killed_and_gone_on(command(name.removesuffix(" with workers")), tmp_path / "out", 20, SEED, *more)
+
+
+def test_a_killed_training_does_not_repeat_the_steps_before_its_checkpoint(command, tmp_path):
+    out, training = tmp_path / "out", command("saved training")
+    process = training.start(out)
+    wait_for(process, (out / "checkpoints" / "checkpoint-3" / "complete.json").exists)
+    commands.kill_alone(process)
+    commands.finish(process)
+    kept = (out / "telemetry.jsonl").read_bytes().splitlines()[:4]
+    times = [json.loads(line)["wall_time"] for line in (out / "records.jsonl").read_bytes().splitlines()[:3]]
+    assert commands.finish(training.start(out))[::2] == (0, "")
+    assert (out / "telemetry.jsonl").read_bytes().splitlines()[:4] == kept
+    assert [json.loads(line)["wall_time"] for line in (out / "records.jsonl").read_bytes().splitlines()[:3]] == times
+    assert commands.contents(out) == training.undisturbed
 
 
 @pytest.mark.slow
@@ -130,10 +167,10 @@ def test_an_interrupted_study_is_130_in_one_line_and_leaves_no_process(workers, 
     code, _, err = commands.finish(process)
     assert code == 130
     (line,) = err.splitlines()
-    found = re.search(r"interrupted: (\d) of 2 runs are finished and kept in", line)
+    found = re.search(r"interrupted: (\d) of 3 runs are finished and kept in", line)
     assert found
     assert commands.none_left(process)
-    ends = [path for path in out.glob("2bit-*/records.jsonl") if '"label": "end"' in path.read_text()]
+    ends = [path for path in out.glob("*/records.jsonl") if '"label": "end"' in path.read_text()]
     assert len(ends) >= int(found[1])
     assert commands.contents(out)["full-precision/records.jsonl"]
 

@@ -16,10 +16,12 @@ import qat
 from qat.study import compare as study
 from qat.study import run as study_run
 from qat.study.config import SmallLlamaConfig, StudyConfig
-from qat.study.resume import check_same, is_finished, planned_marks
+from qat.study.resume import check_same, is_finished, planned_marks, validation_curve
 from qat.study.start import prepare
 from qat.training.config import TrainConfig
+from qat.training.distillation import DistillationConfig
 from qat.training.evaluate import evaluate
+from qat.training.train import train
 from spectra.backend.errors import InputError, NonFiniteError
 from spectra.integrations.loading import load_model, load_tokenizer
 from spectra.runs.folder import Run
@@ -64,6 +66,7 @@ def tiny(llama, out, **changes):
         "deflate": 0,
         "count_products": 0,
         "measure_sequences": 1,
+        "reference": False,
     }
     return StudyConfig(**given | changes)
 
@@ -73,12 +76,12 @@ def done(llama, tmp_path_factory):
     """A finished study, the rows it returned and the lines it said."""
     said = []
     out = tmp_path_factory.mktemp("study") / "out"
-    rows = study.compare(tiny(llama, out), say=said.append)
+    rows = study.compare(tiny(llama, out, reference=True), say=said.append)
     return out, rows, said
 
 
 def run_of(out, bits, method):
-    return Run(out / f"{bits}bit-{method}")
+    return Run(out / ("full-precision" if bits == 16 else f"{bits}bit-{method}"))
 
 
 @pytest.mark.parametrize("bits", [1, 2])
@@ -128,7 +131,7 @@ def test_the_end_of_a_record_the_curve_and_the_table_agree(done):
 
 def test_the_table_has_a_row_for_each_bit_width_and_method(done):
     out, rows, said = done
-    kinds = [(1, "baseline"), (1, "winq"), (2, "baseline"), (2, "winq")]
+    kinds = [(16, "full-precision"), (1, "baseline"), (1, "winq"), (2, "baseline"), (2, "winq")]
     assert [(row["bits"], row["method"]) for row in rows] == kinds
     stored = json.loads((out / "table.json").read_text())
     assert [(row["bits"], row["method"]) for row in stored] == kinds
@@ -137,7 +140,7 @@ def test_the_table_has_a_row_for_each_bit_width_and_method(done):
     for row in stored:
         assert {"value", "low", "high"} <= set(row["rms_end"])
     assert "steps to baseline loss" in "\n".join(said)
-    assert (out / "table.md").read_text().count("\n| ") == 1 + 1 + 4
+    assert (out / "table.md").read_text().count("\n| ") == 1 + 1 + 5
 
 
 def test_figures_and_a_report_are_left(done):
@@ -154,14 +157,60 @@ def test_figures_and_a_report_are_left(done):
 
 def test_the_reference_is_the_full_precision_model_in_the_same_weights(done, llama):
     run = Run(done[0] / "full-precision")
-    (record,) = run.records
-    assert record.mode == "full"
+    record, end = run.records
+    assert (record.mode, record.label, end.mode, end.label, end.step) == ("full", "start", "full", "end", STEPS)
     model = load_model(llama[0])
     config = tiny(llama, "unused")
     start = prepare(config, say=lambda line: None)
     (batch,) = start.batches
     with torch.no_grad():
         assert record.loss == pytest.approx(model(**batch).loss.item(), rel=1e-6)
+    assert record.dimension == run_of(done[0], 2, "winq").records[0].dimension
+
+
+def test_the_reference_is_trained_as_long_and_by_the_same_settings(done, llama):
+    row = done[1][0]
+    assert (row["label"], row["bits"], row["method"], row["steps"]) == ("full precision", 16, "full-precision", STEPS)
+    assert "steps_to_baseline_loss" not in row
+    run = Run(done[0] / "full-precision")
+    start = prepare(tiny(llama, "unused"), say=lambda line: None)
+    result = train(start.model, start.train, start.validation, tiny(llama, "unused").train, device="cpu")
+    assert row["validation_loss"] == result.validation_loss
+    assert validation_curve(run) == result.curve
+    assert row["validation_loss"] < result.curve[0][1]
+    table = (done[0] / "table.md").read_text().splitlines()
+    names, values = (next(x for x in table if x.startswith(f"| {kind} |")).split(" | ") for kind in ("bits", 16))
+    cells = dict(zip(names, values, strict=True))
+    assert cells["steps to baseline loss"] == "-"
+    assert list(cells)[1:6] == ["method", "validation loss", "perplexity", "steps", "steps to baseline loss"]
+    assert any("the unquantized model, trained as long" in line for line in table)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_without_the_reference_its_start_alone_is_measured_as_before(done, llama, tmp_path):
+    rows = study.compare(tiny(llama, tmp_path / "out", bits=(2,), methods=("baseline",)), say=lambda line: None)
+    assert rows == done[1][3:4]
+    (record,) = Run(tmp_path / "out" / "full-precision").records
+    assert record.estimates == Run(done[0] / "full-precision").records[0].estimates
+
+
+def test_the_start_is_measured_once_and_shared_bit_for_bit(done):
+    for bits in (1, 2):
+        one, other = (run_of(done[0], bits, method) for method in ("baseline", "winq"))
+        lines = [(run.folder / "records.jsonl").read_bytes().splitlines()[0] for run in (one, other)]
+        assert lines[0] == lines[1]
+        assert b"wall_time" in lines[0]
+        name = one.records[0].lanczos
+        assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
+    assert not (done[0] / ".starts").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_that_measures_its_own_start_has_the_same_records(done, llama, tmp_path):
+    study.compare(tiny(llama, tmp_path / "out", bits=(2,), methods=("winq",)), say=lambda line: None)
+    alone, shared = (run_of(out, 2, "winq").records for out in (tmp_path / "out", done[0]))
+    assert [record.estimates for record in alone] == [record.estimates for record in shared]
+    assert [record.checks for record in alone] == [record.checks for record in shared]
 
 
 def test_config_says_what_was_done(done, llama):
@@ -177,7 +226,7 @@ def test_config_says_what_was_done(done, llama):
 def test_other_settings_are_refused_with_the_difference_before_anything_is_loaded(done, llama, monkeypatch):
     monkeypatch.setattr(study, "prepare", None)
     with pytest.raises(InputError, match=r"train.steps: 8 in the folder, 4 asked for"):
-        study.compare(tiny(llama, done[0], steps=4))
+        study.compare(tiny(llama, done[0], steps=4, reference=True))
 
 
 def test_another_text_under_the_same_name_is_refused(done, llama, monkeypatch):
@@ -185,7 +234,7 @@ def test_another_text_under_the_same_name_is_refused(done, llama, monkeypatch):
     changed = replace(known, facts={**known.facts, "text_fingerprint": "another"})
     monkeypatch.setattr(study, "prepare", lambda config, say: changed)
     with pytest.raises(InputError, match="text_fingerprint"):
-        study.compare(tiny(llama, done[0]))
+        study.compare(tiny(llama, done[0], reference=True))
 
 
 def test_a_run_inside_that_holds_something_else_is_refused(tmp_path, llama, monkeypatch):
@@ -222,7 +271,7 @@ def snapshot(folder):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_finished_run_is_kept_and_an_unfinished_one_starts_again(done, llama, tmp_path):
+def test_a_finished_run_is_kept_and_an_unfinished_one_without_a_checkpoint_starts_again(done, llama, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(done[0], out)
     kept = snapshot(out / "1bit-winq")
@@ -231,9 +280,9 @@ def test_a_finished_run_is_kept_and_an_unfinished_one_starts_again(done, llama, 
         records.write_bytes(b"".join(records.read_bytes().splitlines(keepends=True)[:lines]))
     (out / "2bit-winq" / "mine.txt").write_text("a note")
     said = []
-    rows = study.compare(tiny(llama, out), say=said.append)
+    rows = study.compare(tiny(llama, out, reference=True), say=said.append)
     assert snapshot(out / "1bit-winq") == kept
-    assert any("2 of 4 runs are finished" in line for line in said)
+    assert any("3 of 5 runs are finished" in line for line in said)
     assert rows == done[1]
     assert (out / "2bit-winq" / "mine.txt").read_text() == "a note"
     assert len(list((out / "2bit-baseline" / "lanczos").iterdir())) == 5
@@ -243,10 +292,10 @@ def test_a_finished_run_is_kept_and_an_unfinished_one_starts_again(done, llama, 
 def test_an_interrupt_says_what_is_kept_and_the_table_says_that_it_is_unfinished(llama, tmp_path, monkeypatch):
     out, trained = tmp_path / "out", study.train_method
 
-    def interrupted(start, config, bits, method, folder):
-        if method == "winq":
+    def interrupted(start, config, plan, **options):
+        if plan.method == "winq":
             raise KeyboardInterrupt
-        return trained(start, config, bits, method, folder)
+        return trained(start, config, plan, **options)
 
     monkeypatch.setattr(study, "train_method", interrupted)
     config = tiny(llama, out, bits=(2,), steps=2, **ROUGH)
@@ -261,21 +310,21 @@ def test_an_interrupt_says_what_is_kept_and_the_table_says_that_it_is_unfinished
 @pytest.mark.usefixtures("no_pictures")
 def test_side_by_side_and_again_the_numbers_are_the_same(done, llama, tmp_path):
     rows = study.compare(tiny(llama, tmp_path / "out", bits=(2,), workers=2), say=lambda line: None)
-    assert rows == done[1][2:]
+    assert rows == done[1][3:]
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_measuring_less_trains_the_same(done, llama, tmp_path):
     config = tiny(llama, tmp_path / "out", bits=(2,), methods=("winq",), **ROUGH)
     (row,) = study.compare(config, say=lambda line: None)
-    assert row["validation_loss"] == done[1][3]["validation_loss"]
+    assert row["validation_loss"] == done[1][4]["validation_loss"]
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_another_seed_gives_other_numbers(done, llama, tmp_path):
     config = tiny(llama, tmp_path / "out", bits=(2,), methods=("baseline",), seed=1, **ROUGH)
     (row,) = study.compare(config, say=lambda line: None)
-    assert row["validation_loss"] != done[1][2]["validation_loss"]
+    assert row["validation_loss"] != done[1][3]["validation_loss"]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -342,6 +391,65 @@ def test_the_default_model_is_trained_on_the_given_text_before_it_is_quantized(t
     study.compare(replace(config, out=str(tmp_path / "again")), say=again.append)
     assert not any("trained the full-precision model" in line for line in again)
     assert said[-2] == again[-2]  # the table
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_several_seeds_are_a_run_each_and_their_spread_is_shown(done, llama, tmp_path):
+    out, said = tmp_path / "out", []
+    rows = study.compare(tiny(llama, out, bits=(2,), methods=("baseline",), seeds=(0, 1)), say=said.append)
+    assert [(row["seed"], row["label"]) for row in rows] == [(s, f"2-bit baseline, seed {s}") for s in (0, 1)]
+    assert rows[0]["validation_loss"] == done[1][3]["validation_loss"] != rows[1]["validation_loss"]
+    assert rows[0]["rms_end"] == done[1][3]["rms_end"]
+    runs = [Run(out / f"2bit-baseline-seed{seed}") for seed in (0, 1)]
+    assert [run.config["seed"] for run in runs] == [0, 1]
+    assert {record.seed for run in runs for record in run.records} == {0}  # the same probe vectors
+    assert runs[0].records[0] == runs[1].records[0]
+    losses = [row["validation_loss"] for row in rows]
+    (spread,) = json.loads((out / "seeds.json").read_text())
+    assert (spread["validation_loss"]["mean"], spread["validation_loss"]["low"]) == (sum(losses) / 2, min(losses))
+    words = f"2-bit baseline, 2 seeds: validation loss {sum(losses) / 2:.4f} on average, from {min(losses):.4f}"
+    assert any(line.startswith(words) for line in said)
+    assert words in (out / "table.md").read_text()
+    assert f"({min(losses):.4f} to {max(losses):.4f})" in (out / "report.html").read_text()
+    assert study.compare(tiny(llama, out, bits=(2,), methods=("baseline",), seeds=(0, 1)), say=said.append) == rows
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_training_with_several_seeds_leaves_a_model_each(done, llama, tmp_path):
+    config = tiny(llama, tmp_path / "out", bits=(2,), methods=("baseline",), seeds=(0, 1), steps=2, **ROUGH)
+    rows = study.train_seeds(config, say=lambda line: None)
+    assert [row["seed"] for row in rows] == [0, 1]
+    saved = [(tmp_path / "out" / f"seed{seed}" / "model" / "model.safetensors").read_bytes() for seed in (0, 1)]
+    assert saved[0] != saved[1]
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        "table.md",
+        "table.json",
+        "seeds.json",
+        "report.html",
+    }
+    assert not (tmp_path / "out" / ".starts").exists()
+    assert study.train_seeds(config, say=lambda line: None) == rows
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_distilled_runs_say_which_loss_is_measured(done, llama, tmp_path):
+    distilled = DistillationConfig(weight=0.8)
+    config = tiny(llama, tmp_path / "out", bits=(2,), methods=("baseline",), reference=True, distillation=distilled)
+    reference, row = study.compare(config, say=lambda line: None)
+    assert reference == done[1][0]  # the reference is trained with the cross-entropy
+    assert row["validation_loss"] != done[1][3]["validation_loss"]
+    run = run_of(tmp_path / "out", 2, "baseline")
+    assert run.config["measured_loss"] == "the cross-entropy"
+    assert run.config["distillation"] == {"weight": 0.8, "temperature": 1.0, "hidden": 0.0}
+    trained = "0.2 x cross-entropy + 0.8 x KL(teacher || student) at temperature 1"
+    note = f"the cross-entropy is measured; trained with {trained}"
+    assert all(note in record.notes for record in run.records)
+    plain = run_of(done[0], 2, "baseline")
+    assert run.records[0].estimates == plain.records[0].estimates
+    assert "distillation" not in plain.config
+    assert "distillation" not in Run(tmp_path / "out" / "full-precision").config
+    with pytest.raises(InputError, match="distillation"):
+        study.compare(replace(config, distillation=None), say=lambda line: None)
 
 
 class Poison(TrainerCallback):

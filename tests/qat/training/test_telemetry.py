@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from oracles import normal
 from torch import nn
@@ -114,3 +115,45 @@ def test_a_model_on_the_grid_and_a_model_of_zeros():
 def test_a_full_precision_model_is_refused():
     with pytest.raises(InputError, match="no quantized layers"):
         Telemetry(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("bits", [1, 1.58, 2, 4])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_layers_measured_together_give_the_sums_of_each_alone(architecture, bits, monkeypatch):
+    """Rows of alike layers are measured as one matrix; the numbers are those of a layer after the other."""
+    model = tiny_models.causal_lm(architecture, dtype=torch.float32)
+    qat.quantize_model(model, qat.QuantConfig(bits=bits))
+    together = Telemetry(model)
+    with monkeypatch.context() as patched:
+        patched.setattr("qat.training.telemetry.SCHEMES", {})
+        alone = Telemetry(model)
+    assert (len(together._groups) < len(alone._groups)) == (architecture == "llama")
+    for seed in (1, 2):
+        for index, parameter in enumerate(model.parameters()):
+            with torch.no_grad():
+                parameter.add_(0.1 * normal(*parameter.shape, seed=100 * seed + index).float())
+            parameter.grad = normal(*parameter.shape, seed=200 * seed + index).float()
+        assert together.measure() == pytest.approx(alone.measure(), rel=1e-12)
+        assert all(torch.equal(one, other) for one, other in zip(together._codes, alone._codes, strict=True))
+
+
+def test_no_more_weights_than_allowed_are_measured_together(monkeypatch):
+    model = tiny_models.causal_lm("llama", dtype=torch.float32)
+    qat.quantize_model(model, qat.QuantConfig(bits=2))
+    largest = max(layer.weight.numel() for _, layer in qat.quant_layers(model))
+    monkeypatch.setattr("qat.training.telemetry.MEASURED_TOGETHER", largest)
+    telemetry = Telemetry(model)
+    sizes = [sum(telemetry._layers[index].weight.numel() for index in group) for group in telemetry._groups]
+    assert max(sizes) <= largest
+    assert sorted(index for group in telemetry._groups for index in group) == list(range(len(telemetry._layers)))
+
+
+def test_lost_updates_are_those_that_16_bits_cannot_hold():
+    model = model_of([1.0, 1.0, 1.0, 1.0], bits=1).bfloat16()
+    telemetry, layer = Telemetry(model), model[0]
+    telemetry.before_update()
+    layer.weight.grad = torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.add_(torch.tensor([[1e-3, 1e-3, 1e-1, 0.0]], dtype=torch.bfloat16))
+    assert telemetry.measure()["lost_updates"] == pytest.approx(2 / 3)
+    assert "lost_updates" not in telemetry.measure()

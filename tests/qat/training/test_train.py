@@ -154,6 +154,14 @@ def test_the_curve_is_the_validation_loss_along_the_way(tmp_path):
     assert "validation_loss" not in logged[3]
 
 
+def test_validation_losses_are_computed_in_the_dtype_of_the_training():
+    model, validation = model_of(bits=2), blocks(3, seed=6)
+    result = train(model, blocks(), validation, settings(dtype="bfloat16"), device="cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = evaluate(model, validation).loss
+    assert result.validation_loss == rounded != evaluate(model, validation).loss
+
+
 def test_telemetry_has_what_happened_at_each_step(tmp_path):
     model = model_of(bits=2)
     run = Run.create(tmp_path / "run", {})
@@ -167,6 +175,64 @@ def test_telemetry_has_what_happened_at_each_step(tmp_path):
         assert line["relative_gradient_norm"] > 0
         assert math.isfinite(line["loss"])
     assert lines[-1]["distance_to_grid"] == pytest.approx(qat.telemetry.Telemetry(model).measure()["distance_to_grid"])
+
+
+@pytest.mark.parametrize("bits", [None, 2])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole(bits, parts):
+    whole, divided = model_of(bits=bits), model_of(bits=bits)
+    train(whole, blocks(), blocks(3, seed=6), settings(), device="cpu")
+    result = train(divided, blocks(), blocks(3, seed=6), settings(accumulate=parts), device="cpu")
+    for one, other in zip(whole.parameters(), divided.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert result.steps == 6
+
+
+def test_the_loss_of_a_batch_in_parts_is_the_mean_over_the_batch(tmp_path):
+    losses = []
+    for parts in (1, 4):
+        run = Run.create(tmp_path / str(parts), {})
+        train(model_of(), blocks(), blocks(3, seed=6), settings(accumulate=parts), run=run, device="cpu")
+        losses.append([line["loss"] for line in run.telemetry[1:]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_parts_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(InputError, match="4 sequences cannot be divided equally into 3"):
+        train(model_of(), blocks(), blocks(3, seed=6), settings(accumulate=3), device="cpu")
+
+
+def test_scales_have_their_own_rate():
+    """With a rate so small that nothing moves, the scales stay where they were, and the weights move."""
+    start, model = model_of(bits=2), model_of(bits=2)
+    train(model, blocks(), blocks(3, seed=6), settings(scale_learning_rate=1e-12), device="cpu")
+    names = qat.decay_exempt(model)
+    assert names
+    for (name, before), after in zip(start.named_parameters(), model.parameters(), strict=True):
+        assert torch.allclose(before, after, rtol=0, atol=1e-9) == (name in names), name
+
+
+def test_without_a_rate_of_their_own_scales_have_that_of_the_weights():
+    groups = make_optimizer(model_of(bits=2), settings()).param_groups
+    assert [group["lr"] for group in groups] == [1e-2] * 3
+    assert all(group["fused"] for group in groups)
+
+
+def test_latents_of_16_bits_warn_and_their_lost_updates_are_telemetry(tmp_path):
+    model = model_of(bits=2).bfloat16()
+    run = Run.create(tmp_path / "run", {})
+    telemetry = qat.telemetry.Telemetry(model)
+    with pytest.warns(UserWarning, match="latent weights have 16 bits.*lost_updates.*model.float"):
+        train(
+            model,
+            blocks(),
+            blocks(3, seed=6),
+            settings(learning_rate=1e-5),
+            run=run,
+            telemetry=telemetry,
+            device="cpu",
+        )
+    assert all(0.5 < line["lost_updates"] < 1 for line in run.telemetry[1:])
 
 
 class Poison(TrainerCallback):
@@ -198,6 +264,30 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_what_was_recorded
     assert [line["step"] for line in run.telemetry] == [0, 1, 2, 3, 4]
     assert math.isnan(run.telemetry[-1]["loss"])
     assert all(math.isfinite(line["loss"]) for line in run.telemetry[1:-1])
+
+
+@pytest.mark.parametrize(("every", "seen"), [(3, 6), (100, 8)])
+def test_losses_that_are_looked_at_later_name_the_same_step(tmp_path, monkeypatch, every, seen):
+    """As on a GPU: the NaN of step 4 is seen at the next look, or before the first that is recorded."""
+    monkeypatch.setattr("qat.training.train.look_every", lambda device: every)
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    run = Run.create(tmp_path / "run", {})
+    config = settings(steps=20, evaluate_every=8, telemetry_every=20)
+    with pytest.raises(NonFiniteError, match="the training loss is nan at step 4 of 20"):
+        train(model_of(), blocks(), blocks(3, seed=6), config, run=run, callbacks=[Poison(3), Count()], device="cpu")
+    assert steps[-1] == seen
+    assert [line["step"] for line in run.telemetry] == [0, 4]
+
+
+def test_a_long_run_has_as_many_lines_of_telemetry_as_a_short_one():
+    assert settings(steps=6).telemetry_interval() == 1
+    assert settings(steps=1280).telemetry_interval() == 10
+    assert settings(steps=1280, telemetry_every=7).telemetry_interval() == 7
 
 
 def test_a_validation_loss_that_is_not_finite_stops_too():
@@ -241,6 +331,11 @@ def test_a_terminal_gets_a_bar_with_the_loss_and_the_time_left(capfd, monkeypatc
         ({"gradient_clip": math.nan}, "gradient_clip is 0 or more"),
         ({"evaluate_every": -1}, "evaluate_every is 0 or more"),
         ({"seed": -1}, "a seed is a whole number"),
+        ({"accumulate": 0}, "accumulate is 1 or more"),
+        ({"telemetry_every": -1}, "telemetry_every is 0 or more"),
+        ({"scale_learning_rate": 0.0}, "scale_learning_rate is a number above 0"),
+        ({"dtype": "fp8"}, "unknown dtype 'fp8': choose one of auto, float32, bfloat16"),
+        ({"rank_noise": "none"}, "unknown rank_noise 'none': choose one of same, own"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(changes, message):
