@@ -93,7 +93,8 @@ class PackedLayer(QuantLayer):
         shape = self.weight_shape
         if not self.transposed:
             return matrix.reshape(shape)
-        return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-2, -1)
+        flipped = matrix.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-2, -1)
+        return flipped.contiguous() if len(shape) == 3 else flipped  # as QuantParameter and QuantLinear do
 
     def extra_repr(self) -> str:
         """What printing the model shows of this layer."""

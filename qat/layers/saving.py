@@ -104,11 +104,12 @@ def save_quantized_values(model: nn.Module, config: QuantConfig) -> None:
     """Let `save_pretrained` of a quantized model, and of the models in it, write folders as described above.
 
     Args:
-        model: A quantized model. Other than transformers' models are left as they are.
+        model: A quantized model. Other than transformers' models are left as they are: peft's save adapters alone.
         config: How it was quantized.
     """
     for module in model.modules():
-        if hasattr(type(module), "save_pretrained") and quant_layers(module):
+        of_peft = type(module).__module__.startswith("peft.")
+        if hasattr(type(module), "save_pretrained") and not of_peft and quant_layers(module):
             module.qat_config = config  # type: ignore[assignment]
             module.__class__ = _saving_class(type(module))
 

@@ -16,7 +16,6 @@ from qat.layers.activations import quantize_activations
 from qat.layers.linear import QuantLinear, full_precision_names, weight_names
 from qat.layers.quantizers.registry import make_quantizer
 from qat.layers.readers import QuantParameter, expert_by_expert
-from qat.study.run import dequantized
 from qat.training.telemetry import Telemetry
 from spectra import HessianOperator
 
@@ -194,15 +193,6 @@ def test_copies_pickles_and_state_dicts():
     with torch.no_grad():
         values = {name: parameter + 1 for name, parameter in model.named_parameters()}
     assert not torch.equal(functional_call(model, values, (), BATCH).logits, logits)
-
-
-def test_dequantized_is_a_plain_model():
-    plain = moe()
-    model = copy.deepcopy(plain)
-    qat.quantize_model(model, qat.QuantConfig(bits=2))
-    found = dequantized(model, plain)
-    assert torch.equal(found(**BATCH).logits, model(**BATCH).logits)
-    assert type(experts_of(found)) is type(experts_of(plain))
 
 
 def test_sixteen_bit_experts_get_float32_latents_and_keep_their_dtype():
