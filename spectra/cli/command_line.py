@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,7 +56,7 @@ def run_command(main: Main, *, name: str | None = None) -> Callable[..., int]:
             if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
                 stream.reconfigure(errors="backslashreplace")
         try:
-            with _no_interrupt_is_lost():
+            with _no_interrupt_is_lost(), _warnings_in_one_line(program):
                 return main(arguments) or 0
         except SystemExit as stop:  # argparse has printed its usage and its line already
             return _exit_code(stop)
@@ -97,6 +98,17 @@ def _no_interrupt_is_lost() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line(program: str) -> Iterator[None]:
+    """Print warnings as errors are printed, without the file and the line of code that Python shows."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place, **more: f"{program}: warning: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextlib.contextmanager

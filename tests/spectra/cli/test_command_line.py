@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 
@@ -125,3 +126,23 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
 def test_a_terminal_is_told_from_a_file(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert not on_terminal()
+
+
+def test_a_warning_is_one_line_with_the_name_of_the_command():
+    code = (
+        "import warnings\n"
+        "from spectra.cli.command_line import run_command\n"
+        "def main(arguments):\n"
+        "    warnings.warn('out of memory,\\n went on')\n"
+        "run_command(main, name='prog')([])\n"
+        "warnings.warn('afterwards')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, *others = ended.stderr.splitlines()
+    assert first == "prog: warning: out of memory, went on"
+    assert "UserWarning: afterwards" in others[0]
+
+
+def test_who_records_warnings_gets_those_of_commands():
+    with pytest.warns(UserWarning, match="noted"):
+        run_command(lambda arguments: warnings.warn("noted", stacklevel=1), name="prog")([])
