@@ -7,13 +7,18 @@ CORE := $(VENV)/core
 PEERS := $(VENV)/peers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-core test-slow soak mutation lint bench bench-trust bench-speed figures site clean
+.PHONY: demo test test-peers test-core test-slow soak mutation lint bench bench-trust bench-speed figures site clean
 
 demo: $(INSTALLED)
 	$(BIN)/qat compare --bits 1,2,4 --methods baseline,winq --out runs/demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+# The tests that compare with other libraries, which the environment does not have.
+test-peers: $(INSTALLED) $(PEERS)/.installed
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest -q tests/qat/export/test_torchao_tensors.py \
+		tests/qat/layers/test_schemes.py tests/spectra/operators/test_gauss_newton.py -k "torchao or curvlinops"
 
 # What works without any extra, in an environment that has none.
 test-core: $(CORE)/.installed

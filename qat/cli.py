@@ -76,7 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="train by several methods at several bit-widths, and compare",
         **examples(
             "qat compare --bits 2,4 --out runs/study",
-            "qat compare --bits 2 --seeds 0,1,2 --out runs/seeds",
             "qat compare --bits 2 --model checkpoint --text notes.txt --steps 200 --out runs/own --csv",
         ),
     )

@@ -21,7 +21,7 @@ EXTRA_OF = {
     "pyhessian": "pyhessian",
     "pytorch_lightning": "lightning",
     "gguf": "export",
-    "torchao": "export",
+    "torchao": "torchao",
     "shtab": "completion",
 }
 

@@ -9,7 +9,7 @@ from qat.export.command import export
 from spectra.backend.errors import InputError
 from spectra.integrations.loading import quiet_transformers
 
-pytest.importorskip("torchao")
+pytest.importorskip("torchao", reason="torchao is not installed: make test-peers")
 
 
 @pytest.fixture(autouse=True)

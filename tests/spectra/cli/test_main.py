@@ -306,7 +306,7 @@ def test_an_interrupt_after_the_file_was_written_says_so(command, name, there, t
     if there:
         assert main([command, str(run.folder)]) == 0
     capsys.readouterr()
-    monkeypatch.setattr("spectra.runs.files._sync_folder", interrupt)
+    monkeypatch.setattr("spectra.runs.files.sync_folder", interrupt)
     assert main([command, str(run.folder)]) == 130
     assert capsys.readouterr().err == f"spectra: error: interrupted: {run.folder / name} is written\n"
 

@@ -65,4 +65,4 @@ def test_an_unresolved_count_says_why(density):
     few = spectra.slq(spectra.DiagonalOperator(np.sign(VALUES) * np.abs(VALUES) ** 0.3), probes=1, steps=12)
     share = density.with_count(CountBelow(0.0, few.measure, 0, 12, 64)).negative_share()
     assert not share.resolved
-    assert share.reason.startswith("after a change of variables, 12 steps leave")
+    assert share.reason.startswith("after a change of variables, 12 Lanczos steps do not say whether")

@@ -109,7 +109,7 @@ def test_the_bracket_is_averaged_over_probe_vectors():
 def test_the_reason_names_what_makes_the_interval_wide():
     short = share_inside(measure_of(np.linspace(-1, 1, 5000), even_weights(5000), steps=4), -np.inf, 0.3)
     assert not short.resolved
-    assert short.reason.startswith("4 steps leave")
+    assert short.reason.startswith("4 Lanczos steps do not say whether")
     few = share_inside(measure_of([-2.0, -1.0, 1.0, 2.0], even_weights(4)), -np.inf, 0)
     assert not few.resolved
     assert few.reason.startswith("the sampling error of 1 probe vectors is +-")

@@ -373,7 +373,7 @@ def curvlinops():
     if os.path.isdir(folder) and folder not in sys.path:
         sys.path.append(folder)
     if importlib.util.find_spec("curvlinops") is None:
-        pytest.skip("curvlinops is not installed: make peers")
+        pytest.skip("curvlinops is not installed: make test-peers")
     import curvlinops
 
     return curvlinops

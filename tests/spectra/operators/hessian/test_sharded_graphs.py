@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sharded
+import sharded_models
 import tiny_models
 import torch
 from torch import nn
 
 import spectra
 
-HELPERS = Path(sharded.__file__).parent
+HELPERS = Path(sharded_models.__file__).parent
 SUMS = {"rtol": 1e-12, "atol": 1e-14}  # of a few thousand numbers in float64, in another order
 NODES = {"rtol": 1e-7, "atol": 1e-9}  # of a recurrence, which passes rounding errors on
 VECTORS = ("product", "gradient", "loss", "zeros", "diagonal", "traces")
@@ -25,7 +25,11 @@ def torchrun(task, out, *, count):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, sharded.__file__, task, str(out)], capture_output=True, text=True, timeout=240, env=environment
+        [*command, sharded_models.__file__, task, str(out)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
     )
 
 
@@ -48,22 +52,22 @@ def small_models(tmp_path_factory):
 
 
 def compare(path, op, *, everything=False):
-    expected, found = sharded.measured(op, everything=everything), np.load(path)
+    expected, found = sharded_models.measured(op, everything=everything), np.load(path)
     for name, value in expected.items():
         tolerances = SUMS if name in VECTORS else NODES
         np.testing.assert_allclose(found[name], value, **tolerances, err_msg=f"{path.name}, {name}")
 
 
-@pytest.mark.parametrize("name", sharded.MODELS)
+@pytest.mark.parametrize("name", sharded_models.MODELS)
 def test_language_models_on_two_ranks_are_measured_as_on_one(language_models, name):
-    batches = tiny_models.token_batches(sharded.BATCHES)
-    op = spectra.HessianOperator(sharded.language_model(name), batches, **sharded.options_of(name))
+    batches = tiny_models.token_batches(sharded_models.BATCHES)
+    op = spectra.HessianOperator(sharded_models.language_model(name), batches, **sharded_models.options_of(name))
     compare(language_models / f"{name}.npz", op, everything=name == "llama")
     if name == "gpt2":
         expected = (op @ op.gradient()).numpy()
         np.testing.assert_allclose(np.load(language_models / f"{name}.npz")["recomputed"], expected, **SUMS)
     if name == "llama-2bit":
-        expected = sharded.noisy_product(sharded.language_model(name), batches)
+        expected = sharded_models.noisy_product(sharded_models.language_model(name), batches)
         np.testing.assert_allclose(np.load(language_models / f"{name}.npz")["noisy"], expected, **SUMS)
     if name == "llama":
         exact = np.linalg.eigvalsh(op.to_dense().numpy())
@@ -92,11 +96,11 @@ def test_uneven_shards_and_every_way_to_give_batches(small_models, name, options
     batches = tiny_models.classification((5, 3, 4, 2, 6))
     kind = spectra.GaussNewtonOperator if name == "gauss-newton" else spectra.HessianOperator
     given = batches[:1] if options.pop("few", False) else batches
-    op = kind(sharded.Uneven(), given, **options)
+    op = kind(sharded_models.Uneven(), given, **options)
     if name == "probed":
         first, last = spectra.Run(small_models / "run").records
         assert (first.step, last.step, first.dimension) == (0, 2, op.shape[0])
-        probe = spectra.SpectrumProbe(sharded.Uneven(), batches, probes=3, steps=8, deflate=2)
+        probe = spectra.SpectrumProbe(sharded_models.Uneven(), batches, probes=3, steps=8, deflate=2)
         (alone,) = probe.measure(0)
         assert first.loss == pytest.approx(alone.loss, rel=1e-12)
         assert first.gradient_norm == pytest.approx(alone.gradient_norm, rel=1e-12)
@@ -109,7 +113,7 @@ def test_uneven_shards_and_every_way_to_give_batches(small_models, name, options
 
 
 def test_sharded_matrices_are_formed_whole(small_models):
-    op = spectra.HessianOperator(sharded.Uneven(), tiny_models.classification((5, 3, 4, 2, 6)))
+    op = spectra.HessianOperator(sharded_models.Uneven(), tiny_models.classification((5, 3, 4, 2, 6)))
     found = np.load(small_models / "matrix.npz")
     np.testing.assert_allclose(found["matrix"], op.to_dense().numpy(), **SUMS)
     np.testing.assert_allclose(found["nodes"][0], np.linalg.eigvalsh(op.to_dense().numpy()), **NODES)
@@ -117,7 +121,7 @@ def test_sharded_matrices_are_formed_whole(small_models):
 
 def test_a_training_step_through_fsdp_is_seen(small_models):
     """The operator from before the training, and a new one, against the whole model with the trained weights."""
-    found, model = np.load(small_models / "trained.npz"), sharded.Uneven()
+    found, model = np.load(small_models / "trained.npz"), sharded_models.Uneven()
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     nn.utils.vector_to_parameters(torch.as_tensor(found["weights after"]), model.parameters())
     assert not np.allclose(found["weights after"], before, atol=1e-2)

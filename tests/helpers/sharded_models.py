@@ -1,4 +1,4 @@
-"""What the ranks of tests of sharded models run, under torchrun: python sharded.py TASK OUT."""
+"""What the ranks of tests of sharded models run, under torchrun: python sharded_models.py TASK OUT."""
 
 import sys
 from pathlib import Path
