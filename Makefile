@@ -65,7 +65,7 @@ figures: $(INSTALLED)
 
 # The site, into site/: docs/ and the docstrings, without network; a link that leads nowhere ends it with an error.
 site: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

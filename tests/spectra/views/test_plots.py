@@ -39,8 +39,11 @@ def legend(ax):
     return [text for text in texts if text != HATCHED]
 
 
-def test_importing_does_not_load_matplotlib():
-    code = "import sys, spectra; spectra.plots, spectra.report; assert 'matplotlib' not in sys.modules"
+def test_importing_loads_neither_matplotlib_nor_the_packages_of_the_widget():
+    code = (
+        "import sys, spectra; spectra.plots, spectra.report, spectra.explore; "
+        "assert not {'plotly', 'ipywidgets', 'matplotlib', 'IPython'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
