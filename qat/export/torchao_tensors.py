@@ -41,7 +41,7 @@ def write_torchao(model: Any, source: Path, out: Path) -> dict[str, Any]:
     """
     need("torchao")
     from safetensors.torch import save_file
-    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict  # pyright: ignore[reportMissingImports]
 
     check_weights_alone(model, "torchao's tensors of weights")
     layers = dict(quant_layers(model))
@@ -81,7 +81,7 @@ def _width(grid: Grid) -> int:
 
 def _tensor(grid: Grid, width: int, dtype: torch.dtype) -> Tensor:
     """The torchao tensor of a matrix."""
-    from torchao.quantization import IntxUnpackedToInt8Tensor
+    from torchao.quantization import IntxUnpackedToInt8Tensor  # pyright: ignore[reportMissingImports]
 
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"torchao's tensors are float32, bfloat16 or float16; the model is {dtype}: convert it first")
@@ -99,7 +99,7 @@ def _tensor(grid: Grid, width: int, dtype: torch.dtype) -> Tensor:
 
 def _describe(out: Path, model: Any, grids: dict[str, Grid], width: int, dtype: torch.dtype) -> None:
     """Add the quantization_config by which transformers knows what the weights are."""
-    from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup
+    from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup  # pyright: ignore[reportMissingImports]
     from transformers import TorchAoConfig
 
     group = model.qat_config.group_size

@@ -21,9 +21,7 @@ def add_parser(commands: Any) -> None:
         ),
     )
     parser.set_defaults(command=run)
-    parser.add_argument(
-        "runs", nargs="+", metavar="run", help="run or study folder; several are shown side by side"
-    )
+    parser.add_argument("runs", nargs="+", metavar="run", help="run or study folder; several are shown side by side")
     parser.add_argument("--out", help="folder to write to (default: that of the run; needed for several)")
     parser.add_argument("--title", help="heading of the report")
 
