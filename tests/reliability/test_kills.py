@@ -172,7 +172,7 @@ def test_an_interrupted_study_is_130_in_one_line_and_leaves_no_process(workers, 
     assert commands.none_left(process)
     ends = [path for path in out.glob("*/records.jsonl") if '"label": "end"' in path.read_text()]
     assert len(ends) >= int(found[1])
-    assert commands.contents(out)["full-precision/records.jsonl"]
+    assert commands.contents(out)["2bit-baseline/records.jsonl"]
 
 
 @pytest.mark.slow
