@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 from qat.hessian import MODES
 from qat.layers.config import BITS, INITIAL_SCALES, SUPPORTED_BITS
 from qat.study.config import METHODS, SmallLlamaConfig, StudyConfig, choose_device
-from qat.study.workers import MOST_WORKERS, available_cores, threads
+from qat.study.workers import MOST_WORKERS, available_cores, quiet_torchao, threads
 from qat.training.config import DTYPES, PRETRAINED_RATE, SCHEDULES, SMALL_LLAMA_RATE, TrainConfig
 from qat.training.distillation import DistillationConfig
 from qat.training.winq import PRESETS, WinQConfig
@@ -50,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = build_parser().parse_args(arguments)
-    for name in ("torchao", "torch.utils._pytree"):  # torchao, where transformers finds it, tells of kernels it lacks
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_torchao()
     options.command(options)
     return 0
 

@@ -145,11 +145,16 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def quiet_torchao() -> None:
+    """Let torchao, which transformers loads where it finds it, say nothing of kernels that it lacks."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def _set_up(shared: bytes, lock: Any, counter: Any, parent_lives: Connection) -> None:
     """Prepare a new worker: one thread, its own line for progress bars, and an end with its parent."""
     global _shared
-    for name in ("torchao", "torch.utils._pytree"):  # as in the command itself
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_torchao()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent_lives,), daemon=True).start()
     torch.set_num_threads(1)

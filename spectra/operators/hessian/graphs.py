@@ -763,22 +763,23 @@ class GraphStore:
         single_row = len(objective.pieces) == 1 and objective.rows[0] == 1
         if single_row and free > PLENTY * self._vector_bytes:
             return GraphLayout(objective, 1, self._least_recomputed)
-        partial: list[GraphLayout] = []
+        fitting: list[GraphLayout] = []
+        last: GraphLayout | None = None
         for recomputed in self._choices():
-            fitting = [layout for layout in partial if self._fits(layout, free)]
             if recomputed == LAYERS and fitting:  # a product costs no more where graphs that are not kept are rebuilt
                 break
             try:
                 found = self._fitted(recomputed, free)
             except torch.OutOfMemoryError:  # not even the few rows that are measured fit
                 continue
-            if found.is_whole and self._fits(found, free):
-                return found
-            partial.append(found)
-        if not partial:
+            last = found
+            if self._fits(found, free):
+                if found.is_whole:
+                    return found
+                fitting.append(found)
+        if last is None:
             raise torch.OutOfMemoryError("not even one row of a batch fits")
-        fitting = [layout for layout in partial if self._fits(layout, free)]
-        return max(fitting, key=lambda layout: layout.kept_share) if fitting else partial[-1]
+        return max(fitting, key=lambda layout: layout.kept_share) if fitting else last
 
     def _choices(self) -> list[str]:
         """What may be recomputed, from the least to the most."""
@@ -909,8 +910,7 @@ class GraphStore:
             self._least_recomputed, change = LAYERS, "every layer computed again in every product"
         else:
             return ""
-        if self.policy != "auto" or self._least_recomputed != NOTHING:
-            self._recomputed = max(self._recomputed, self._least_recomputed, key=CHOICES.index)
+        self._recomputed = max(self._recomputed, self._least_recomputed, key=CHOICES.index)
         self.forget()
         return change
 
