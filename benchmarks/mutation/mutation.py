@@ -87,8 +87,8 @@ def _enter(tree: str) -> None:
     os.dup2(log, 2)
 
 
-def _pytest(files: list[str], plugin: Any) -> int:
-    options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+def _pytest(files: list[str], plugin: Any, *options: str) -> int:
+    options = (*options, "-q", "-m", "not slow", "-p", "no:cacheprovider")
     return int(pytest.main([*files, *options], plugins=[plugin]))
 
 
@@ -144,7 +144,7 @@ def _catch(tree: str, stages: tuple[dict[str, float], ...], out: str) -> None:
     for seconds in filter(None, stages):
         chosen = _Chosen(seconds)
         signal.alarm(SLOWEST)
-        code = _pytest(sorted({name.split("::")[0] for name in seconds}), chosen)
+        code = _pytest(sorted({name.split("::")[0] for name in seconds}), chosen, "-x")
         failed = chosen.failed or ("" if code == 0 else f"pytest ended with {code}")
         if failed:
             break
@@ -199,10 +199,17 @@ class Runner:
         return found.hexdigest()[:16]
 
     def trace(self, test_file: str, files: list[str]) -> dict[str, Any]:
-        """Which lines the tests of a file reach."""
-        result = json.loads(self._run(_trace, (test_file, files)))
-        if result["code"] not in (0, 5):  # passed, or only slow tests
-            raise SystemExit(f"tests must pass before mutants are made: {test_file}, {result['failed']}")
+        """Which lines the tests of a file reach; a test that fails without any mutant is left out, with a line."""
+        outcome = self._run(_trace, (test_file, files))
+        if outcome.startswith("signal"):
+            raise SystemExit(f"{test_file} must run before mutants are made: it ended with {outcome}")
+        result = json.loads(outcome)
+        if failed := set(result["failed"]):
+            print(f"left out, since they fail as they are: {', '.join(sorted(failed))}", flush=True)
+            kept = {name: seconds for name, seconds in result["seconds"].items() if name not in failed | {test_file}}
+            result["seconds"] = kept | {test_file: sum(kept.values())}
+            for lines in result["lines"].values():
+                lines.update({line: [name for name in names if name not in failed] for line, names in lines.items()})
         return result
 
     def catch(self, mutant: Mutant, stages: tuple[dict[str, float], ...]) -> str:
