@@ -86,7 +86,8 @@ def trained(out):
             settings = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no", "use_cpu": True}
             settings |= {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "learning_rate": 1e-2}
             arguments = transformers.TrainingArguments(output_dir=str(out / name), ddp_timeout=60, **settings)
-            callback = spectra.SpectrumCallback(every=2, probes=1, steps=3, deflate=0, params="*mlp*")
+            options = {"probes": 1, "steps": 3, "deflate": 0, "count_products": 0, "params": "*mlp*"}
+            callback = spectra.SpectrumCallback(every=2, **options)
             trainer = kind(model, arguments, train_dataset=data, callbacks=[callback] if watched else [])
             trainer.train()
             found[name, watched] = torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -15,7 +15,7 @@ import spectra
 from spectra.runs.folder import Run
 from spectra.runs.probe import SpectrumProbe
 
-OPTIONS = {"probes": 2, "steps": 4, "deflate": 0}
+OPTIONS = {"probes": 2, "steps": 4, "deflate": 0, "count_products": 0}
 
 
 @pytest.fixture
