@@ -149,6 +149,11 @@ class Substitution:
         return tensor.to(self.dtype)
 
 
+def unwritten(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """A context that raises `WeightsWritten` before an operation writes to a parameter of the model."""
+    return _WriteGuard({p.untyped_storage()._cdata for p in model.parameters() if p.numel()})
+
+
 def nodes_of(loss: torch.Tensor) -> Iterable[Any]:
     """Every node of the graph of a tensor, once."""
     waiting, seen = [loss.grad_fn], set()
