@@ -25,6 +25,7 @@ from spectra.operators.hessian.isolation import (
     RandomStates,
     differentiating,
     draw_other_numbers,
+    experts_in,
     isolated,
     random_states_kept,
 )
@@ -549,7 +550,8 @@ class GraphStore:
         """The contexts around a forward pass in the model's own parameters."""
         requiring = _requiring_gradients(self.space.parameters)
         try:
-            with self.on_stream(), self._measuring(), self._forward_pass(), requiring, unwritten(self.model):
+            experts = experts_in(self.model, self.space.parameters[0].dtype)
+            with self.on_stream(), self._measuring(), self._forward_pass(), requiring, experts, unwritten(self.model):
                 yield
         except WeightsWritten as error:
             raise InputError(

@@ -299,6 +299,26 @@ def _attention_in(model: nn.Module, allowed: Sequence[str]) -> Iterator[None]:
         setter(current)
 
 
+@contextlib.contextmanager
+def experts_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Compute the experts of a transformers model one by one in float64, for which torch has no grouped product.
+
+    Args:
+        model: The model.
+        dtype: The dtype of its weights inside.
+    """
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    grouped = [c for c in found if getattr(c, "_experts_implementation", None) == "grouped_mm"]
+    changed = grouped if dtype == torch.float64 else []
+    try:
+        for config in changed:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config in changed:
+            config._experts_implementation = "grouped_mm"
+
+
 def attention_of(model: nn.Module, allowed: Sequence[str] = TWICE_DIFFERENTIABLE) -> tuple[str | None, str | None]:
     """The attention implementation of a transformers model, and the one that it has during a measurement.
 

@@ -290,3 +290,27 @@ def test_what_is_no_model_is_refused_in_a_line(model, cause):
         spectra.HessianOperator(model, tiny_models.regression((9,)))
     with pytest.raises(spectra.InputError, match="context= must be a function"):
         spectra.HessianOperator(tiny_models.mlp(), tiny_models.regression((9,)), context=3)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "float64"), (torch.float64, None)])
+def test_experts_are_measured_in_float64(dtype, precision):
+    """torch has no grouped product in float64: the experts are computed one by one, and then as before."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 13, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).to(dtype).eval()
+    before = model.config._experts_implementation
+    ids = torch.arange(12).view(2, 6)
+    op = spectra.HessianOperator(model, [{"input_ids": ids, "labels": ids}], precision=precision)
+    vector = normal(op.shape[0], seed=0)
+    got = op @ vector
+    assert model.config._experts_implementation == before
+    model.double().set_attn_implementation("eager")
+    model.config._experts_implementation = "eager"
+    parameters = list(model.parameters())
+    loss = model(input_ids=ids, labels=ids).loss
+    gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+    along = sum((g * v.view_as(g)).sum() for g, v in zip(gradient, vector.split([p.numel() for p in parameters])))  # noqa: B905
+    want = torch.cat([part.reshape(-1) for part in torch.autograd.grad(along, parameters)])
+    assert relative_error(got, want) < 1e-5
