@@ -37,7 +37,10 @@ def test_rows_are_called_by_their_label_and_every_other_column_is_plain():
 
 
 def test_training_steps_are_whole_where_a_curve_was_interpolated():
-    rows = [{"label": "a", "steps": 128, "steps_to_baseline_loss": 89.32}, {"label": "b", "steps_to_baseline_loss": None}]
+    rows = [
+        {"label": "a", "steps": 128, "steps_to_baseline_loss": 89.32},
+        {"label": "b", "steps_to_baseline_loss": None},
+    ]
     assert texts(results(rows)) == [["128", "89"], ["–", "–"]]
 
 
