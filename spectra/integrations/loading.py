@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EXCERPTS_FROM = 4_000_000  # characters of texts that are too many to make tokens of them all
 CHARACTERS_A_TOKEN = 32  # in an excerpt, far more than a token of ordinary text has
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+CHARACTERS_AT_ONCE = 4_000_000
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 MODEL_FILES = (CONFIG,)
 TOKENIZER_FILES = (
@@ -186,11 +187,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.
         Token ids, int64, of shape (number of tokens,).
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = []
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    rows, waiting, characters = [], [], 0
     with quiet_transformers():  # it would warn that the text is longer than the model's longest sequence
-        for text in texts:
-            ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            rows.append(np.array([*ids, *end], dtype=np.int64))
+        for index, text in enumerate(texts, 1):
+            waiting.append(text)
+            characters += len(text)
+            if characters >= CHARACTERS_AT_ONCE or index == len(texts):  # a fast tokenizer spreads texts over the cores
+                rows += [np.array([*ids, *end], dtype=np.int64) for ids in tokenizer(waiting, **options)["input_ids"]]
+                waiting, characters = [], 0
     return torch.from_numpy(np.concatenate(rows)) if rows else torch.empty(0, dtype=torch.int64)
 
 
