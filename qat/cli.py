@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from qat.hessian import MODES
 from qat.layers.config import BITS, INITIAL_SCALES, SUPPORTED_BITS
@@ -18,10 +18,20 @@ from qat.training.config import DTYPES, PRETRAINED_RATE, SCHEDULES, SMALL_LLAMA_
 from qat.training.distillation import DistillationConfig
 from qat.training.winq import PRESETS, WinQConfig
 from spectra.backend.errors import InputError
-from spectra.cli.command_line import add_formats, examples, interrupts_say, print_csv, print_json, run_command
+from spectra.backend.version import __version__
+from spectra.cli.command_line import (
+    OneLineParser,
+    add_formats,
+    examples,
+    interrupts_say,
+    print_csv,
+    print_json,
+    run_command,
+)
 from spectra.cli.completion import add_completion
 from spectra.runs.flat import flattened
 
+TEXTS = "text files in UTF-8; of .jsonl, .csv, .tsv and .parquet the column 'text'"
 LISTED_BITS = ",".join(f"{bits:g}" for bits in BITS)
 # Options that have the name of the setting they give.
 TRAINING_OPTIONS = (
@@ -54,18 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, with its errors in one line as all others are."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command and option."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="qat", description="Quantization-aware training of language models, watched through Hessian spectra."
     )
+    parser.add_argument("--version", action="version", version=f"qat {__version__}")
     add_completion(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -78,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         ),
     )
     compare.set_defaults(command=_compare)
-    compare.add_argument("--bits", default="1,2,4", help=f"of {LISTED_BITS} (default: 1,2,4)")
+    compare.add_argument(
+        "--bits", default="1,2,4", help=f"of {LISTED_BITS} (default: 1,2,4); the unquantized model is trained too"
+    )
     compare.add_argument("--methods", default=",".join(METHODS), help=f"default: {','.join(METHODS)}")
     compare.add_argument(
         "--workers", type=int, help="runs at once, a process each (default: one a core for the default model, else 1)"
@@ -115,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "model", help="a model folder, plain, trained by qat or exported as packed, or a name on the Hugging Face hub"
     )
-    evaluate.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files, UTF-8")
+    evaluate.add_argument("--text", nargs="+", required=True, metavar="FILE", help=TEXTS)
     evaluate.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="default: the model's own")
     evaluate.add_argument("--block", type=int, help="tokens a block (default: 2048, or the most that the model takes)")
     evaluate.add_argument(
@@ -162,7 +168,7 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
     start.add_argument(
         "--tokenizer", metavar="NAME_OR_FOLDER", help="default: the model's own; 'train' trains one on the text"
     )
-    start.add_argument("--text", nargs="+", metavar="FILE", help="text files, UTF-8 (default: Python's own source)")
+    start.add_argument("--text", nargs="+", metavar="FILE", help=f"{TEXTS} (default: Python's own source)")
     start.add_argument("--dataset", metavar="HUB_NAME", help="a dataset on the Hugging Face hub instead of files")
     start.add_argument("--length", type=int, help=_with_default(StudyConfig.length, "tokens a sequence"))
     small = SmallLlamaConfig
@@ -184,6 +190,7 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--lr",
+        "--learning-rate",
         type=float,
         dest="learning_rate",
         help=f"peak learning rate (default: {SMALL_LLAMA_RATE:g}, and {PRETRAINED_RATE:g} for a --model)",
@@ -410,7 +417,8 @@ def _print_perplexity(options: argparse.Namespace) -> None:
     from qat.text.corpus import Blocks
     from qat.training.evaluate import check_block, perplexity
     from qat.training.progress import progress_bar
-    from spectra.integrations.loading import load_tokenizer, quiet_transformers, read_texts
+    from spectra.integrations.loading import load_tokenizer, quiet_transformers
+    from spectra.integrations.text_files import read_texts
 
     check_block(options.block, options.stride, options.limit)
     if options.batch_size is not None and options.batch_size < 1:

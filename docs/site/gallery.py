@@ -20,6 +20,7 @@ from spectra.views.embedded import LONG_NUMBER
 from spectra.views.style import rendered
 
 PAGE = Path(__file__).parent.parent / "gallery.md"
+TAG = re.compile(r"<[^>]+>")  # numbers between tags are read, and keep their digits
 PART = re.compile(r"```python\n(.*?)```|!\[[^\]]*\]\((gallery/[\w-]+\.svg)\)", re.DOTALL)
 
 
@@ -41,7 +42,7 @@ def save(ax: Any, path: Path) -> None:
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         drawn = rendered(ax.figure, "svg", facecolor="white").decode()
     drawn = re.sub(r"\s*<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
-    drawn = LONG_NUMBER.sub(lambda number: f"{float(number[0]):.2f}", drawn)
+    drawn = TAG.sub(lambda tag: LONG_NUMBER.sub(lambda number: f"{float(number[0]):.2f}", tag[0]), drawn)
     path.parent.mkdir(exist_ok=True)
     path.write_text(re.sub(r" +$", "", drawn, flags=re.MULTILINE), encoding="utf-8")
     pyplot.close(ax.figure)

@@ -42,6 +42,7 @@ from qat.training.step import Loss, computation_facts, next_token_loss
 from qat.training.telemetry import Telemetry
 from qat.training.train import train
 from qat.training.winq import AroundReset
+from spectra.integrations.loading import quiet_transformers
 from spectra.operators.hessian.operator import HessianOperator
 from spectra.runs.folder import Run, is_recorded
 from spectra.runs.planned import PLANNED_RECORDS
@@ -69,6 +70,7 @@ class Outcome:
     model: nn.Module | None = None
 
 
+@quiet_transformers()
 def train_method(start: Start, config: StudyConfig, plan: PlannedRun, *, shared: SharedStart | None = None) -> Outcome:
     """Make the run's model of a copy of the full-precision one, train it, and measure spectra along the way.
 

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from qat.text.cache import cache_key, cached_folder
 from spectra.backend.errors import InputError, first_line
 from spectra.integrations.hub import offline_unless_reachable
-from spectra.integrations.loading import read_texts, tokenize
+from spectra.integrations.loading import tokenize
+from spectra.integrations.text_files import read_texts
 
 VALIDATION_SHARE = 0.1
 FILES_TO_SPLIT_BY = 10  # with fewer files than this, the last tenth of each is for validation

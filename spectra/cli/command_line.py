@@ -6,6 +6,7 @@ import _thread
 import argparse
 import contextlib
 import csv
+import difflib
 import functools
 import io
 import json
@@ -33,6 +34,20 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with exit code 2 and one line."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and let the parser of the command answer for what it does not know, with the option that was meant."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
+        return found, unknown
+
+    def _meant(self, unknown: Sequence[str]) -> str:
+        """A question about the option whose name is nearest to the first one that is unknown."""
+        options = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        wrong = next((word.partition("=")[0] for word in unknown if word.startswith("-")), "")
+        near = difflib.get_close_matches(wrong, options, n=1, cutoff=0.7)
+        return f"; did you mean {near[0]}?" if near else ""
 
 
 def run_command(main: Main, *, name: str | None = None) -> Callable[..., int]:

@@ -41,7 +41,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="a model folder, or a name on the Hugging Face hub")
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--text", nargs="+", metavar="FILE", help="text files to take the loss of a language model on")
+    data.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="text in UTF-8 for the loss of a language model; of .jsonl, .csv, .tsv and .parquet the column 'text'",
+    )
     data.add_argument(
         "--labelled",
         nargs="+",
@@ -86,10 +91,10 @@ def load(options: argparse.Namespace) -> Inputs:
     Raises:
         InputError: If the model cannot be loaded, needs other data than were given, or has no loss of its own.
     """
-    from spectra.integrations import architectures, labelled, loading, masked, own_loss
+    from spectra.integrations import architectures, labelled, loading, masked, own_loss, text_files
 
     loss = None if options.loss is None else own_loss.loss_named(options.loss)
-    texts = None if options.text is None else loading.read_texts(options.text)
+    texts = None if options.text is None else text_files.read_texts(options.text)
     rows = None if options.labelled is None else labelled.read_labelled(options.labelled)
     device = loading.usable_device(options.device)
     config = loading.load_config(options.model, trust_remote_code=options.trust_remote_code)

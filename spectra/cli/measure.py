@@ -14,6 +14,7 @@ from spectra.cli.command_line import add_formats, examples, print_csv, print_jso
 from spectra.cli.progress import progress
 from spectra.cli.sharding import one_command, shard, together
 from spectra.cli.tables import aligned, quantity_name
+from spectra.estimates.quantities import describe
 from spectra.operators.hessian.parameters import ParameterSpace
 from spectra.operators.hessian.precision import LOWER
 from spectra.runs.folder import CONFIG, LANCZOS, RECORDS, Run, check_free, is_recorded, refuse_differences
@@ -175,19 +176,26 @@ def _measure_once(probe: SpectrumProbe) -> list[SpectrumRecord]:
 
 
 def _record_lines(record: SpectrumRecord) -> list[str]:
-    """The lines that show a record: a heading, a table of its estimates, its notes."""
+    """The lines that show a record: a heading, a table of its estimates, why some are unresolved, its notes."""
+    vectors = f"{record.probes} probe vector{'s' if record.probes > 1 else ''} of {record.lanczos_steps} Lanczos steps"
     heading = (
-        f"{record.dimension:,} parameters, loss {record.loss:.4g}, {record.probes} probe vectors of "
-        f"{record.lanczos_steps} Lanczos steps, {record.products} products in {record.seconds:.1f} s on {record.device}"
+        f"{record.dimension:,} parameters, loss {record.loss:.4g}, {vectors}, {record.products} "
+        f"Hessian-vector products in {record.seconds:.1f} s on {record.device}"
     )
-    rows = [("quantity", "value", "95 % interval", "")]
+    if record.count:
+        heading += f", {record.count['products']} of them to count the negative eigenvalues"
+    rows = [("quantity", "value", "95 % interval")]
+    reasons: dict[str, list[str]] = {}
     for key, estimate in record.estimates.items():
         value, low, high = estimate.rounded()
-        note = "" if estimate.resolved else f"unresolved: {estimate.reason}"
-        rows.append((quantity_name(key, record), value, f"[{low}, {high}]", note))
-    if record.count:
-        heading += f"; {record.count['products']} of them count the eigenvalues below zero after a change of variables"
-    return [heading, *aligned(rows, "<><<"), *(f"note: {note}" for note in record.notes)]
+        rows.append((quantity_name(key, record), value, f"[{low}, {high}]{'' if estimate.resolved else ' ?'}"))
+        if not estimate.resolved:
+            reasons.setdefault(estimate.reason, []).append(describe(key).name)
+    lines = [heading, *aligned(rows, "<><")]
+    if reasons:
+        lines.append("?: unresolved, the interval is all that is known")
+    lines += [f"  {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return [*lines, *(f"note: {note}" for note in record.notes)]
 
 
 def _rows(record: SpectrumRecord) -> list[dict[str, Any]]:

@@ -130,7 +130,9 @@ def negative_part_share(measure: SpectralMeasure, power: int) -> Estimate:
     if max(estimate.high - estimate.value, estimate.value - estimate.low) <= RESOLVED_HALF_WIDTH:
         return estimate
     remedy = "use more" if measure.known.any_deflated else "use more, or deflate"
-    return unresolved(estimate, f"{len(measure.rules)} probe vectors are too few: {remedy}")
+    count = len(measure.rules)
+    few = "1 probe vector is" if count == 1 else f"{count} probe vectors are"
+    return unresolved(estimate, f"{few} too few: {remedy}")
 
 
 def absolute_power(power: int) -> Function:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +14,10 @@ from spectra.backend.extras import need
 from spectra.integrations.loading import (
     from_folder_or_hub,
     longest_sequence,
-    read_texts,
     refuse_unknown_tokens,
     sequence_length,
 )
+from spectra.integrations.text_files import ROWS, decoded, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,30 +44,16 @@ def read_labelled(files: Sequence[str | Path]) -> list[Row]:
         InputError: A file is missing, has another form, or a row lacks its text or its label.
     """
     rows: list[Row] = []
-    for file, text in zip(map(Path, files), read_texts(files), strict=True):
-        for line, row in _objects(file, text):
+    for file in map(Path, files):
+        text = decoded(file)
+        if file.suffix.lower() not in ROWS:
+            raise InputError(f"expected labelled text in a .jsonl, .csv or .tsv file, got {file}: {FORMS}")
+        for line, row in rows_of(file, text, expected=FORMS):
             for name in ("text", "label"):
                 if not isinstance(row, dict) or row.get(name) in (None, ""):
                     raise InputError(f"line {line} of {file} has no {name}: expected {FORMS}")
             rows.append((str(row["text"]), row.get("text_pair") or None, row["label"]))
     return rows
-
-
-def _objects(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """The number and the content of each line."""
-    if file.suffix in (".csv", ".tsv"):
-        reader = csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if file.suffix == ".tsv" else ",")
-        for row in reader:
-            yield reader.line_num, row
-        return
-    if file.suffix != ".jsonl":
-        raise InputError(f"expected labelled text in a .jsonl, .csv or .tsv file, got {file}: {FORMS}")
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"line {number} of {file} is no JSON ({error.msg}): expected {FORMS}") from None
 
 
 def labelled_batches(

@@ -19,9 +19,12 @@ from spectra.integrations.hub import in_cache, offline_unless_reachable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+EXCERPTS_FROM = 4_000_000  # characters of texts that are too many to make tokens of them all
+CHARACTERS_A_TOKEN = 32  # in an excerpt, far more than a token of ordinary text has
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 CHARACTERS_AT_ONCE = 4_000_000
-MODEL_FILES = ("config.json",)
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+MODEL_FILES = (CONFIG,)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -168,36 +171,6 @@ def load_tokenizer(
     return tokenizer
 
 
-def read_texts(files: Sequence[str | Path]) -> list[str]:
-    """The text of each file.
-
-    Args:
-        files: Paths of UTF-8 files, with or without a byte-order mark.
-
-    Returns:
-        One string a file, in the order given.
-
-    Raises:
-        InputError: A file is missing, empty or not UTF-8.
-    """
-    texts = []
-    for file in map(Path, files):
-        if file.is_dir():
-            raise InputError(f"expected a text file, but {file} is a folder: name the files in it")
-        if not file.is_file():
-            raise InputError(f"expected a text file, but there is no file {file}: check the path")
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"expected UTF-8 text, but byte {error.start} of {file} is not: convert the file first"
-            ) from None
-        if not text.strip():
-            raise InputError(f"expected text, but {file} is empty: give a file with text in it")
-        texts.append(text)
-    return texts
-
-
 def longest_sequence(model: PreTrainedModel) -> int | None:
     """The most tokens a sequence may have, or None where the model's config sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -238,7 +211,7 @@ def sequence_batches(
     """Sequences at equal distances in the texts, as batches with labels. There is no padding.
 
     The tokens of all texts are joined and cut into pieces of `length`, and `sequences` of the pieces are taken at equal
-    distances.
+    distances. Of more than `EXCERPTS_FROM` characters, tokens are made of excerpts at equal distances alone.
 
     Args:
         model: The model; its longest sequence, its vocabulary and its device matter.
@@ -304,6 +277,10 @@ def cut_sequences(
     """
     if sequences < 1:
         raise InputError(f"expected one sequence or more, got {sequences}")
+    excerpts = _excerpts(tokenizer, texts, sequences=sequences, length=length)
+    if excerpts is not None:
+        refuse_unknown_tokens(model, excerpts)
+        return excerpts
     tokens = tokenize(tokenizer, texts)
     whole = len(tokens) // length
     if whole < sequences:
@@ -314,6 +291,26 @@ def cut_sequences(
     refuse_unknown_tokens(model, tokens)
     chosen = torch.arange(sequences) * whole // sequences
     return tokens[: whole * length].view(whole, length)[chosen]
+
+
+def _excerpts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, sequences: int, length: int
+) -> torch.Tensor | None:
+    """The first tokens of excerpts that begin with a line at equal distances; None where the texts are too short."""
+    text = texts[0] if len(texts) == 1 else "\n".join(texts)
+    width = CHARACTERS_A_TOKEN * length
+    if len(text) < max(EXCERPTS_FROM, 2 * width * sequences):
+        return None
+    distance = len(text) // sequences
+    rows = []
+    for start in range(0, distance * sequences, distance):
+        line = text.rfind("\n", 0, start) + 1
+        start = line if start - line < width else start
+        ids = tokenizer(text[start : start + width], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) < length:  # hardly text: a run of spaces, say
+            return None
+        rows.append(ids[:length])
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def refuse_unknown_tokens(model: PreTrainedModel, tokens: torch.Tensor) -> None:
@@ -353,7 +350,10 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"expected a device that PyTorch can use here, got {device!r}: {first_line(error)}") from None
+        reason = first_line(error)
+        if reason.startswith("Expected one of cpu"):  # of twenty names, most of them of machines that nobody has
+            reason = "give cpu, cuda, or another name that PyTorch knows"
+        raise InputError(f"expected a device that PyTorch can use here, got {device!r}: {reason}") from None
 
 
 def from_folder_or_hub(
@@ -385,6 +385,8 @@ def from_folder_or_hub(
     """
     folder = Path(name).expanduser()
     if name and folder.is_dir():
+        if (place := _model_elsewhere(folder)) is not None:
+            raise InputError(f"expected {what} in {name}, but {place}")
         if not any((folder / file).is_file() for file in files):
             absent = f"no {files[0]}" if len(files) == 1 else "none of its files"
             raise InputError(f"expected {what} in {name}, but the folder holds {absent}: {remedy}")
@@ -407,6 +409,20 @@ def from_folder_or_hub(
             return load(name, local_files_only=not reachable, trust_remote_code=trust_remote_code, **options)
         except Exception as error:
             raise _explained(error, what, name, trust_remote_code=trust_remote_code) from error
+
+
+def _model_elsewhere(folder: Path) -> str | None:
+    """Where the model is that a folder has to do with without holding it; None for every other folder."""
+    config = folder / CONFIG
+    if (folder / ADAPTER).is_file() and not config.is_file():
+        return (
+            "it holds a PEFT adapter, not a whole model: merge it into its model, "
+            "PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(another folder)"
+        )
+    inside = folder / "model"
+    if (folder / "records.jsonl").is_file() and (inside / CONFIG).is_file():
+        return f"it is a run, and its model lies in {inside}: give that folder"
+    return None
 
 
 def _explained(error: Exception, what: str, name: str, *, trust_remote_code: bool) -> InputError:

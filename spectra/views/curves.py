@@ -166,7 +166,7 @@ def _selected(run: Run, mode: str | None, steps: Steps) -> list[tuple[SpectrumRe
 def _zeros(density: SpectralDensity) -> str:
     """The share of eigenvalues that are known to be zero, for a legend."""
     zeros = density.zero_share()
-    return f", {zeros:.0%} at 0" if zeros >= SHOWN_ZEROS else ""
+    return f", {zeros:.0%}\u00a0at\u00a00" if zeros >= SHOWN_ZEROS else ""
 
 
 def reasons(curves: Sequence[Curve]) -> str:

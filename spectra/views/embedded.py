@@ -70,7 +70,7 @@ def embedded(figure: Figure, name: str, *, described: str) -> EmbeddedFigure:
 def _rebuilt(element: ElementTree.Element, prefix: str) -> ElementTree.Element:
     """A copy with the known tags and attributes alone; ids that say what a part is become classes."""
     copy = ElementTree.Element(element.tag.removeprefix(SVG))
-    copy.text, copy.tail = (text and _short(text) for text in (element.text, element.tail))
+    copy.text, copy.tail = element.text, element.tail  # what is read keeps its digits
     if copy.tag not in ("text", "tspan"):
         copy.text = copy.text and copy.text.strip() and copy.text
     for key, value in element.attrib.items():

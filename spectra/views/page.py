@@ -63,7 +63,8 @@ def write(
         The path of report.html.
 
     Raises:
-        InputError: A folder holds no spectrum, its table.json cannot be read, or several runs have no `out`.
+        InputError: A folder holds no spectrum, its table.json cannot be read, several runs have no `out`, or `out` is a
+            file.
     """
     several = run if isinstance(run, Sequence) and not isinstance(run, str) else [run]
     given = [open_run(one) for one in several]
@@ -76,6 +77,8 @@ def write(
         )
     rows = [row for one in given for row in _stored_table(one)] if table is None else list(table)
     folder = given[0].folder if out is None else Path(out)
+    if folder.is_file():
+        raise InputError(f"expected a folder to write the report to, but {folder} is a file: choose another out=")
     folder.mkdir(parents=True, exist_ok=True)
     saved = folder / "figures" if images else None
     trajectories = trajectory_pictures(given)

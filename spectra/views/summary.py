@@ -14,6 +14,7 @@ from typing import Any
 
 from spectra.backend.errors import InputError
 from spectra.estimates.changes import Change, compare
+from spectra.estimates.digits import rounded
 from spectra.estimates.quantities import ESTIMATES
 from spectra.runs.folder import Run
 from spectra.runs.record import SpectrumRecord
@@ -29,6 +30,7 @@ AS_DIFFERENCE = {
     "became more negative by": "is more negative by",
     "became less negative by": "is less negative by",
 }
+CHECKPOINT = "checkpoint"  # in config.json of a run that measured a checkpoint and trained nothing
 SETTINGS = {"learning_rate": "learning rate", "schedule": "schedule", "seed": "seed"}
 
 
@@ -136,7 +138,8 @@ def _open(runs: Sequence[Run]) -> list[str]:
             else listed(run.presentation.label for run, _ in unresolved)
         )
         low, high = min(e.low for _, e in unresolved), max(e.high for _, e in unresolved)
-        within = f"between {typeset(f'{low:.2g}')} and {typeset(f'{high:.2g}')}"
+        low, high = (typeset(end) for end in rounded((low + high) / 2, low, high)[1:])
+        within = f"between {low} and {high}"
         name = sentence_case(describe(runs, key).name)
         sentences.append(f"{name} of {who}: all that is known is that it lies {within}.")
     return sentences
@@ -144,8 +147,8 @@ def _open(runs: Sequence[Run]) -> list[str]:
 
 def _caveat(runs: Sequence[Run]) -> list[str]:
     """What neither the intervals nor the comparisons cover."""
-    trained = [run for run in runs if not run.presentation.reference]
-    shared = {name: {str(run.config.get(key)) for run in trained} for key, name in SETTINGS.items()}
+    trained = [run for run in runs if not run.presentation.reference and CHECKPOINT not in run.config]
+    shared = {name: {_setting(run, key) for run in trained} for key, name in SETTINGS.items()}
     known = [f"{name} {values.pop()}" for name, values in shared.items() if len(values) == 1 and values != {"None"}]
     several = listed(SETTINGS.values())
     sentences = ["The intervals hold for these weights and these batches, not for other data or another training."]
@@ -155,6 +158,12 @@ def _caveat(runs: Sequence[Run]) -> list[str]:
     elif known:
         sentences.append(f"Another {several} can give another spectrum. This run has {listed(known)}.")
     return sentences
+
+
+def _setting(run: Run, key: str) -> str:
+    """A setting of a training in words; a probe's own `schedule`, which says when it measures, is none."""
+    value = run.config.get(key)
+    return str(None if isinstance(value, Mapping) else value)
 
 
 def _changes(before: tuple[Run, SpectrumRecord], after: tuple[Run, SpectrumRecord]) -> dict[str, Change]:

@@ -87,7 +87,7 @@ def results(rows: Sequence[Mapping[str, Any]], *, describe: Describe = quantitie
     """
     keys = [key for key in _keys(rows) if key != "label" and not any(_is_estimate(row.get(key)) for row in rows)]
     columns = [Column("Run"), *(Column(sentence_case(describe(key).name)) for key in keys)]
-    cells = [[_cell(row.get(key)) for key in keys] for row in rows]
+    cells = [[_cell(_counted(key, row.get(key))) for key in keys] for row in rows]
     return Table(columns, [Row(_row_name(row, at), cells[at]) for at, row in enumerate(rows)])
 
 
@@ -162,6 +162,12 @@ def _column(describe: Describe, key: str) -> Column:
     """The heading of a quantity: its name, and its unit or else its meaning."""
     about = describe(key)
     return Column(sentence_case(about.name), about.unit or about.meaning)
+
+
+def _counted(key: str, value: Any) -> Any:
+    """The value of a column; training steps are whole, also where they were interpolated between evaluations."""
+    steps = key.partition("_")[0] == "steps" and isinstance(value, float) and math.isfinite(value)
+    return round(value) if steps else value
 
 
 def _cell(value: Any) -> Cell:

@@ -10,7 +10,7 @@ import warnings
 import pytest
 
 from spectra.backend.errors import InputError, NonFiniteError
-from spectra.cli.command_line import on_terminal, print_json, run_command
+from spectra.cli.command_line import OneLineParser, on_terminal, print_json, run_command
 
 
 def ending(error, capsys):
@@ -146,3 +146,31 @@ def test_a_warning_is_one_line_with_the_name_of_the_command():
 def test_who_records_warnings_gets_those_of_commands():
     with pytest.warns(UserWarning, match="noted"):
         run_command(lambda arguments: warnings.warn("noted", stacklevel=1), name="prog")([])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["go", "--probs", "4"], "prog go: error: unrecognized arguments: --probs 4; did you mean --probes? (see"),
+        (["go", "--prbes=4"], "prog go: error: unrecognized arguments: --prbes=4; did you mean --probes? (see"),
+        (["go", "--zzz"], "prog go: error: unrecognized arguments: --zzz (see prog go --help)"),
+        (["go", "more"], "prog go: error: unrecognized arguments: more (see prog go --help)"),
+    ],
+)
+def test_an_unknown_option_is_answered_by_the_command_with_the_one_that_was_meant(words, line, capsys):
+    parser = OneLineParser(prog="prog")
+    parser.add_subparsers().add_parser("go").add_argument("--probes")
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(words)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(line)
+    assert parser.parse_args(["go", "--probes", "4"]).probes == "4"
+
+
+@pytest.mark.parametrize("program", ["spectra", "qat"])
+def test_each_package_runs_as_a_module(program):
+    done = subprocess.run(
+        [sys.executable, "-m", program, "--version"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{program} ")

@@ -83,7 +83,8 @@ def test_measure_takes_the_parameters_and_the_loss_it_was_asked_for(model, text,
     import torch
 
     from spectra import HessianOperator
-    from spectra.integrations.loading import load_causal_lm, read_texts, sequence_batches
+    from spectra.integrations.loading import load_causal_lm, sequence_batches
+    from spectra.integrations.text_files import read_texts
 
     measure(model, text, tmp_path / "run", "--params", "*mlp*", "--dtype", "float64", "--sequences", "2")
     (record,) = Run(tmp_path / "run").records

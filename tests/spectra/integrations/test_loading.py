@@ -1,4 +1,5 @@
 import json
+import re
 import time
 
 import pytest
@@ -10,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from spectra.backend.errors import InputError
 from spectra.integrations.loading import (
+    cut_sequences,
     load_causal_lm,
     load_model,
     load_tokenizer,
     longest_sequence,
     quiet_transformers,
-    read_texts,
     sequence_batches,
     tokenize,
 )
@@ -220,16 +221,40 @@ def test_another_models_tokenizer_is_refused(loaded):
         sequence_batches(model, saved_models.tokenizer(28), ["xyz" * 100])
 
 
-def test_text_files(tmp_path):
-    good = saved_models.write_text(tmp_path, "\ufeffhello\r\n")
-    assert read_texts([good, str(good)]) == ["hello\n", "hello\n"]
-    with pytest.raises(InputError, match=r"there is no file .*nothing\.txt"):
-        read_texts([good, tmp_path / "nothing.txt"])
-    with pytest.raises(InputError, match=r"blank\.txt is empty"):
-        read_texts([saved_models.write_text(tmp_path, " \n", "blank.txt")])
-    (tmp_path / "image.bin").write_bytes(b"ab\xff\xfe")
-    with pytest.raises(InputError, match=r"byte 2 of .*image\.bin is not"):
-        read_texts([tmp_path / "image.bin"])
+def test_of_a_large_text_only_excerpts_become_tokens(loaded, monkeypatch):
+    model, tokenizer = loaded
+    monkeypatch.setattr("spectra.integrations.loading.EXCERPTS_FROM", 1000)
+    lines = [saved_models.TEXT.replace("\n", " ")[shift:][:40] + "\n" for shift in range(26)]
+    text = "".join(lines) * 40
+    seen = []
+
+    def counting(part, **options):
+        seen.append(len(part))
+        return tokenizer(part, **options)
+
+    counting.eos_token_id = tokenizer.eos_token_id
+    rows = cut_sequences(model, counting, [text], sequences=2, length=8)
+    assert rows.shape == (2, 8)
+    assert sum(seen) < len(text) / 10
+    for row, start in zip(rows, (0, len(text) // 2), strict=True):
+        line = text.rfind("\n", 0, start) + 1
+        assert row.tolist() == tokenizer(text[line:], add_special_tokens=False)["input_ids"][:8]
+    spaces = [("a" + " " * 999) * 10]  # an excerpt that is too short in tokens: all of the text is taken
+    assert cut_sequences(model, tokenizer, spaces, sequences=2, length=4).shape == (2, 4)
+
+
+@pytest.mark.parametrize("made", ["adapter", "run"])
+def test_a_folder_whose_model_is_elsewhere_says_where(made, tmp_path):
+    if made == "adapter":
+        (tmp_path / "adapter_config.json").write_text("{}")
+        expected = "holds a PEFT adapter, not a whole model: merge it"
+    else:
+        (tmp_path / "model").mkdir()
+        for name in ("config.json", "records.jsonl", "model/config.json"):
+            (tmp_path / name).write_text("{}")
+        expected = f"is a run, and its model lies in {tmp_path / 'model'}: give that folder"
+    with pytest.raises(InputError, match=re.escape(expected)):
+        load_causal_lm(tmp_path)
 
 
 def test_transformers_is_quiet_and_then_as_before():

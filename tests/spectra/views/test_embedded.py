@@ -37,6 +37,21 @@ def test_the_element_has_known_tags_alone_and_ids_of_its_own():
     assert 'fill="none"' in got.svg  # the ground of a hatch, which is black otherwise
 
 
+def test_numbers_that_are_read_keep_their_digits():
+    """Coordinates are shortened, and a tick at 0.0502 must not become 0.05."""
+
+    def draw(ax):
+        ax.plot([0, 1 / 3], [0.05, 0.0502], label="eigenvalue: -0.00327")
+        ax.set_yticks([0.05, 0.0502], ["0.0500", "0.0502"])
+        ax.legend()
+
+    got = drawn(draw)
+    read = [element.text for element in ElementTree.fromstring(got.svg).iter() if element.text]
+    assert {"0.0500", "0.0502", "eigenvalue: -0.00327"} <= set(read)
+    drawn_at = [element.attrib["d"] for element in ElementTree.fromstring(got.svg).iter() if "d" in element.attrib]
+    assert not re.search(r"\d\.\d{3}", " ".join(drawn_at))
+
+
 def test_readings_stand_where_the_curve_is_drawn(tmp_path):
     run = run_folders.run_folder(tmp_path / "a")
     got = drawn(lambda ax: plots.trajectory(run, "lambda_max", ax=ax))

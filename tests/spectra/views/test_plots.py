@@ -450,7 +450,7 @@ def test_eigenvalues_that_are_exactly_zero_are_told(tmp_path):
     assert spectrum.zero_share() == 0.75
     run.append(run_folders.record(spectrum), spectrum)
     run_folders.add(run, step=5)
-    assert legend(plots.density(run)) == ["step 0, 75% at 0", "step 5"]
+    assert legend(plots.density(run)) == ["step 0, 75%\u00a0at\u00a00", "step 5"]
 
 
 def above(ax):

@@ -57,7 +57,7 @@ def test_what_is_unresolved_is_said_with_its_interval_and_by_run(study):
     (near_zero,) = [line for line in lines if line.startswith("Near-zero share")]
     assert near_zero.startswith("Near-zero share of every run: ")
     assert "Near-zero share of 2-bit baseline: " in "".join(parts([study.runs[0]])["Not resolved"])
-    assert near_zero.endswith("it lies between 0.1 and 0.8.")
+    assert near_zero.endswith("it lies between 0.10 and 0.80.")
 
 
 def test_the_caveat_names_what_the_runs_share(tmp_path):
@@ -72,6 +72,18 @@ def test_the_caveat_names_what_the_runs_share(tmp_path):
         "These runs have learning rate 0.1 and schedule cosine."
     )
     assert "method" not in " ".join(parts(runs[:1])["What the intervals do not hold"])
+
+
+def test_the_caveat_is_silent_on_when_a_probe_measured_and_on_checkpoints(tmp_path):
+    made = {"probe": {"schedule": {"every": 200}}, "measured": {"checkpoint": "model", "seed": 0}}
+    for name, config in made.items():
+        runs = [run_folders.Run.create(tmp_path / f"{name}-{i}", config) for i in range(2)]
+        for run in runs:
+            run_folders.add(run)
+        first, *more = parts(runs)["What the intervals do not hold"]
+        assert first.startswith("The intervals hold for these weights")
+        wins = ["Which method wins can depend on learning rate, schedule and seed."]
+        assert more == (wins if name == "probe" else [])
 
 
 def test_spectra_of_different_parameters_are_left_out(tmp_path):

@@ -36,6 +36,14 @@ def test_rows_are_called_by_their_label_and_every_other_column_is_plain():
     assert [row.cells[0].order for row in estimates.rows] == [0.5, 0.625]
 
 
+def test_training_steps_are_whole_where_a_curve_was_interpolated():
+    rows = [
+        {"label": "a", "steps": 128, "steps_to_baseline_loss": 89.32},
+        {"label": "b", "steps_to_baseline_loss": None},
+    ]
+    assert texts(results(rows)) == [["128", "89"], ["–", "–"]]
+
+
 def test_quantities_stand_across_and_stages_and_modes_below_each_other():
     rows = [
         {"label": "a", "mode": "ste", "rms_start": ONE, "rms_end": OTHER, "trace_end": ONE, "latent_rms_end": OTHER},

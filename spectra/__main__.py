@@ -1,0 +1,5 @@
+"""`python -m spectra`: the same as `spectra`."""
+
+from spectra.cli.main import main
+
+raise SystemExit(main())
