@@ -103,8 +103,11 @@ def notes_of_accumulation(trainer: Trainer, loss: Callable[..., torch.Tensor] | 
     steps = trainer.args.gradient_accumulation_steps
     if steps == 1:
         return []
-    counted = trainer.compute_loss_func is not None or trainer.model_accepts_loss_kwargs
-    divided = loss.depends_on_items(batch) if isinstance(loss, _TrainersLoss) else counted
+    trained = loss if isinstance(loss, _TrainersLoss) else _TrainersLoss(trainer)
+    try:  # many models accept the number of items, and do not divide by it
+        divided = trained.depends_on_items(batch)
+    except Exception:  # a batch on which the loss cannot be computed: the measurement will tell
+        divided = trainer.compute_loss_func is not None or trainer.model_accepts_loss_kwargs
     if divided:
         return []
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # which older versions of transformers do not have

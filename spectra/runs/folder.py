@@ -57,7 +57,9 @@ class Run:
         if not self.folder.is_dir():
             raise InputError(f"expected a run folder, but there is no folder {self.folder}: check the path")
         if not any((self.folder / name).is_file() for name in (CONFIG, RECORDS)):
-            raise InputError(f"expected a run folder, but {self.folder} holds no {CONFIG}: give one that holds a run")
+            inside = sorted(path.parent for path in self.folder.glob(f"*/{RECORDS}"))  # as in a Trainer's output folder
+            advice = f"give {inside[0]}" if inside else "give one that holds a run"
+            raise InputError(f"expected a run folder, but {self.folder} holds no {CONFIG}: {advice}")
         self._records = JsonLines(self.folder / RECORDS)
         self._telemetry = JsonLines(self.folder / TELEMETRY)
         self._read: list[SpectrumRecord] = []

@@ -38,7 +38,7 @@ from spectra.estimates.estimate import Estimate
 from spectra.estimates.quantities import summarize
 from spectra.operators.base import HasLoss, LinearOperator
 from spectra.operators.blocks import Blocks, blocks_of
-from spectra.operators.hessian.batches import as_batches
+from spectra.operators.hessian.batches import as_batches, contents_of
 from spectra.operators.hessian.checks import hessian_mode
 from spectra.operators.hessian.isolation import MODULE_TABLES, unwrap
 from spectra.operators.hessian.operator import HessianOperator
@@ -63,6 +63,15 @@ SYMMETRIC = 1e-3  # a symmetry gap above this is noted in the record
 START, END = "start", "end"
 STRAIGHT_THROUGH = "quantized layers are measured by their straight-through derivative, the mode 'ste'"
 OTHER_SCHEDULE = "measured by another schedule than the run began with ({}): {}"
+BATCHES_CHANGED = (
+    "the batches hold other values than when the probe was made, as a buffer does that the training fills again: give "
+    "the probe copies of its own (tensor.clone())"
+)
+OTHER_PARAMETERS = "measured over {} parameters, after {} at training step {}: what is trained has changed"
+OTHER_TRAINING = (
+    "the record of training step {} in this folder was measured at other weights: earlier records may be of another "
+    "training"
+)
 ON_SIGNAL = "measured on a signal: {}"
 SILENT_STEPS = 1000  # training steps after which a signal that was told nothing is worth a warning
 OCCASIONS = ("", START, END)  # labels that say when, not of which weights: a training step has one such spectrum
@@ -82,8 +91,9 @@ class SpectrumProbe:
     between checkpoints are paired. Weights, gradients, buffers, modes and random states are left bit for bit as they
     were: training with the probe ends with the same weights as training without it.
 
-    **When.** `every`, `at`, `when` and `max_overhead` say when to measure, see `spectra.Schedule`. The first call of
-    `step` measures, whatever its training step, and so does `close`, or the end of the `with` block, unless the last
+    **When.** `every`, `at`, `when` and `max_overhead` say when to measure, see `spectra.Schedule`. Where `step` is not
+    called at a training step that is due, the next call measures. The first call of `step` measures, whatever its
+    training step, and so does `close`, or the end of the `with` block, unless the last
     training step was measured. Without `close` the last spectrum is that of the last training step that was due.
 
     **A failure ends no training.** A measurement that fails, for NaN in the weights, for want of memory, on a full
@@ -204,9 +214,15 @@ class SpectrumProbe:
             else:
                 self.batches = _read(batches)
             self._try_modes()
+            contents = (content for batch in self.batches for content in contents_of(batch))
+            self._tensors = [content for content in contents if isinstance(content, torch.Tensor)]
+            self._values = fingerprint(self._tensors)
         self._checked: dict[str, Checked] = {}  # by mode
         self._outliers: dict[str, torch.Tensor] = {}  # by mode, the last checkpoint's deflated vectors
         self._congruences: dict[str, Congruence] = {}  # by mode, the last checkpoint's change of variables
+        self._measured_over: dict[
+            str, tuple[int, tuple[str, ...], int]
+        ] = {}  # by mode: how many parameters, which, when
         self._warned: set[str] = set()
         self._last_step: int | None = None  # that `step` was called with
         self._measured_steps: set[int] = set()
@@ -214,6 +230,9 @@ class SpectrumProbe:
         facts = {**self._facts(params), **plan, **self.settings.to_config(), **(config or {})}
         self.run: Run | None = None
         self._earlier: list[SpectrumRecord] = []  # what the folder held, and is not measured again
+        self._foreign: set[tuple[str, int]] = (
+            set()
+        )  # (mode, training step) of those that were measured at other weights
         if out is not None:
             self._open(out, facts)
         self._history: deque[dict[str, float]] = deque(maxlen=HISTORY)  # what the training reported since a measurement
@@ -240,13 +259,13 @@ class SpectrumProbe:
             The new records, one for each mode; none if it is not time.
         """
         i = int(i)
-        if self._last_step is not None and i < self._last_step:
-            self._warn(f"training step {i} comes after {self._last_step}: count the steps of the whole training")
-        self._last_step = i
+        before, self._last_step = self._last_step, i
+        if before is not None and i < before:
+            self._warn(f"training step {i} comes after {before}: count the steps of the whole training")
         self._overhead.start()
         self.report(i, **numbers)
         first = not self._measured_steps and not any(record.is_measured for record in self._earlier)
-        if i in self._measured_steps or not (first or self._is_due(i)):
+        if i in self._measured_steps or not (first or self._is_due(i, since=before)):
             return []
         new = self._measure(i, START if first else "")[1]
         self._why = []
@@ -420,10 +439,14 @@ class SpectrumProbe:
         if isinstance(op, HasLoss):
             op.close()
 
-    def _is_due(self, step: int) -> bool:
-        """Whether the schedule says to measure, the same on all ranks that share a measurement."""
+    def _is_due(self, step: int, *, since: int | None) -> bool:
+        """Whether the schedule says to measure, the same on all ranks that share a measurement.
+
+        It does where it names the training step, or one that was passed over since the last that the probe was told of.
+        """
         schedule, self._why = self.schedule, []
-        due = schedule.names(step, self.total_steps)
+        passed = range(step if since is None else min(since + 1, step), step + 1)
+        due = any(schedule.names(each, self.total_steps) for each in passed)
         if schedule.when is not None and self._signalled(step) and not due:
             due, self._why = True, [ON_SIGNAL.format(in_words(schedule.when))]
         shared = self._shared
@@ -464,6 +487,8 @@ class SpectrumProbe:
             return
         several, values = len(self.modes) > 1, {}
         for record in records:
+            if (record.mode, record.step) in self._foreign:  # those numbers are not of this training
+                continue
             named = several or bool(record.block)
             values |= scalars(record, prefix=self.log_prefix, several_modes=named, occasions=OCCASIONS)
         if not values:
@@ -482,13 +507,21 @@ class SpectrumProbe:
             same = record.label == label or label in OCCASIONS
             if record.is_measured and (record.mode, record.step) == (mode, step) and same:
                 now = fingerprint_of_weights(self.model) if record.weights else ""
-                if now not in ("", record.weights) and self.run is not None:
-                    self._warn(
-                        f"{self.run.folder} keeps its record of training step {step}, which was measured at other "
-                        "weights: choose another out= for another training"
-                    )
+                if now not in ("", record.weights):
+                    self._note_other_weights(record)
                 return record
         return None
+
+    def _note_other_weights(self, record: SpectrumRecord) -> None:
+        """Say, now and in later records, that the folder holds a record that was measured at other weights."""
+        self._foreign.add((record.mode, record.step))
+        if not any(note.startswith(OTHER_TRAINING[:20]) for note in self.notes):
+            self.notes.append(OTHER_TRAINING.format(record.step))
+        if self.run is not None:
+            self._warn(
+                f"{self.run.folder} keeps its record of training step {record.step}, which was measured at other "
+                "weights: choose another out= for another training"
+            )
 
     def _extras(self) -> dict[str, float] | Failure:
         """The numbers that are stored beside a spectrum, or why there are none."""
@@ -552,6 +585,8 @@ class SpectrumProbe:
         mode, block = self._targets()[name]
         weights = fingerprint_of_weights(self.model)
         if self._operator is None:
+            if fingerprint(self._tensors) != self._values:
+                raise InputError(BATCHES_CHANGED)
             self._operator = self._build(mode, self.batches)
         op = self._operator
         if not isinstance(op, HasLoss):
@@ -561,6 +596,7 @@ class SpectrumProbe:
         checked = self._check(op, mode)
         loss, gradient = op.loss(), op.gradient()
         target: LinearOperator = op  # type: ignore[assignment]
+        self._note_other_parameters(mode, op, step)
         if block:
             target = blocks_of(op, self.blocks)[block]  # type: ignore[arg-type]
             gradient = target.block.take(gradient)  # type: ignore[attr-defined]
@@ -596,6 +632,15 @@ class SpectrumProbe:
             **self.settings.to_record(),
         )
         return record, density
+
+    def _note_other_parameters(self, mode: str, op: LinearOperator, step: int) -> None:
+        """Say in later records that other parameters are trained than at the measurement before."""
+        before = self._measured_over.get(mode)
+        names = tuple(getattr(getattr(op, "space", None), "names", ()))
+        if before is not None and before[:2] != (op.shape[0], names):
+            self.notes = [note for note in self.notes if not note.startswith(OTHER_PARAMETERS[:16])]
+            self.notes.append(OTHER_PARAMETERS.format(op.shape[0], before[0], before[2]))
+        self._measured_over[mode] = (op.shape[0], names, step)
 
     def _build(self, mode: str, batches: list[Any]) -> LinearOperator:
         """The operator of a mode on some batches."""
@@ -650,7 +695,8 @@ class SpectrumProbe:
         if not wanted or wanted + self.settings.steps >= op.shape[0]:
             return 0
         start = self._outliers.get(mode)
-        start = start if start is None or start.shape[0] != op.entries else start.to(op.device)
+        if start is not None:  # parameters that were frozen, added or pruned meanwhile have other eigenvectors
+            start = start.to(op.device) if start.shape[0] == op.entries else None
         pairs = largest_eigenpairs(op, wanted, seed=self.settings.seed, start=start, progress=progress)
         self._outliers[mode] = pairs.vectors.cpu()  # between two checkpoints the device belongs to the training
         return pairs

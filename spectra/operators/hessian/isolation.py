@@ -114,9 +114,13 @@ def isolated(
 
 @contextlib.contextmanager
 def differentiating(device: torch.device) -> Iterator[None]:
-    """A context with gradients, also where the caller switched them off; no compilation, autocast, fused attention."""
+    """A context with gradients, also where the caller switched them off; no compilation, autocast, fused attention.
+
+    Nor is there anomaly detection, which reports engines that are tried and given up as errors of the training.
+    """
     with (
         _plain_encoder_layers(),
+        torch.autograd.set_detect_anomaly(False),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),

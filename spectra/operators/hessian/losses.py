@@ -186,10 +186,11 @@ class BatchLoss:
                 f"a loss function of (outputs, targets) or (model, batch) is expected, got {_name_of(self.loss)} that "
                 "takes another number of arguments"
             )
-        named = [error for form, error in failures if form.first == self._named_first()]
-        for error in (*named, failures[0][1]):
+        named = [(form, error) for form, error in failures if form.first == self._named_first()]
+        for error in (*(error for _, error in named), failures[0][1]):
             if isinstance(error, InputError):
                 return error
+        failures = named or failures  # why the forms failed that the loss function is not meant for tells nothing
         tried = "; ".join(f"{form.name}: {_reason(error)}" for form, error in failures)
         own = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         return InputError(f"the loss of {name} cannot be computed ({tried}): {self._advice(batch, tried, own)}")
