@@ -443,7 +443,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _check_belongs(options: argparse.Namespace, to: str, given: Any, names: Sequence[str]) -> None:
     """Raises InputError for an option that belongs to one that is not given."""
     for name in names:
-        if given is None and getattr(options, name):
+        if given is None and not any(getattr(options, name) is unset for unset in (None, False)):
             raise InputError(f"--{name.replace('_', '-')} belongs to {to}: leave it out, or give {to}")
 
 
