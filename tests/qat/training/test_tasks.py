@@ -44,7 +44,7 @@ def task(tmp_path):
 
 
 def model_and_tokenizer(**config):
-    model = quantized_models.trained("llama", steps=0, tied=False, **config)
+    model = quantized_models.trained("llama", steps=0, options={"tied": False}, **config)
     return model.eval(), saved_models.tokenizer(quantized_models.VOCABULARY)
 
 
