@@ -265,7 +265,9 @@ def _choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Read], dic
 
     for key, item in chosen.items():
         if not item.weight.detach().isfinite().all():
-            raise InputError(f"{key} holds NaN or infinity in its weight, which has no scale: check the model's weights")
+            raise InputError(
+                f"{key} holds NaN or infinity in its weight, which has no scale: check the model's weights"
+            )
     if config.group_size is not None:
         check_group_size({name: item.columns for name, item in chosen.items()}, config.group_size)
     modules = {id(item.module) for item in chosen.values()}

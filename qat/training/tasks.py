@@ -90,9 +90,8 @@ def evaluate_tasks(
     with _quiet():
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_path=None if folder is None else str(Path(folder).expanduser()))
+        manager = _manager(tasks, folder)
         names = _known(manager, tasks)
         longest = min(BLOCK, longest_sequence(model) or BLOCK)  # type: ignore[arg-type]
         batch_size = batch_size or fitting_batch(model, longest, next(model.parameters()).device)
@@ -117,6 +116,19 @@ def evaluate_tasks(
                     "task and its data, or lower --batch-size where memory ran out"
                 ) from error
     return _scores(found)
+
+
+def _manager(tasks: Sequence[str], folder: str | Path | None) -> Any:
+    """What knows the tasks. lm-eval's own, ten thousand files, are read only where the folder lacks one of them."""
+    from lm_eval.tasks import TaskManager
+
+    if folder is None:
+        return TaskManager()
+    path = str(Path(folder).expanduser())
+    own = TaskManager(include_path=path, include_defaults=False)
+    if all(set(own.match_tasks([task])) & set(own.all_subtasks) for task in tasks):
+        return own
+    return TaskManager(include_path=path)
 
 
 def in_table(scores: Sequence[TaskScore]) -> str:
