@@ -320,8 +320,8 @@ def expert_notes(modules: Iterable[nn.Module], *, activations: bool) -> tuple[st
             chosen = getattr(module.config, "_experts_implementation", None) or "eager"
             loop = activations and chosen not in CALL_THE_GATE
             found[type(module).__name__] = (
-                f"{type(module).__name__}: experts_implementation={chosen!r} gets the quantized experts, as every other "
-                "one does" + ("; inputs of second matrices are quantized in a loop over experts" if loop else "")
+                f"{type(module).__name__}: experts_implementation={chosen!r} gets quantized experts, as all others do"
+                + ("; inputs of second matrices are quantized in a loop over experts" if loop else "")
             )
     return tuple(found.values())
 

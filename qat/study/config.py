@@ -123,7 +123,7 @@ class StudyConfig:
         reference: Whether the unquantized model is trained too, by the same settings and with the cross-entropy.
         distillation: Settings of distillation from the full-precision model; None: the loss is the cross-entropy.
         measured_loss: The loss whose Hessian is measured: the "cross-entropy", which makes spectra of all runs
-            comparable, or that of the "training", with `distillation`. The reference is measured with the cross-entropy.
+            comparable, or that of the "training", with `distillation`. That of the reference is the cross-entropy.
         parq: When the quantizer "parq" anneals the weights to the grid.
         save_every: Training steps between two checkpoints; 0: none. None: by time, every two minutes or less often,
             so that saving takes at most a fiftieth of the training.
@@ -201,8 +201,8 @@ class StudyConfig:
             raise InputError("--measured-loss training is the loss of --distill: give --distill, or leave it out")
         if self.parq != PARQConfig() and self.quantizer != "parq":
             raise InputError(
-                f"--parq-start, --parq-end and --parq-steepness anneal the quantizer parq, got {self.quantizer!r}: give "
-                "--quantizer parq"
+                "--parq-start, --parq-end and --parq-steepness anneal the quantizer parq, got "
+                f"{self.quantizer!r}: give --quantizer parq"
             )
 
     def _settle_seeds(self) -> None:

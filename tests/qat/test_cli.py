@@ -168,7 +168,7 @@ def test_the_options_of_parq_reach_the_training(monkeypatch):
     options = "train --out OUT --quantizer parq --parq-start 0.1 --parq-end 0.7 --parq-steepness 4 --device cpu"
     assert cli.main(options.split()) == 0
     assert seen[0].parq == PARQConfig(start=0.1, end=0.7, steepness=4.0)
-    assert cli.main("train --out OUT --quantizer parq --device cpu".split()) == 0
+    assert cli.main(["train", "--out", "OUT", "--quantizer", "parq", "--device", "cpu"]) == 0
     assert seen[1].parq == PARQConfig()
 
 

@@ -224,7 +224,7 @@ def test_repr_names_the_quantizer():
 def test_weights_of_a_plain_model_bring_a_scale_that_starts_from_them(name, bits):
     layer, other = linear(name, bits), nn.Linear(5, 3).double()
     state = {"weight": other.weight.detach() * 7, "bias": other.bias.detach()}
-    with pytest.raises(RuntimeError, match="Missing key.*scale"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*scale"):
         copy.deepcopy(layer).load_state_dict(state)
     assert layer.load_state_dict(state, strict=False).missing_keys == ["scale"]
     assert torch.equal(layer.scale, layer.quantizer.initial_scale(state["weight"]))

@@ -359,7 +359,7 @@ def test_a_subclass_of_attention_is_left():
 def test_the_report_says_which_implementation_gets_the_quantized_experts(implementation, bits):
     notes = qat.quantize_model(moe("mixtral", implementation), qat.QuantConfig(bits=2, activation_bits=bits)).notes
     (note,) = [note for note in notes if note.startswith("MixtralExperts: ")]
-    assert f"experts_implementation={implementation!r} gets the quantized experts" in note
+    assert f"experts_implementation={implementation!r} gets quantized experts" in note
     assert ("in a loop over experts" in note) == (implementation == "eager" and bits == 8)
 
 
