@@ -88,8 +88,8 @@ def evaluate_tasks(
     if chat_template and not getattr(tokenizer, "chat_template", None):
         raise InputError("the tokenizer has no chat template: leave out --chat-template")
     with _quiet():
-        from lm_eval.evaluator import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval.evaluator import simple_evaluate  # type: ignore[import-not-found]
+        from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
 
         manager = _manager(tasks, folder)
         names = _known(manager, tasks)
@@ -120,7 +120,7 @@ def evaluate_tasks(
 
 def _manager(tasks: Sequence[str], folder: str | Path | None) -> Any:
     """What knows the tasks. lm-eval's own, ten thousand files, are read only where the folder lacks one of them."""
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
     if folder is None:
         return TaskManager()
@@ -145,7 +145,7 @@ def in_table(scores: Sequence[TaskScore]) -> str:
         task  metric  filter  shots  examples  value   standard error
         piqa  acc     none    0      4         0.5000  0.2500
     """
-    rows = [("task", "metric", "filter", "shots", "examples", "value", "standard error")]
+    rows: list[tuple[str, ...]] = [("task", "metric", "filter", "shots", "examples", "value", "standard error")]
     for score in scores:
         value = score.value if isinstance(score.value, str) else f"{score.value:.4f}"
         error = "" if score.standard_error is None else f"{score.standard_error:.4f}"
