@@ -19,6 +19,7 @@ test: $(INSTALLED)
 test-peers: $(INSTALLED) $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest -q tests/qat/export/test_torchao_tensors.py \
 		tests/qat/layers/test_schemes.py tests/spectra/operators/test_gauss_newton.py -k "torchao or curvlinops"
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest -q tests/qat/training/test_tasks.py
 
 # What works without any extra, in an environment that has none.
 test-core: $(CORE)/.installed

@@ -12,10 +12,11 @@ from typing import Any
 
 from qat.hessian import MODES
 from qat.layers.config import BITS, INITIAL_SCALES, SUPPORTED_BITS
-from qat.study.config import METHODS, SmallLlamaConfig, StudyConfig, choose_device
+from qat.study.config import MEASURED_LOSSES, METHODS, SmallLlamaConfig, StudyConfig, choose_device
 from qat.study.workers import MOST_WORKERS, available_cores, quiet_torchao, threads
 from qat.training.config import DTYPES, PRETRAINED_RATE, SCHEDULES, SMALL_LLAMA_RATE, TrainConfig
 from qat.training.distillation import DistillationConfig
+from qat.training.parq import PARQConfig
 from qat.training.winq import PRESETS, WinQConfig
 from spectra.backend.errors import InputError
 from spectra.backend.version import __version__
@@ -44,7 +45,7 @@ STUDY_OPTIONS = (
     *("group_size", "initial_scale"),
     *("activation_bits", "activation_symmetric", "cache_bits"),
     *("validation_sequences", "probes", "lanczos_steps", "deflate", "count_products", "measure_sequences"),
-    "save_every",
+    *("save_every", "measured_loss"),
 )
 
 
@@ -111,17 +112,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="the perplexity of a model on text files",
+        help="the perplexity of a model on text files, or its scores on tasks of lm-eval",
         **examples(
             "qat evaluate checkpoint --text notes.txt",
             "qat evaluate runs/2bit/model --text notes.txt --block 128 --stride 64 --per-byte --json",
+            "qat evaluate runs/2bit/model --tasks arc_easy,piqa",
         ),
     )
     evaluate.set_defaults(command=_evaluate)
     evaluate.add_argument(
         "model", help="a model folder, plain, trained by qat or exported as packed, or a name on the Hugging Face hub"
     )
-    evaluate.add_argument("--text", nargs="+", required=True, metavar="FILE", help=TEXTS)
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", nargs="+", metavar="FILE", help=TEXTS)
+    what.add_argument("--tasks", metavar="NAMES", help="tasks of lm-eval, separated by commas; globs work too")
     evaluate.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="default: the model's own")
     evaluate.add_argument("--block", type=int, help="tokens a block (default: 2048, or the most that the model takes)")
     evaluate.add_argument(
@@ -129,9 +133,20 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         help="tokens between the starts of blocks; each token counts once (default: blocks do not overlap)",
     )
-    evaluate.add_argument("--limit", type=int, help="blocks at most, from the first (default: all)")
-    evaluate.add_argument("--batch-size", type=int, help="blocks a forward pass (default: what fits into memory)")
+    evaluate.add_argument(
+        "--limit", type=int, help="blocks, or examples of a task, at most, from the first (default: all)"
+    )
+    evaluate.add_argument(
+        "--batch-size", type=int, help="blocks or examples a forward pass (default: what fits into memory)"
+    )
     evaluate.add_argument("--per-byte", action="store_true", help="the loss in bits a byte of the text, too")
+    evaluate.add_argument(
+        "--shots", type=int, help="examples with their answer before each question of a task (default: the task's own)"
+    )
+    evaluate.add_argument("--task-folder", metavar="DIR", help="a folder with tasks of your own, as YAML files")
+    evaluate.add_argument(
+        "--chat-template", action="store_true", help="put the questions of tasks into the tokenizer's chat template"
+    )
     evaluate.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     evaluate.add_argument("--trust-remote-code", action="store_true", help="run the code that a hub model brings")
     add_formats(evaluate, json="print JSON instead of a sentence")
@@ -326,6 +341,19 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
         "--sigma", type=float, help=_with_default(winq.sigma, "standard deviation of WinQ's weight noise")
     )
 
+    annealing, parq = parser.add_argument_group("annealing of --quantizer parq"), PARQConfig
+    annealing.add_argument(
+        "--parq-start",
+        type=float,
+        help=_with_default(parq.start, "part of the run that trains in full precision before the annealing"),
+    )
+    annealing.add_argument(
+        "--parq-end", type=float, help=_with_default(parq.end, "part of the run after which weights are on the grid")
+    )
+    annealing.add_argument(
+        "--parq-steepness", type=float, help=_with_default(parq.steepness, "of the sigmoid between the two, up to 100")
+    )
+
     spectra = parser.add_argument_group("spectra")
     spectra.add_argument("--modes", help=f"which Hessians, of {','.join(MODES)} (default: {StudyConfig.modes[0]})")
     spectra.add_argument(
@@ -350,6 +378,12 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=_with_default(
             StudyConfig.count_products, "products at most for the count of negative eigenvalues; 0 leaves it out"
+        ),
+    )
+    spectra.add_argument(
+        "--measured-loss",
+        help=_with_default(
+            StudyConfig.measured_loss, f"{' or '.join(MEASURED_LOSSES)}: the loss that --distill trains"
         ),
     )
     spectra.add_argument(
@@ -403,21 +437,72 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    """Print the perplexity. Nothing is written."""
-    with interrupts_say("no perplexity was computed"):
-        _print_perplexity(options)
+    """Print the perplexity, or the scores on tasks. Nothing is written."""
+    _check_belongs(options, "--text", options.text, ("block", "stride", "per_byte"))
+    _check_belongs(options, "--tasks", options.tasks, ("shots", "task_folder", "chat_template"))
+    with interrupts_say("nothing was computed to the end"):
+        if options.tasks is None:
+            _print_perplexity(options)
+        else:
+            _print_scores(options)
+
+
+def _check_belongs(options: argparse.Namespace, to: str, given: Any, names: Sequence[str]) -> None:
+    """Raises InputError for an option that belongs to one that is not given."""
+    for name in names:
+        if given is None and not any(getattr(options, name) is unset for unset in (None, False)):
+            raise InputError(f"--{name.replace('_', '-')} belongs to {to}: leave it out, or give {to}")
+
+
+def _model_and_tokenizer(options: argparse.Namespace) -> tuple[Any, Any]:
+    from qat.export.load import load_any
+    from spectra.integrations.loading import load_tokenizer
+
+    model = load_any(options.model, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(
+        options.tokenizer or options.model,
+        trust_remote_code=options.trust_remote_code,
+        remedy="give --tokenizer NAME_OR_FOLDER",
+    )
+    return model, tokenizer
+
+
+def _print_scores(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from qat.training.tasks import evaluate_tasks, in_table
+    from spectra.backend.extras import need
+
+    need("lm_eval")  # before the model is loaded
+    device = choose_device(options.device)
+    model, tokenizer = _model_and_tokenizer(options)
+    with contextlib.redirect_stdout(sys.stderr):  # where progress belongs: tasks print to stdout
+        scores = evaluate_tasks(
+            model.to(device),
+            tokenizer,
+            _listed(options.tasks),
+            folder=options.task_folder,
+            shots=options.shots,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            chat_template=options.chat_template,
+            trust_remote_code=options.trust_remote_code,
+        )
+    if options.json:
+        print_json({"scores": [asdict(score) for score in scores]})
+    else:
+        print(in_table(scores))
 
 
 def _print_perplexity(options: argparse.Namespace) -> None:
     import torch
 
-    from qat.export.load import load_any
     from qat.study.models import check_fit
     from qat.text.byte_ends import tokens_and_byte_ends
     from qat.text.corpus import Blocks
     from qat.training.evaluate import check_block, perplexity
     from qat.training.progress import progress_bar
-    from spectra.integrations.loading import load_tokenizer, quiet_transformers
+    from spectra.integrations.loading import quiet_transformers
     from spectra.integrations.text_files import read_texts
 
     check_block(options.block, options.stride, options.limit)
@@ -425,12 +510,7 @@ def _print_perplexity(options: argparse.Namespace) -> None:
         raise InputError(f"--batch-size is one block or more, got {options.batch_size}")
     text = "\n\n".join(read_texts(options.text))
     device = choose_device(options.device)
-    model: Any = load_any(options.model, trust_remote_code=options.trust_remote_code)
-    tokenizer = load_tokenizer(
-        options.tokenizer or options.model,
-        trust_remote_code=options.trust_remote_code,
-        remedy="give --tokenizer NAME_OR_FOLDER",
-    )
+    model, tokenizer = _model_and_tokenizer(options)
     byte_ends = None
     with quiet_transformers():
         if options.per_byte:
@@ -514,6 +594,7 @@ def _study_config(options: argparse.Namespace, **chosen: Any) -> StudyConfig:
         winq=_winq_config(options),
         seeds=_seeds(options.seeds),
         distillation=_distillation(options),
+        parq=PARQConfig(**_given(options, parq_start="start", parq_end="end", parq_steepness="steepness")),
         small_llama=SmallLlamaConfig(**base),
     )
 

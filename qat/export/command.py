@@ -92,6 +92,7 @@ def in_words(made: Exported) -> str:
     if "block_types" in facts:
         types = ", ".join(f"{count} {name}" for name, count in facts["block_types"].items())
         text += f"; {types}; float16 changes a scale by {facts['largest_scale_rounding']:.1e} of itself at most"
+        text += f", and matrices read back from the file differ by {facts['read_back_difference']:.1e} of their norm"
     if "vocabulary" in facts:
         text += f"; tokenizer: {facts['vocabulary']}"
     if "tensor" in facts:

@@ -124,6 +124,21 @@ def choose_type(levels: Integers, columns: int, group: int) -> BlockType | None:
     return None
 
 
+def read_q1_0(stored: np.ndarray) -> np.ndarray:
+    """The weights in rows of Q1_0 blocks, which the `gguf` package cannot read.
+
+    Args:
+        stored: (rows, bytes), uint8.
+
+    Returns:
+        (rows, columns), float32.
+    """
+    blocks = np.ascontiguousarray(stored).reshape(-1, 18)
+    scale = blocks[:, :2].copy().view("<f2").astype(np.float32)
+    signs = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(np.float32) * 2 - 1
+    return (signs * scale).reshape(len(stored), -1)
+
+
 def encode(kind: BlockType, integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Integers and their scales in blocks.
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qat.export.gguf_blocks import BLOCK_TYPES, choose_type, encode
+from qat.export.gguf_blocks import BLOCK_TYPES, choose_type, encode, read_q1_0
 from qat.export.gguf_vocabulary import add_vocabulary
 from qat.export.grid import Grid, check_weights_alone, grid_of
 from qat.layers.linear import QuantEmbedding, QuantLinear, quant_layers
@@ -26,6 +26,7 @@ FILE = "model.gguf"
 ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gpt2": "GPT2"}
 ACTIVATIONS = {"gpt2": ("gelu_new", "gelu_pytorch_tanh")}
 LARGEST_FLOAT16 = 65504.0
+LARGEST_DIFFERENCE = 2.0**-10  # of a matrix that is read back, over its norm; rounding of normal scales is 2^-11
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ def write_gguf(model: Any, source: Path, out: Path) -> dict[str, Any]:
         out: The folder, which is there.
 
     Returns:
-        What the command says: how many quantized matrices have each block type, and the largest relative change of a
-        scale by its float16 rounding.
+        What the command says: how many quantized matrices have each block type, the largest relative change of a
+        scale by its float16 rounding, and the largest difference of a matrix that is read back from Q(W).
 
     Raises:
-        InputError: llama.cpp would compute something else: another architecture, settings or tokenizer it lacks, or a
-            grid that no block type holds.
+        InputError: llama.cpp would compute something else: another architecture, settings or tokenizer it lacks, a
+            grid that no block type holds, or scales that float16 is too coarse for.
     """
     need("gguf")
     import gguf
@@ -64,7 +65,7 @@ def write_gguf(model: Any, source: Path, out: Path) -> dict[str, Any]:
     vocabulary = add_vocabulary(writer, source, config.vocab_size)
     grids = {name: _permuted_grid(name, grid_of(name, layer), config) for name, layer in quant_layers(model)}
     counts: Counter[str] = Counter()
-    error = 0.0
+    error, written = 0.0, {}
     tied = _tied_head(model)
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors)
@@ -79,6 +80,7 @@ def write_gguf(model: Any, source: Path, out: Path) -> dict[str, Any]:
             stored, rounding = _blocks(module, grids[module])
             counts[stored.kind] += 1
             error = max(error, rounding)
+            written[stored_name] = module, grids[module]
         else:
             turned = tensor.t() if config.model_type == "gpt2" and ".h." in name and tensor.dim() == 2 else tensor
             stored = _full_precision(_permuted(name, turned.detach(), config))  # Conv1D's weights are (in, out)
@@ -88,7 +90,40 @@ def write_gguf(model: Any, source: Path, out: Path) -> dict[str, Any]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return {"file": FILE, "block_types": dict(counts), "largest_scale_rounding": error, "vocabulary": vocabulary}
+    difference = _read_back(out / FILE, written, gguf)
+    return {
+        "file": FILE,
+        "block_types": dict(counts),
+        "largest_scale_rounding": error,
+        "read_back_difference": difference,
+        "vocabulary": vocabulary,
+    }
+
+
+def _read_back(path: Path, written: dict[str, tuple[str, Grid]], gguf: Any) -> float:
+    """The largest ||stored - Q(W)|| / ||Q(W)|| of a quantized matrix, read from the finished file.
+
+    Rows are compared in the order of the file, which is llama.cpp's. Raises InputError where a matrix differs by more
+    than the rounding of normal float16 scales.
+    """
+    largest = 0.0
+    for tensor in gguf.GGUFReader(path).tensors:
+        if tensor.name not in written:
+            continue
+        name, grid = written[tensor.name]
+        one_bit = tensor.tensor_type.name == "Q1_0"
+        stored = read_q1_0(tensor.data) if one_bit else gguf.dequantize(tensor.data, tensor.tensor_type)
+        wanted = (grid.scales() * grid.integers).numpy()
+        norm = float(np.linalg.norm(wanted.astype(np.float64)))
+        difference = float(np.linalg.norm(stored.astype(np.float64) - wanted)) / (norm or 1.0)
+        if not difference <= LARGEST_DIFFERENCE:
+            smallest = float(grid.scale.min())
+            raise InputError(
+                f"{name} read back from the file differs from Q(W) by {difference:.1%} of its norm (its smallest scale "
+                f"is {smallest:.1e}, and float16 is coarse below 6.1e-05): use --format packed"
+            )
+        largest = max(largest, difference)
+    return largest
 
 
 def _check_architecture(model: nn.Module) -> None:
@@ -158,6 +193,11 @@ def _blocks(name: str, grid: Grid) -> tuple[_Stored, float]:
     kind = choose_type(grid.levels, grid.integers.shape[1], grid.group)
     if kind is None:
         needed = min(kind.block for kind in BLOCK_TYPES)
+        if not any(kind.holds(grid.levels) for kind in BLOCK_TYPES):
+            raise InputError(
+                f"the weights of {name} are integers from {min(grid.levels)} to {max(grid.levels)} times a scale, and "
+                "GGUF's blocks hold -128 to 127 at most: use --format packed"
+            )
         raise InputError(
             f"{name} has {grid.integers.shape[1]} columns in groups of {grid.group}, and GGUF's blocks are {needed} "
             "weights or more with one scale: use --format packed"

@@ -24,12 +24,25 @@ from qat.layers.linear import (
 )
 from qat.layers.quantizers.registry import make_quantizer
 from qat.layers.read_past import is_conv1d, left_as_read
-from qat.layers.readers import QuantParameter, Read, convert, convert_parent, feeds_inline, weights_read
+from qat.layers.readers import (
+    QuantParameter,
+    Read,
+    convert,
+    convert_parent,
+    expert_notes,
+    feeds_inline,
+    weights_read,
+)
 from qat.layers.saving import save_quantized_values
 from spectra.backend.errors import InputError
 
 HEAD_NAMES = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")
 UPCAST = (torch.bfloat16, torch.float16)
+HOOKS = (  # where torch keeps those of forward and backward passes
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+    "_is_full_backward_hook",
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,10 @@ def quantize_model(model: nn.Module, config: QuantConfig | None = None) -> Conve
         if layer.quantizer.learned_scale:
             scales[key] = layer._parameters["scale"]  # type: ignore[assignment]
         layer.train(item.module.training)
-    notes = _attention_notes(chosen, config)
+        if not item.name:
+            _keep_hooks(item.module, layer)
+    experts = [item.module for item in chosen.values() if item.name]
+    notes = (*_attention_notes(chosen, config), *expert_notes(experts, activations=config.activation_bits < 16))
     _put_in_place(model, chosen, layers, _activations(config))
     _declare_tied_scales(model)
     _call_every_layer(model)
@@ -145,6 +161,12 @@ def quantize_model(model: nn.Module, config: QuantConfig | None = None) -> Conve
     )
 
 
+def _keep_hooks(module: nn.Module, layer: QuantLayer) -> None:
+    """Give the layer the forward and backward hooks of the module that it replaces."""
+    for name in HOOKS:
+        vars(layer)[name] = vars(module)[name]
+
+
 def _put_in_place(
     model: nn.Module,
     chosen: dict[str, Read],
@@ -154,7 +176,7 @@ def _put_in_place(
     """Swap the modules for their layers, wherever they stand, and make the others read quantized weights."""
     replacements = {id(item.module): layers[name] for name, item in chosen.items() if not item.name}
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children has a module under two names once
             if id(child) in replacements:
                 setattr(parent, name, replacements[id(child)])
     read: dict[int, dict[str, QuantParameter]] = {}
@@ -211,6 +233,7 @@ def _choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Read], dic
 
     The name is that of the module to swap, or that of the parameter where its module reads it.
     """
+    _check_shapes(model)
     heads, embeddings = _output_heads(model), _token_embeddings(model)
     kept = left_as_read(model, activations=config.activation_bits < 16) | adapter_modules(model)
     outputs = {id(m.out_proj) for m in model.modules() if type(m) is nn.MultiheadAttention}
@@ -224,6 +247,7 @@ def _choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Read], dic
         reason = (
             _skip_pattern(name, config)
             or kept.get(id(module), "")
+            or _reason_by_instance(module)
             or ("" if read or id(module) in outputs else _reason_by_class(module))
             or _reason_by_role(module, config, heads=heads, embeddings=embeddings)
         )
@@ -239,6 +263,11 @@ def _choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Read], dic
             else:
                 chosen[key] = item
 
+    for key, item in chosen.items():
+        if not item.weight.detach().isfinite().all():
+            raise InputError(
+                f"{key} holds NaN or infinity in its weight, which has no scale: check the model's weights"
+            )
     if config.group_size is not None:
         check_group_size({name: item.columns for name, item in chosen.items()}, config.group_size)
     modules = {id(item.module) for item in chosen.values()}
@@ -260,6 +289,13 @@ def _choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Read], dic
     return chosen, skipped
 
 
+def _check_shapes(model: nn.Module) -> None:
+    """Raises InputError for lazy modules, whose weights have no shape before the first batch."""
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise InputError(f"{name} has no shape yet: run a batch through the model before quantizing it")
+
+
 def _reason_by_class(module: nn.Module) -> str:
     """Why a module of this class is left; "" where it can be replaced."""
     if type(module) in (nn.Linear, nn.Embedding) or is_conv1d(module) or _is_plain_subclass(module):
@@ -268,6 +304,15 @@ def _reason_by_class(module: nn.Module) -> str:
         if isinstance(module, known):
             return f"{type(module).__name__} is a subclass of nn.{known.__name__}, whose forward pass may differ"
     return f"{type(module).__name__} is not a linear layer"
+
+
+def _reason_by_instance(module: nn.Module) -> str:
+    """Why this one module of a class that can be replaced is left; "" where it is as its class made it."""
+    if type(module) not in (nn.Linear, nn.Embedding) and not is_conv1d(module):
+        return ""
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed from other parameters (pruning, weight_norm or spectral_norm)"
+    return "its forward pass was replaced on this module" if "forward" in vars(module) else ""
 
 
 def _is_plain_subclass(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +145,17 @@ class QuantLayer(nn.Module):
     def _flip(self, matrix: Tensor) -> Tensor:
         """Change between the layout of the weight and (rows, columns): transpose where `transposed`."""
         return matrix.t() if self.transposed else matrix
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments: Any) -> None:
+        """As torch; where a weight comes without its learned scale, as from a plain model, the scale starts from it.
+
+        With strict=True the missing scale is an error all the same.
+        """
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        scale = self._parameters.get("scale")
+        if scale is not None and f"{prefix}weight" in state_dict and f"{prefix}scale" not in state_dict:
+            with torch.no_grad():
+                scale.copy_(self._first_scale("max"))
 
     def extra_repr(self) -> str:
         """What printing the model shows of this layer."""

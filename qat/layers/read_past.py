@@ -39,6 +39,17 @@ def left_as_read(model: nn.Module, *, activations: bool) -> dict[int, str]:
             continue
         for name in reads:
             left[id(_layer(parent, name))] = f"{type(parent).__name__} reads its weight without calling it"
+    return left | _rescaled(model)
+
+
+def _rescaled(model: nn.Module) -> dict[int, str]:
+    """The layers of RWKV that it divides in place for inference, which leaves the scale of a quantized one behind."""
+    left = {}
+    for parent in model.modules():
+        if hasattr(parent, "_rescale_layers"):
+            for block in parent.blocks:  # type: ignore[union-attr]
+                for layer in (block.attention.output, block.feed_forward.value):
+                    left[id(layer)] = f"{type(parent).__name__} rescales its weight in place"
     return left
 
 

@@ -10,7 +10,7 @@ linear layers get such a view as well (`qat.layers.read_past` finds them).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -33,6 +33,8 @@ UNDECORATED = {
     "LongcatFlashExperts": False,
     "Step3p7Experts": False,
 }
+# Implementations of experts that call the gate as a method, whose output can be quantized on its way.
+CALL_THE_GATE = ("batched_mm", "grouped_mm", "deepgemm")
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -158,8 +160,8 @@ class QuantExperts(Reader):
             if decorated:  # what goes into the second matrix comes from one of these two
                 second = "_apply_gate" if settings.has_gate else "act_fn"
                 values[second] = _then(getattr(self, second), self.input_quantizer)
-                if settings.config._experts_implementation in (None, "eager"):
-                    run = expert_by_expert  # the class's own loop applies the gate in line
+                if settings.config._experts_implementation not in CALL_THE_GATE:
+                    run = expert_by_expert  # the class's own loop, or a fused kernel, applies the gate in line
         return run(View(self, values), hidden_states, *args, **kwargs)
 
 
@@ -300,6 +302,28 @@ def weights_read(module: nn.Module) -> tuple[Read, ...]:
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() == 3
     )
+
+
+def expert_notes(modules: Iterable[nn.Module], *, activations: bool) -> tuple[str, ...]:
+    """What a report says of experts: which implementations compute with their quantized weights.
+
+    Args:
+        modules: Modules with quantized weights, before they are converted.
+        activations: Whether inputs are quantized.
+
+    Returns:
+        A sentence for each class of experts.
+    """
+    found = {}
+    for module in modules:
+        if hasattr(module, "has_gate") and weights_read(module):
+            chosen = getattr(module.config, "_experts_implementation", None) or "eager"
+            loop = activations and chosen not in CALL_THE_GATE
+            found[type(module).__name__] = (
+                f"{type(module).__name__}: experts_implementation={chosen!r} gets quantized experts, as all others do"
+                + ("; inputs of second matrices are quantized in a loop over experts" if loop else "")
+            )
+    return tuple(found.values())
 
 
 def feeds_inline(module: nn.Module) -> bool:

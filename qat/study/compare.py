@@ -269,6 +269,8 @@ def _heading(before: Evaluation, config: StudyConfig) -> str:
     seeds = "seeds " + ", ".join(map(str, config.seeds)) if config.seeds else f"seed {config.train.seed}"
     distilled = config.distillation
     loss = "" if distilled is None else f" Quantized models are trained with {distilled.in_words()}."
+    if config.measured_loss == "training":
+        loss += " Their spectra are those of this loss; that of the unquantized model is of the cross-entropy."
     reference = " The row of 16 bits is the unquantized model, trained as long." if config.reference else ""
     return (
         f"Full precision before training: validation loss {before.loss:.4f}, perplexity "

@@ -12,12 +12,14 @@ from qat.hessian import MODES
 from qat.layers.config import QuantConfig
 from qat.training.config import TrainConfig, check_seed
 from qat.training.distillation import DistillationConfig
+from qat.training.parq import PARQConfig
 from qat.training.winq import WinQConfig, reset_steps
 from spectra.algorithms.inertia import COUNT_PRODUCTS
 from spectra.backend.errors import InputError
 from spectra.runs.settings import MeasurementSettings
 
 METHODS = ("baseline", "winq")
+MEASURED_LOSSES = ("cross-entropy", "training")
 REFERENCE, REFERENCE_BITS = "full-precision", 16  # the unquantized model, trained as long as the others
 MINIMUM = {
     "length": 2,
@@ -120,6 +122,9 @@ class StudyConfig:
             are those of the first, so that spectra of all runs are paired. Empty: `train.seed` alone.
         reference: Whether the unquantized model is trained too, by the same settings and with the cross-entropy.
         distillation: Settings of distillation from the full-precision model; None: the loss is the cross-entropy.
+        measured_loss: The loss whose Hessian is measured: the "cross-entropy", which makes spectra of all runs
+            comparable, or that of the "training", with `distillation`. That of the reference is the cross-entropy.
+        parq: When the quantizer "parq" anneals the weights to the grid.
         save_every: Training steps between two checkpoints; 0: none. None: by time, every two minutes or less often,
             so that saving takes at most a fiftieth of the training.
         small_llama: The default model.
@@ -158,6 +163,8 @@ class StudyConfig:
     seeds: tuple[int, ...] = ()
     reference: bool = True
     distillation: DistillationConfig | None = None
+    measured_loss: str = "cross-entropy"
+    parq: PARQConfig = field(default_factory=PARQConfig)
     save_every: int | None = None
     small_llama: SmallLlamaConfig = field(default_factory=SmallLlamaConfig)
 
@@ -178,10 +185,25 @@ class StudyConfig:
         if self.save_every is not None and self.save_every < 0:
             raise InputError(f"save_every is a number of training steps, or 0 for none, got {self.save_every}")
         self._settle_seeds()
+        self._check_loss_and_annealing()
         MeasurementSettings(count_products=self.count_products)
         choose_device(self.device)
         if "noisy" in self.modes and self.winq.sigma == 0:
             raise InputError("the noisy Hessian needs noise: give --sigma above 0, or leave noisy out of --modes")
+
+    def _check_loss_and_annealing(self) -> None:
+        """Raises InputError for settings of what is not used."""
+        if self.measured_loss not in MEASURED_LOSSES:
+            raise InputError(
+                f"unknown measured loss {self.measured_loss!r}: choose one of {', '.join(MEASURED_LOSSES)}"
+            )
+        if self.measured_loss == "training" and self.distillation is None:
+            raise InputError("--measured-loss training is the loss of --distill: give --distill, or leave it out")
+        if self.parq != PARQConfig() and self.quantizer != "parq":
+            raise InputError(
+                "--parq-start, --parq-end and --parq-steepness anneal the quantizer parq, got "
+                f"{self.quantizer!r}: give --quantizer parq"
+            )
 
     def _settle_seeds(self) -> None:
         """`train.seed` is the first seed; `seeds` is empty unless there are several."""
@@ -199,7 +221,12 @@ class StudyConfig:
 
     def to_config(self) -> dict[str, Any]:
         """The settings for config.json; those that are not set are left out."""
-        return {name: value for name, value in asdict(self).items() if name not in UNSET or value}
+        settings = {name: value for name, value in asdict(self).items() if name not in UNSET or value}
+        if self.quantizer != "parq":
+            del settings["parq"]
+        if self.measured_loss == StudyConfig.measured_loss:
+            del settings["measured_loss"]
+        return settings
 
     def quantization(self, bits: float) -> QuantConfig:
         """How a model of this bit-width is quantized."""

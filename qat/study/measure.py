@@ -37,6 +37,7 @@ def study_probe(
     modes: Mapping[str, Any],
     settings: Mapping[str, Any],
     params: Any = None,
+    loss: Callable[..., Any] | None = None,
 ) -> SpectrumProbe:
     """A probe with the study's batches, settings and seed, so that its spectra are paired with those of other runs.
 
@@ -49,6 +50,7 @@ def study_probe(
         modes: Builders of operators by the name of the Hessian mode, as in `spectra.SpectrumProbe`.
         settings: What the run's config.json says beside the probe's own facts.
         params: Which parameters to measure, as in `spectra.HessianOperator`.
+        loss: The loss whose Hessian is measured; None: the model's own, the cross-entropy.
 
     Returns:
         The probe. Its run folder exists.
@@ -59,6 +61,7 @@ def study_probe(
         out=folder,
         modes=modes,
         params=params,
+        loss=loss,
         probes=config.probes,
         steps=config.lanczos_steps,
         deflate=config.deflate,

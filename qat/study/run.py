@@ -48,7 +48,7 @@ from spectra.runs.folder import Run, is_recorded
 from spectra.runs.planned import PLANNED_RECORDS
 
 NOISE_DRAWS = 4
-MEASURED_LOSS = "the cross-entropy"
+MEASURED_LOSSES = {"cross-entropy": "the cross-entropy", "training": "the training loss"}  # in words
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,13 @@ def train_method(start: Start, config: StudyConfig, plan: PlannedRun, *, shared:
     model, options, facts = _model_of(start, config, plan)
     facts |= computation_facts(config.train, model, start.device)
     settings = {**run_settings(config, plan), **facts, **start.facts, "presentation": _shown(plan)}
-    probe = study_probe(model, start, config, plan.folder, name=plan.name, settings=settings, **options)
     loss = _loss(start, config, plan)
+    if config.measured_loss == "training" and not plan.is_reference:
+        options["loss"] = loss
+    probe = study_probe(model, start, config, plan.folder, name=plan.name, settings=settings, **options)
     if config.distillation is not None and not plan.is_reference:
-        probe.notes.append(f"{MEASURED_LOSS} is measured; trained with {config.distillation.in_words()}")
+        measured = MEASURED_LOSSES[config.measured_loss]
+        probe.notes.append(f"{measured} is measured; trained with {config.distillation.in_words()}")
     marks = {step for step, label in planned_marks(config, plan.method) if label == "quarter"}
     measure = MeasuringCallback(probe, sorted(marks))
     if checkpoint is None and not (shared is not None and shared.take(probe)):
@@ -148,7 +151,7 @@ def _callbacks(config: StudyConfig, plan: PlannedRun, around_reset: AroundReset 
     """What changes the weights in training: the annealing of parq, and WinQ."""
     annealed = config.quantizer == "parq" and not plan.is_reference
     winq = [WinQCallback(**asdict(config.winq), around_reset=around_reset)] if plan.method == "winq" else []
-    return [*([PARQCallback()] if annealed else []), *winq]
+    return [*([PARQCallback(**asdict(config.parq))] if annealed else []), *winq]
 
 
 def _loss(start: Start, config: StudyConfig, plan: PlannedRun) -> Loss:
@@ -248,7 +251,8 @@ def run_settings(config: StudyConfig, plan: PlannedRun) -> dict[str, Any]:
         **asdict(replace(config.train, seed=plan.seed)),
         **(asdict(config.winq) if plan.method == "winq" else {}),
         **({"measured_sigma": config.winq.sigma} if "noisy" in config.modes and quantized else {}),
-        **({} if distilled is None else {"distillation": asdict(distilled), "measured_loss": MEASURED_LOSS}),
+        **({} if distilled is None else _distillation_settings(config)),
+        **({"parq": asdict(config.parq)} if quantized and config.quantizer == "parq" else {}),
         "modes": list(measured_modes(config, plan.method)),
         "skip": list(config.skip),
         **plan.widths,
@@ -262,6 +266,11 @@ def run_settings(config: StudyConfig, plan: PlannedRun) -> dict[str, Any]:
         "count_products": config.count_products,
         PLANNED_RECORDS: planned_records(config, plan.method),
     }
+
+
+def _distillation_settings(config: StudyConfig) -> dict[str, Any]:
+    assert config.distillation is not None
+    return {"distillation": asdict(config.distillation), "measured_loss": MEASURED_LOSSES[config.measured_loss]}
 
 
 def _scale_settings(config: StudyConfig) -> dict[str, Any]:

@@ -22,6 +22,7 @@ EXTRA_OF = {
     "pytorch_lightning": "lightning",
     "gguf": "export",
     "torchao": "torchao",
+    "lm_eval": "lm-eval",
     "shtab": "completion",
 }
 

@@ -103,7 +103,7 @@ def read_cells(ax: Axes, curve: Curve, name: str, cells: DensityCells) -> None:
 def limits(found: Sequence[DensityCells]) -> tuple[float, float]:
     """The heights that the y axis shows, so that every cell is seen."""
     tops = np.concatenate([cells.heights[1] for cells in found])
-    tops = tops[tops > 0]
+    tops = tops[(tops > 0) & np.isfinite(tops)]  # the cell of a single value has no width
     if not len(tops):
         return 0.1, 10.0
     highest, lowest = float(tops.max()), float(tops.min())

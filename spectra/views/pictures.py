@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from spectra.backend.errors import InputError
 from spectra.estimates.estimate import CONFIDENCE
 from spectra.estimates.quantities import ESTIMATES
 from spectra.runs.folder import Run
@@ -88,7 +90,10 @@ def density_pictures(run: Run | Sequence[Run]) -> list[Picture]:
     given = [run] if isinstance(run, Run) else list(run)
     runs = [single for single in single_runs(given) if any(map(single.keeps_density, single.measured))]
     several = len(given) > 1 or bool(given[0].runs)
-    pictures = [_of_groups(kind, runs, mode, given) for kind in ABOUT for mode in _modes(runs)] if runs else []
+    pictures: list[Picture] = []
+    for kind, mode in [(kind, mode) for kind in ABOUT for mode in _modes(runs) if runs]:
+        with contextlib.suppress(InputError):  # a kind of figure that these spectra have nothing to draw for
+            pictures.append(_of_groups(kind, runs, mode, given))
     for mode in _modes(runs):
         having = [single for single in runs if mode is None or mode in modes(single)]
         for group, members in _groups(having).items():

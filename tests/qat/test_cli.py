@@ -17,6 +17,7 @@ from qat import cli
 from qat.study.config import SmallLlamaConfig, StudyConfig
 from qat.training.config import SMALL_LLAMA_RATE, TrainConfig
 from qat.training.distillation import DistillationConfig
+from qat.training.parq import PARQConfig
 from spectra.runs.folder import Run
 from spectra.views import page
 
@@ -118,7 +119,8 @@ def test_every_option_reaches_the_study(monkeypatch, llama, tmp_path):
         --validation-sequences 5 --seed 11 --quantizer lsq --skip a b --preset released --every 3 --sigma 0.25
         --group-size 4 --workers 2 --initial-scale mse --modes latent,noisy --probes 6 --lanczos-steps 8
         --measure-sequences 4 --no-reference
-        --save-every 3 --distill 0.3 --distill-temperature 2 --distill-hidden 0.5"""
+        --save-every 3 --distill 0.3 --distill-temperature 2 --distill-hidden 0.5
+        --measured-loss training"""
     assert cli.main(["compare", *options.split(), *llama]) == 0
     (config,) = seen
     folder, text = llama[1], llama[3]
@@ -145,6 +147,7 @@ def test_every_option_reaches_the_study(monkeypatch, llama, tmp_path):
         reference=False,
         save_every=3,
         distillation=DistillationConfig(weight=0.3, temperature=2.0, hidden=0.5),
+        measured_loss="training",
         train=TrainConfig(
             steps=7,
             batch_size=3,
@@ -157,6 +160,30 @@ def test_every_option_reaches_the_study(monkeypatch, llama, tmp_path):
         ),
         winq=cli.WinQConfig(every=3, alpha=0.8, sigma=0.25, noise_scales=True),
     )
+
+
+def test_the_options_of_parq_reach_the_training(monkeypatch):
+    seen = []
+    monkeypatch.setattr("qat.study.compare.train_one", lambda config, say: seen.append(config))
+    options = "train --out OUT --quantizer parq --parq-start 0.1 --parq-end 0.7 --parq-steepness 4 --device cpu"
+    assert cli.main(options.split()) == 0
+    assert seen[0].parq == PARQConfig(start=0.1, end=0.7, steepness=4.0)
+    assert cli.main(["train", "--out", "OUT", "--quantizer", "parq", "--device", "cpu"]) == 0
+    assert seen[1].parq == PARQConfig()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--parq-start 0.1", "anneal the quantizer parq, got 'auto': give --quantizer parq"),
+        ("--quantizer parq --parq-start 0.9 --parq-end 0.5", "0 <= start < end <= 1"),
+        ("--quantizer parq --parq-steepness 0", "steepness must be above 0"),
+        ("--measured-loss training", "give --distill"),
+        ("--distill --measured-loss teacher", "choose one of cross-entropy, training"),
+    ],
+)
+def test_settings_of_what_is_not_used_are_refused(capfd, options, message):
+    assert message in refused(capfd, "train", "--out", "OUT", "--device", "cpu", *options.split())
 
 
 def test_without_options_the_defaults_are_those_of_the_settings(monkeypatch):

@@ -67,6 +67,33 @@ def test_wide_rows_have_types_of_few_bits(bits, kind, tmp_path):
     assert difference.abs().max() < 10 * ROUNDING * logits(model).abs().max()
 
 
+def test_a_matrix_whose_scales_float16_is_too_coarse_for_is_refused(tmp_path):
+    """Read back, it would differ: float16 has 6e-8 as its smallest step, and 2^-10 of it from 6.1e-5."""
+    model = trained("llama", 2, steps=0)
+    layer = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        layer.weight.mul_(1e-5)
+        layer.scale.mul_(1e-5)
+    with pytest.raises(InputError, match=r"mlp\.up_proj read back .* by \d+\.\d% of its norm .*use --format packed"):
+        exported(model, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("quantizer", ["auto", "rtn", "parq"])
+def test_two_bits_read_back_in_the_order_of_the_file(quantizer, tmp_path):
+    """Rows of queries and keys lie in llama.cpp's order: compared with Q(W) as it is, they correlate with nothing."""
+    model = trained("llama", 2, options={"hidden": 256}, quantizer=quantizer)
+    facts = exported(model, tmp_path).facts
+    assert facts["block_types"] == {"Q2_K": 7}
+    assert facts["read_back_difference"] <= ROUNDING
+    attention, found = model.model.layers[0].self_attn, tensors(tmp_path)[0]
+    values = gguf.dequantize(found["blk.0.attn_q.weight"].data, gguf.GGMLQuantizationType.Q2_K)
+    rows = attention.q_proj.quantized_weight().detach().numpy()
+    assert np.corrcoef(values.ravel(), rows.ravel())[0, 1] < 0.5
+    ordered = rows.reshape(4, 2, 32, 256).swapaxes(1, 2).reshape(256, 256)
+    assert np.allclose(values, ordered, rtol=2 * ROUNDING)
+
+
 def tensors(tmp_path):
     reader = gguf.GGUFReader(tmp_path / "out" / FILE)
     return {tensor.name: tensor for tensor in reader.tensors}, reader.fields
@@ -126,6 +153,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
     refused(trained("llama", options={"hidden_act": "gelu"}), "no llama model with the activation gelu")
     refused(trained("llama", 2, steps=0, quantizer="quest"), "no integers times a scale")
     refused(trained("llama", 2, group_size=16), "in groups of 16")
+    refused(trained("llama", 8, quantizer="parq"), "integers from -255 to 255 times a scale")
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     refused(trained("llama", options={"rope_parameters": dynamic}), "of the type dynamic")
 

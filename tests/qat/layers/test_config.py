@@ -1,6 +1,7 @@
 """Configurations: what they accept, and that every refusal is one line that names what is supported."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -116,3 +117,16 @@ def test_winq_refuses(options, message):
     with pytest.raises(InputError, match=message) as caught:
         qat.WinQConfig(**options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("ternary", 1.58), ("binary", 1), (1.585, 1.58), (math.log2(3), 1.58), ("1.585", 1.58)]
+)
+def test_bits_have_the_names_and_digits_of_papers(given, expected):
+    assert qat.QuantConfig(bits=given) == qat.QuantConfig(bits=expected)
+
+
+@pytest.mark.parametrize("given", [1.5, 1.6, 1.59, "tern"])
+def test_bits_near_those_of_three_levels_are_refused(given):
+    with pytest.raises(InputError, match="bits must be one of"):
+        qat.QuantConfig(bits=given)

@@ -1,5 +1,6 @@
 """quantize_model on plain modules and on every architecture, with tied and untied heads."""
 
+import copy
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from torch import nn
 
 import qat
 from qat.layers.config import BITS
-from qat.layers.linear import weight_names
+from qat.layers.linear import full_precision_names, weight_names
 from spectra.backend.errors import InputError
 
 COMMON = {"vocab_size": 24, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
@@ -377,3 +378,110 @@ def test_an_output_projection_of_attention_may_be_a_plain_linear_layer():
     assert report.swapped == ("attention.in_proj_weight", "attention.out_proj", "last")
     x = torch.randn(2, 5, 8)
     assert torch.isfinite(attention(x, x, x)[0]).all()
+
+
+class TwoNames(nn.Module):
+    """One layer under two names of its parent."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.again = self.first
+
+    def forward(self, x):
+        return self.again(torch.relu(self.first(x)))
+
+
+def test_a_layer_under_two_names_is_one_quantized_layer():
+    model = TwoNames()
+    bias = model.first.bias
+    qat.quantize_model(model, qat.QuantConfig(bits=2))
+    assert model.first is model.again
+    assert isinstance(model.again, qat.QuantLinear)
+    quantized, x = model.first.quantized_weight(), normal(3, 6, seed=1, dtype=torch.float32)
+    expected = nn.functional.linear(torch.relu(nn.functional.linear(x, quantized, bias)), quantized, bias)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "spectral_norm", "pruning"])
+def test_layers_with_a_computed_weight_are_left(how):
+    from torch.nn.utils import prune, spectral_norm, weight_norm
+
+    model = mlp(dtype=torch.float32)
+    match how:
+        case "weight_norm":
+            weight_norm(model[0])
+        case "spectral_norm":
+            spectral_norm(model[0])
+        case "pruning":
+            prune.l1_unstructured(model[0], "weight", amount=0.5)
+    x = normal(3, 4, seed=1, dtype=torch.float32)
+    hidden = model.eval()[0](x)
+    report = qat.quantize_model(model)
+    assert "computed from other parameters" in report.skipped["0"]
+    assert report.swapped == ("2",)
+    assert torch.equal(model[0](x), hidden)
+
+
+def test_a_layer_with_a_forward_pass_of_its_own_is_left():
+    model = mlp(dtype=torch.float32)
+    model[0].forward = lambda x: torch.zeros(len(x), 6)  # as accelerate's dispatch does
+    report = qat.quantize_model(model)
+    assert report.skipped["0"] == "its forward pass was replaced on this module"
+    assert model[0](torch.ones(2, 4)).abs().max() == 0
+
+
+def test_hooks_of_a_layer_stay():
+    model, seen = mlp(dtype=torch.float32), []
+    handle = model[0].register_forward_hook(lambda module, given, output: seen.append(type(module).__name__))
+    model[0].register_forward_pre_hook(lambda module, given: (2 * given[0],))
+    model[0].register_full_backward_hook(lambda module, *gradients: seen.append("backward"))
+    qat.quantize_model(model)
+    x = normal(3, 4, seed=1, dtype=torch.float32).requires_grad_()
+    output = model(x)
+    output.sum().backward()
+    assert seen == ["QuantLinear", "backward"]
+    doubled = nn.functional.linear(2 * x, model[0].quantized_weight(), model[0].bias)
+    assert torch.equal(output, model[2](model[1](doubled)))
+    handle.remove()
+    model(x)
+    assert seen == ["QuantLinear", "backward"]
+
+
+def test_weights_without_a_shape_are_refused():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    with pytest.raises(InputError, match=r"0\.weight has no shape yet: run a batch"):
+        qat.quantize_model(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("quantizer", ["auto", "rtn"])
+def test_weights_that_are_not_finite_are_refused(value, quantizer):
+    model = mlp(dtype=torch.float32)
+    with torch.no_grad():
+        model[2].weight[1, 2] = value
+    with pytest.raises(InputError, match="2 holds NaN or infinity in its weight"):
+        qat.quantize_model(model, qat.QuantConfig(bits=2, quantizer=quantizer))
+    assert type(model[0]) is nn.Linear
+    assert qat.quantize_model(model, qat.QuantConfig(bits=2, quantizer=quantizer, skip="2")).swapped == ("0",)
+
+
+def test_layers_that_rwkv_rescales_in_place_are_left():
+    """In evaluation mode it divides weights by powers of two, which a learned scale would not follow."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "num_hidden_layers": 5, "attention_hidden_size": 8, "intermediate_size": 12}
+    plain = t.RwkvForCausalLM(t.RwkvConfig(**COMMON, **shape, rescale_every=2)).train()
+    model = copy.deepcopy(plain)
+    report = qat.quantize_model(model)
+    left = [name for name, reason in report.skipped.items() if reason == "RwkvModel rescales its weight in place"]
+    assert len(left) == 10
+    parameters = dict(plain.named_parameters())
+    with torch.no_grad():
+        for name, layer in full_precision_names(model).items():
+            parameters[name].copy_(layer.quantized_weight())
+    tokens = torch.arange(2, 14).reshape(2, 6)
+    for mode in (True, False):
+        logits = [each.train(mode)(input_ids=tokens, use_cache=False).logits for each in (model, plain)]
+        assert torch.equal(*logits)

@@ -218,3 +218,16 @@ def test_repr_names_the_quantizer():
     assert "in_features=5, out_features=3, bias=True, quantizer=StretchedElastic(bits=2)" in repr(linear())
     table = QuantEmbedding(nn.Parameter(torch.ones(6, 4)), make_quantizer("binary", 1))
     assert "rows=6, columns=4, quantizer=BinaryElastic(bits=1)" in repr(table)
+
+
+@pytest.mark.parametrize(("name", "bits"), LEARNED)
+def test_weights_of_a_plain_model_bring_a_scale_that_starts_from_them(name, bits):
+    layer, other = linear(name, bits), nn.Linear(5, 3).double()
+    state = {"weight": other.weight.detach() * 7, "bias": other.bias.detach()}
+    with pytest.raises(RuntimeError, match=r"Missing key.*scale"):
+        copy.deepcopy(layer).load_state_dict(state)
+    assert layer.load_state_dict(state, strict=False).missing_keys == ["scale"]
+    assert torch.equal(layer.scale, layer.quantizer.initial_scale(state["weight"]))
+    kept = {**layer.state_dict(), "scale": layer.scale.detach() * 2}
+    layer.load_state_dict(kept)
+    assert torch.equal(layer.scale, kept["scale"])

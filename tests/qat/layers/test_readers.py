@@ -352,3 +352,39 @@ def test_a_subclass_of_attention_is_left():
     report = qat.quantize_model(nn.ModuleDict({"a": Own(8, 2), "b": nn.Linear(8, 8)}), qat.QuantConfig(bits=2))
     assert report.swapped == ("b",)
     assert set(report.skipped) == {"a", "a.out_proj"}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bits", [16, 8])
+def test_the_report_says_which_implementation_gets_the_quantized_experts(implementation, bits):
+    notes = qat.quantize_model(moe("mixtral", implementation), qat.QuantConfig(bits=2, activation_bits=bits)).notes
+    (note,) = [note for note in notes if note.startswith("MixtralExperts: ")]
+    assert f"experts_implementation={implementation!r} gets quantized experts" in note
+    assert ("in a loop over experts" in note) == (implementation == "eager" and bits == 8)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_a_kernel_that_somebody_registers_gets_quantized_weights(activation_bits, compiled, monkeypatch):
+    """One that fuses the gate into its products, as sonicmoe does: without quantized activations it is used."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    seen = []
+
+    def fused(self, hidden_states, top_k_index, top_k_weights):
+        seen.append((self.gate_up_proj, self.down_proj))
+        return expert_by_expert(self, hidden_states, top_k_index, top_k_weights)
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "fused", fused)
+    model = moe("mixtral")
+    qat.quantize_model(model, qat.QuantConfig(bits=2, activation_bits=activation_bits))
+    expected = model(**BATCH).logits
+    model.set_experts_implementation("fused")
+    run = torch.compile(model, backend="eager") if compiled else model
+    torch.testing.assert_close(run(**BATCH).logits, expected)
+    assert len(seen) == (activation_bits == 16)
+    experts = experts_of(model)
+    for weights in seen:
+        assert torch.equal(weights[0], experts.get_submodule("gate_up_proj").quantized_weight().reshape(4, 32, 8))
+        assert not torch.equal(weights[1], experts.get_submodule("down_proj").weight)
+    torch._dynamo.reset()

@@ -19,8 +19,9 @@ from qat.study.config import SmallLlamaConfig, StudyConfig
 from qat.study.resume import check_same, is_finished, planned_marks, validation_curve
 from qat.study.start import prepare
 from qat.training.config import TrainConfig
-from qat.training.distillation import DistillationConfig
+from qat.training.distillation import Distillation, DistillationConfig
 from qat.training.evaluate import evaluate
+from qat.training.parq import PARQConfig
 from qat.training.train import train
 from spectra.backend.errors import InputError, NonFiniteError
 from spectra.integrations.loading import load_model, load_tokenizer
@@ -450,6 +451,46 @@ def test_distilled_runs_say_which_loss_is_measured(done, llama, tmp_path):
     assert "distillation" not in Run(tmp_path / "out" / "full-precision").config
     with pytest.raises(InputError, match="distillation"):
         study.compare(replace(config, distillation=None), say=lambda line: None)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_loss_that_distillation_trains_is_measured_on_request(llama, tmp_path):
+    distilled = DistillationConfig(weight=0.8, temperature=2.0, hidden=0.5)
+    given = {"bits": (2,), "methods": ("baseline",), "reference": True, "distillation": distilled, **ROUGH}
+    config = tiny(llama, tmp_path / "out", measured_loss="training", **given)
+    assert len(study.compare(config, say=lambda line: None)) == 2
+    run, reference = run_of(tmp_path / "out", 2, "baseline"), run_of(tmp_path / "out", 16, "full-precision")
+    assert run.config["measured_loss"] == "the training loss"
+    note = f"the training loss is measured; trained with {distilled.in_words()}"
+    assert all(note in record.notes for record in run.records)
+    assert not any("measured" in note for record in reference.records for note in record.notes)
+    assert "Their spectra are those of this loss" in (tmp_path / "out" / "table.md").read_text()
+    start = prepare(config, say=lambda line: None)
+    student = load_model(llama[0])
+    qat.quantize_model(student, qat.QuantConfig(bits=2))
+    loss = Distillation(start.model, distilled)(student.eval(), start.batches[0]).item()
+    assert run.records[0].loss == pytest.approx(loss, rel=1e-5)
+    assert reference.records[0].loss == pytest.approx(load_model(llama[0])(**start.batches[0]).loss.item(), rel=1e-5)
+    with pytest.raises(InputError, match="measured_loss"):
+        study.compare(replace(config, measured_loss="cross-entropy"), say=lambda line: None)
+    with pytest.raises(InputError, match="give --distill"):
+        tiny(llama, tmp_path / "out", measured_loss="training")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_annealing_of_parq_is_a_setting_that_runs_follow_and_record(llama, tmp_path):
+    annealing = PARQConfig(start=0.25, end=0.5, steepness=3.0)
+    given = {"bits": (2,), "methods": ("baseline",), "quantizer": "parq", **ROUGH}
+    losses = []
+    for name, parq in (("given", annealing), ("default", PARQConfig())):
+        config = tiny(llama, tmp_path / name, parq=parq, **given)
+        losses += [row["validation_loss"] for row in study.compare(config, say=lambda line: None)]
+        assert run_of(tmp_path / name, 2, "baseline").config["parq"] == asdict(parq)
+    assert losses[0] != losses[1]
+    with pytest.raises(InputError, match="parq"):
+        study.compare(tiny(llama, tmp_path / "given", **given), say=lambda line: None)
+    with pytest.raises(InputError, match="--quantizer parq"):
+        tiny(llama, tmp_path / "out", parq=annealing)
 
 
 class Poison(TrainerCallback):

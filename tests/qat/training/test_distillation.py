@@ -6,9 +6,10 @@ import math
 import pytest
 import tiny_models
 import torch
-from oracles import generator
+from oracles import dense_hessian, generator, normal, relative_error
 
 import qat
+from qat.layers.linear import full_precision_names
 from qat.text.corpus import Blocks
 from qat.training.config import TrainConfig
 from qat.training.distillation import Distillation, DistillationConfig, divergence
@@ -115,6 +116,28 @@ def test_distilling_brings_the_student_nearer_to_its_teacher():
             pair = [m.eval()(input_ids=rows).logits for m in (teacher, student)]
         far.append(divergence(*pair).mean().item())
     assert far[1] < 0.5 * far[0]
+
+
+def test_its_hessian_is_that_of_the_loss_and_not_of_the_cross_entropy():
+    """The "quantized" mode against the dense Hessian of the plain student at Q(W), in float64."""
+    teacher = tiny_models.causal_lm("llama", dtype=torch.float64)
+    student = copy.deepcopy(teacher)
+    qat.quantize_model(student, qat.QuantConfig(bits=2))
+    twin = copy.deepcopy(teacher).eval()
+    twin.set_attn_implementation("eager")  # fused attention has no second derivative
+    plain = dict(twin.named_parameters())
+    chosen = []
+    with torch.no_grad():
+        for name, layer in full_precision_names(student).items():
+            plain[name].copy_(layer.quantized_weight())
+            chosen.append(plain[name])
+    distillation = Distillation(teacher, DistillationConfig(0.6, 2.0, 0.3))
+    op = qat.hessian_operator(student.eval(), [batch()], mode="quantized", loss=distillation)
+    dense = dense_hessian(distillation(twin, batch()), chosen)
+    other = dense_hessian(twin(**batch()).loss, chosen)
+    vector = normal(len(dense), seed=3)
+    assert relative_error(op @ vector, dense @ vector) < 1e-6
+    assert relative_error(op @ vector, other @ vector) > 0.1
 
 
 def test_the_loss_is_compiled_whole():
