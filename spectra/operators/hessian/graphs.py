@@ -278,7 +278,7 @@ class GraphStore:
         if state is None or state.precision != self.precision or self._within is not None:
             return None
         known = zip(state.pieces, state.losses, state.kept, strict=False)
-        return next(((own.share, *rest) for own, *rest in known if own.batch is piece.batch and own.share > 0), None)
+        return next(((own.share, x, g) for own, x, g in known if own.batch is piece.batch and own.share > 0), None)
 
     @property
     def keeps_every_graph(self) -> bool:
