@@ -54,7 +54,7 @@ def run_jobs(
     Raises:
         InputError: A worker was killed, as systems do when memory runs out.
     """
-    if workers <= 1:
+    if workers <= 1 or not arguments:  # nothing is left to run where a killed study was finished
         for index, given in enumerate(arguments):
             yield index, job(shared, *given)
         return

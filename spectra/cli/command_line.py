@@ -68,7 +68,8 @@ def run_command(main: Main, *, name: str | None = None) -> Callable[..., int]:
     def command(arguments: Sequence[str] | None = None) -> int:
         code = 2
         for stream in (sys.stdout, sys.stderr):  # may be in an encoding without the letters of a name or a formula
-            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            # in the locale C errors are "surrogateescape", which letters of Greek fail with as well
+            if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
                 stream.reconfigure(errors="backslashreplace")
         try:
             with _no_interrupt_is_lost(), _warnings_in_one_line(program):

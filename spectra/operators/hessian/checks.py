@@ -2,7 +2,7 @@
 
 Two are checked here: Hessian-vector products are the derivative of the gradient, and the gradient is that of the loss
 in the model's own parameters. A third is checked in `spectra.operators.hessian.pieces`: the loss over all batches is
-the weighted sum over its pieces. All checks together cost about five products.
+the weighted sum over its pieces. All checks together cost at most five products.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import nn
 
 from spectra.backend.errors import InputError, NonFiniteError
 from spectra.backend.vectors import any_entry, dot, norm
-from spectra.operators.hessian.graphs import GraphStore
+from spectra.operators.hessian.branches import HeldBranches
+from spectra.operators.hessian.graphs import LOSS_ROUNDING, GraphStore
 from spectra.operators.hessian.isolation import names_with_hooks
 from spectra.operators.hessian.precision import LOWER
 
@@ -31,7 +32,6 @@ FULL_RATE_FLOAT64 = ((8, 0), (9, 0), (10, 0))  # compute capabilities of A100, H
 PRODUCT_TOLERANCE = {torch.float64: 2e-3, torch.float32: 0.05}  # relative difference of a product from a difference
 QUICK_STEP = 2e-3  # of float32 differences, relative to the weights' norm; smooth models need no float64
 QUICK_TOLERANCE = 2e-3  # relative difference up to which a difference in float32 is conclusive
-LOSS_ROUNDING = 64  # rounding errors by which two computations of a loss may differ
 ROUNDING_LIMIT = 0.05  # relative rounding error of a product above which its precision is refused
 SLOPE_STEPS = {torch.float64: (1e-5, 1e-4, 1e-6), torch.float32: (1e-3, 1e-2, 3e-3)}  # relative to the weights' norm
 SLOPE_TOLERANCE = 0.05  # relative difference of a slope from a difference of losses
@@ -88,7 +88,8 @@ def check_gradient(graphs: GraphStore) -> float:
 
     Where the weights themselves are measured, and no copy in another precision, the loss is compared first. If it is
     the same to rounding, the gradient is not compared: autograd has seen every parameter that the loss reads, and
-    `check_derivatives` compares the gradient with the loss.
+    `check_derivatives` compares the gradient with the loss. Nothing is compared again if the comparison of the batches
+    with all of them together has used the model's own parameters for these, see `spectra.operators.hessian.pieces`.
 
     Args:
         graphs: The graphs of the gradient that is checked.
@@ -104,10 +105,12 @@ def check_gradient(graphs: GraphStore) -> float:
     hooked = names_with_hooks(graphs.model)
     if hooked:
         graphs.note(f"gradient hooks, which are no part of the loss, are left out: {', '.join(hooked[:3])}")
-    if graphs.writes_to_weights or any(p.is_inference() for p in graphs.model.parameters()):
+    if not graphs.runs_without_stand_ins:
         return math.nan
+    if graphs.own_gradient_error is not None:
+        return graphs.own_gradient_error
     if graphs.copy is None and graphs.precision not in LOWER:
-        with _other_numbers(graphs):
+        with graphs.other_random_numbers():
             own_loss = graphs.loss_of_the_model_itself()
         error = _relative(abs(own_loss - graphs.loss()), abs(own_loss))
         if error <= LOSS_ROUNDING * torch.finfo(graphs.dtype).eps:
@@ -122,7 +125,7 @@ def _compare_gradients(graphs: GraphStore) -> float:
         with graphs.in_full_precision():
             measured_loss, measured = graphs.gradient_at(graphs.objective)
     try:
-        with graphs.in_full_precision(), _other_numbers(graphs):
+        with graphs.in_full_precision(), graphs.other_random_numbers():
             loss, own = graphs.gradient_of_the_model_itself()
     except RuntimeError:  # such as a batch in another precision than the model's
         if graphs.copy is None:
@@ -137,7 +140,7 @@ def _compare_gradients(graphs: GraphStore) -> float:
         return error
     with graphs.in_full_precision():
         once = graphs.gradient_at(graphs.objective)[1]
-        with _other_numbers(graphs):
+        with graphs.other_random_numbers():
             again = norm(once - graphs.gradient_at(graphs.objective)[1])
     if again > REPEATABLE * scale or (graphs.copy is None and again > 0.1 * error * scale):
         raise InputError(
@@ -150,11 +153,6 @@ def _compare_gradients(graphs: GraphStore) -> float:
         "replaced; let it read them from the model when it is called"
         + (", or leave out precision=" if graphs.precision is not None else "")
     )
-
-
-def _other_numbers(graphs: GraphStore) -> AbstractContextManager[None]:
-    """Other random numbers in evaluation mode; in training mode the same ones, which belong to the measured loss."""
-    return contextlib.nullcontext() if graphs.training else graphs.other_random_numbers()
 
 
 def _rounding_of_weights(graphs: GraphStore) -> float:
@@ -203,30 +201,31 @@ def check_derivatives(
     Raises:
         FailedCheckError: If an error is larger than rounding error. The message names the parameter with the largest.
     """
-    moved = (product != 0) | (graphs.gradient() != 0)
+    gradient = graphs.gradient()
+    moved = (product != 0) | (gradient != 0)
     if any_entry(
         moved, over=graphs.shards
     ):  # else the loss is flat, as of a saturated softmax, and the differences have to be zero too
         direction = direction * moved
     if graphs.dtype == torch.float32:
-        found = _quick_comparison(graphs, direction, product, rounding)
+        found = _quick_comparison(graphs, direction, product, gradient, rounding)
         if found is not None:
             return found
 
     def compare(dtype: torch.dtype) -> DerivativeErrors:
         with _linearized(graphs, dtype):
             error, part, slope = _check_product(graphs, direction, product, rounding, dtype)
-            return DerivativeErrors(error, part, _check_slope(graphs, direction, slope, dtype))
+            return DerivativeErrors(error, part, _check_slope(graphs, direction, gradient, slope, dtype))
 
     return _in_a_precision_that_runs(graphs, compare)
 
 
 def _quick_comparison(
-    graphs: GraphStore, u: torch.Tensor, product: torch.Tensor, rounding: float
+    graphs: GraphStore, u: torch.Tensor, product: torch.Tensor, gradient: torch.Tensor, rounding: float
 ) -> DerivativeErrors | None:
     """The errors from one difference in float32; None where they are too large for that to be conclusive."""
     h = QUICK_STEP * _relative(_norm_of_weights(graphs), norm(u, over=graphs.shards))
-    with _linearized(graphs, torch.float32):
+    with _linearized(graphs, torch.float32, branches=graphs.is_piecewise_linear()):
         try:
             difference, slope = _central_difference(graphs, h * u, torch.float32)
         except NonFiniteError:
@@ -235,7 +234,7 @@ def _quick_comparison(
         error = _relative(norm(difference / h - product, over=over), norm(product, over=over))
         if not error <= max(QUICK_TOLERANCE, ROUNDING_ROOM * rounding):
             return None
-        return DerivativeErrors(error, 0.0, _check_slope(graphs, u, slope / h, torch.float32))
+        return DerivativeErrors(error, 0.0, _check_slope(graphs, u, gradient, slope / h, torch.float32))
 
 
 def _central_difference(graphs: GraphStore, offset: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
@@ -306,12 +305,13 @@ def _best_difference(
     return math.nan, None, math.nan
 
 
-def _check_slope(graphs: GraphStore, u: torch.Tensor, slope: float, dtype: torch.dtype) -> float:
+def _check_slope(
+    graphs: GraphStore, u: torch.Tensor, gradient: torch.Tensor, slope: float, dtype: torch.dtype
+) -> float:
     """The relative error of the slope g . u, or if that is large, of the slope along the gradient.
 
     Along the gradient the loss changes most, so that rounding error matters least.
     """
-    gradient = graphs.gradient()
     steepest, expected = norm(gradient, over=graphs.shards), dot(gradient, u, over=graphs.shards)
     if steepest == 0:
         return math.nan
@@ -451,17 +451,31 @@ def _relative(part: float, whole: float) -> float:
 
 
 @contextlib.contextmanager
-def _linearized(graphs: GraphStore, dtype: torch.dtype) -> Iterator[None]:
-    """A context in which modules with straight-through estimators compute the function whose derivative they define."""
-    found = next((m.linearization() for m in graphs.model.modules() if isinstance(m, StraightThrough)), None)
-    if found is None:
+def _linearized(graphs: GraphStore, dtype: torch.dtype, *, branches: bool = False) -> Iterator[None]:
+    """A context in which modules with straight-through estimators compute the function whose derivative they define.
+
+    If `branches`, piecewise linear functions stay on the branches that they take at the measured weights.
+    """
+    rounding = next((m for m in graphs.model.modules() if isinstance(m, StraightThrough)), None)
+    held: list[Linearization] = [] if rounding is None else [rounding.linearization()]
+    if branches:
+        held.append(HeldBranches(graphs.device))
+    if not held:
         yield
         return
     before = graphs.each_forward
     try:
-        graphs.each_forward = found.record
+        graphs.each_forward = lambda: _all_of([linearization.record() for linearization in held])
         graphs.loss_at(dtype=dtype)
-        graphs.each_forward = found.replay
+        graphs.each_forward = lambda: _all_of([linearization.replay() for linearization in held])
         yield
     finally:
         graphs.each_forward = before
+
+
+@contextlib.contextmanager
+def _all_of(contexts: list[AbstractContextManager[None]]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

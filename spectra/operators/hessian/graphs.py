@@ -18,6 +18,7 @@ from spectra.backend import memory, ranks
 from spectra.backend.errors import InputError, NonFiniteError, first_line
 from spectra.backend.shards import Shards
 from spectra.operators.hessian import engines
+from spectra.operators.hessian.branches import BranchesSeen
 from spectra.operators.hessian.fingerprint import fingerprint, optimizer_steps
 from spectra.operators.hessian.footprint import Footprint, measure_footprint
 from spectra.operators.hessian.isolation import (
@@ -45,6 +46,7 @@ from spectra.operators.hessian.substitution import Substitution, WeightsWritten,
 T = TypeVar("T")
 Part = tuple[int, ...] | None  # positions of the parameters of a diagonal block; None for all of them
 OTHER_SEED = 20240229  # of the random numbers that show whether a forward pass depends on random numbers
+LOSS_ROUNDING = 64  # rounding errors by which two computations of a loss may differ
 POLICIES = ("auto", "keep", "recompute", "recompute layers", "rebuild")
 CHOICES = [NOTHING, ATTENTION_AND_LOSS, LAYERS]
 RECOMPUTED = {"recompute": ATTENTION_AND_LOSS, "recompute layers": LAYERS}  # what a policy recomputes from the start
@@ -97,7 +99,10 @@ class _State:
     """What was computed at one set of weights."""
 
     substitution: Substitution
+    precision: str | None  # of matrix products
     loss: float
+    pieces: tuple[Piece, ...]
+    losses: list[float]  # of each piece, times its share
     kept: list[engines.Tensors]
     gradient: torch.Tensor | None  # None where the kept graphs hold all of it
     forward: dict[tuple[int, Part], engines.ForwardOverReverse]
@@ -123,6 +128,9 @@ class GraphStore:
     Attributes:
         can_be_cut: Returns whether batches may be cut into rows, which some losses do not allow.
         writes_to_weights: Whether the forward pass was seen to write to weights, as an embedding with max_norm does.
+        piecewise_linear: Whether a forward pass was seen to call a piecewise linear function, such as ReLU.
+        own_gradient_error: The relative difference of loss and gradient from those that the model's own parameters
+            give, where a comparison of batches has measured it at the current parameters.
         unused: Names of chosen parameters that the gradient does not reach.
         when_out_of_memory: Makes later computations need less memory, and says how in words; by default
             `reduce_memory`.
@@ -172,6 +180,8 @@ class GraphStore:
         self._written: dict[int, torch.Tensor] | None = None  # the weights as the forward pass leaves them
         self._other_numbers = False
         self._within: Part = None
+        self.piecewise_linear = False
+        self.own_gradient_error: float | None = None
         self._redirected = False  # whether the loss reads parameters or constants past the modules
         self.unused: tuple[str, ...] = ()
 
@@ -208,6 +218,12 @@ class GraphStore:
     def on_this_rank(self, check: Callable[[GraphStore], T]) -> T:
         """Call a check with the graphs that this process holds; it needs no other rank."""
         return check(self)
+
+    def is_piecewise_linear(self) -> bool:
+        """`piecewise_linear`, the same on every rank that has a part of the objective."""
+        if not self.over_ranks:
+            return self.piecewise_linear
+        return ranks.all_reduce_min(0 if self.piecewise_linear else 1, self.device) == 0
 
     def adopt(self, objective: Objective, note: str) -> bool:
         """Take over the objective that `settle_shares` found for the graphs of this process. Whether it is another.
@@ -247,6 +263,24 @@ class GraphStore:
             return state.gradient.clone()
         return functools.reduce(torch.add, map(self._flat, state.kept))
 
+    def kept_loss(self, piece: Piece) -> float | None:
+        """The loss of a piece alone at the current weights; None where its graph is not kept."""
+        found = self._kept(piece)
+        return None if found is None else found[1] / found[0]
+
+    def kept_gradient(self, piece: Piece) -> torch.Tensor | None:
+        """The gradient (n,) of a piece alone at the current weights; None where its graph is not kept."""
+        found = self._kept(piece)
+        return None if found is None else self._flat(found[2]).div_(found[0])
+
+    def _kept(self, piece: Piece) -> tuple[float, float, engines.Tensors] | None:
+        """The share of a piece with the batch of this one whose graph is kept, its weighted loss and gradient."""
+        state = self._state
+        if state is None or state.precision != self.precision or self._within is not None:
+            return None
+        known = zip(state.pieces, state.losses, state.kept, strict=False)
+        return next(((own.share, x, g) for own, x, g in known if own.batch is piece.batch and own.share > 0), None)
+
     @property
     def keeps_every_graph(self) -> bool:
         """Whether no product has to build a graph again."""
@@ -278,7 +312,7 @@ class GraphStore:
         if self.weights_changed(thorough=thorough):
             self.forget()
             self.space = self.space.renewed(self.model)
-            self._random_states = self._written = None
+            self._random_states = self._written = self.own_gradient_error = None
         if self._state is not None:
             return False
         self.run_within_memory(self._compute, self.when_out_of_memory, vectors=1)
@@ -304,7 +338,7 @@ class GraphStore:
             self._recomputed = layout.recomputed
             if self._recomputed:
                 self.note(f"{self._recomputed} computed again in every product, for want of memory")
-        loss, kept = 0.0, []
+        losses, kept = [], []
         total = torch.zeros(self.space.dimension, dtype=self.dtype, device=self.device)
         with random_states_kept(self.device), self.on_stream():
             substitution = self.substitution()
@@ -317,7 +351,7 @@ class GraphStore:
                 unused &= set(self.unused)
                 flat = self._flat(gradient)
                 self.space.check_finite(flat, f"the gradient of {piece.name}")
-                loss += value.item()
+                losses.append(value.item())
                 total += flat
                 if index < layout.kept:
                     kept.append(gradient)
@@ -325,9 +359,10 @@ class GraphStore:
         self._note_unused()
         if self.writes_to_weights:
             self._written = substitution.values()
-        loss, total = self._over_ranks(loss, total)
+        loss, total = self._over_ranks(sum(losses), total)
         every_graph = len(kept) == len(self.objective.pieces) and not self.over_ranks
-        self._state = _State(substitution, loss, kept, None if every_graph else total, {})
+        gradient = None if every_graph else total
+        self._state = _State(substitution, self.precision, loss, self.objective.pieces, losses, kept, gradient, {})
         for note in self.objective.batch_loss.notes:
             self.note(note)
 
@@ -480,9 +515,12 @@ class GraphStore:
             substitution = self.substitution(dtype=dtype, offset=offset)
             for piece in objective.pieces:
                 value, gradient = self.build(piece, substitution, second_order=False, part=self._within)
-                flat = self._flat(gradient)
                 loss += value.item()
-                total = flat if total is None else total.add_(flat)
+                if total is None:
+                    total = self._flat(gradient)
+                    continue
+                for sum_, part in zip(self.space.unflatten(total), gradient, strict=True):
+                    sum_.add_(part.detach())
         assert total is not None  # an objective has at least one piece
         return self._over_ranks(loss, total)
 
@@ -518,24 +556,43 @@ class GraphStore:
             total = ranks.all_reduce_sum_(torch.tensor(total, dtype=torch.float64, device=self.device)).item()
         return total
 
-    def loss_of_the_model_itself(self) -> float:
-        """The loss as a training computes it: in the model's own parameters, without stand-ins."""
+    @property
+    def runs_without_stand_ins(self) -> bool:
+        """Whether the loss can be differentiated in the model's own parameters without a change of their values."""
+        return not (self.writes_to_weights or any(p.is_inference() for p in self.model.parameters()))
+
+    def loss_of_the_model_itself(self, objective: Objective | None = None) -> float:
+        """The loss as a training computes it: in the model's own parameters, without stand-ins.
+
+        Args:
+            objective: The loss, in its pieces; None for the measured one.
+
+        Returns:
+            The loss.
+        """
         total = 0.0
         with self._own_buffers_kept():
-            for piece in self.objective.pieces:
+            for piece in (objective or self.objective).pieces:
                 with self._without_stand_ins():
                     total += float(self.objective.forward(piece, self.device).detach()) * piece.share
         if self.over_ranks:
             total = ranks.all_reduce_sum_(torch.tensor(total, dtype=torch.float64, device=self.device)).item()
         return total
 
-    def gradient_of_the_model_itself(self) -> tuple[float, torch.Tensor]:
-        """Loss and gradient (n,) as a training computes them: in the model's own parameters, without stand-ins."""
+    def gradient_of_the_model_itself(self, objective: Objective | None = None) -> tuple[float, torch.Tensor]:
+        """Loss and gradient (n,) as a training computes them: in the model's own parameters, without stand-ins.
+
+        Args:
+            objective: The loss, in its pieces; None for the measured one.
+
+        Returns:
+            The loss and the gradient.
+        """
         loss, total = 0.0, torch.zeros(self.space.dimension, dtype=self.dtype, device=self.device)
         own = {p.dtype for p in self.space.parameters}
         dtype = own.pop() if self.copy is not None and len(own) == 1 else None
         with self._own_buffers_kept():
-            for piece in self.objective.pieces:
+            for piece in (objective or self.objective).pieces:
                 with self._without_stand_ins():
                     value = self.objective.forward(piece, self.device, dtype) * piece.share
                     with second_derivatives_named():
@@ -547,17 +604,26 @@ class GraphStore:
 
     @contextlib.contextmanager
     def _without_stand_ins(self) -> Iterator[None]:
-        """The contexts around a forward pass in the model's own parameters."""
-        requiring = _requiring_gradients(self.space.parameters)
+        """The contexts around a forward pass in the model's own parameters. `piecewise_linear` is set there."""
+        requiring, seen = _requiring_gradients(self.space.parameters), BranchesSeen()
         try:
             experts = experts_in(self.model, self.space.parameters[0].dtype)
-            with self.on_stream(), self._measuring(), self._forward_pass(), requiring, experts, unwritten(self.model):
+            with (
+                self.on_stream(),
+                self._measuring(),
+                self._forward_pass(),
+                requiring,
+                experts,
+                unwritten(self.model),
+                seen,
+            ):
                 yield
         except WeightsWritten as error:
             raise InputError(
                 "the loss function or the forward pass writes to the model's weights, as an optimizer's step in it "
                 "does: let it compute the loss alone"
             ) from error
+        self.piecewise_linear = self.piecewise_linear or seen.found
 
     @contextlib.contextmanager
     def _own_buffers_kept(self) -> Iterator[None]:
@@ -969,8 +1035,11 @@ class GraphStore:
 
     @contextlib.contextmanager
     def other_random_numbers(self) -> Iterator[None]:
-        """A context in which forward passes draw other random numbers than usual."""
-        self._other_numbers = True
+        """A context in which forward passes draw other random numbers than usual.
+
+        In training mode they draw the usual ones, which belong to the measured loss.
+        """
+        self._other_numbers = not self.training
         try:
             yield
         finally:

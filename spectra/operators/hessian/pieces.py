@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from spectra.backend import memory
 from spectra.backend.errors import InputError
 from spectra.operators.hessian.batches import concatenated, constants_in, evenly_spaced_rows, kind_of, rows_in
-from spectra.operators.hessian.graphs import GraphStore
+from spectra.operators.hessian.graphs import LOSS_ROUNDING, GraphStore
 from spectra.operators.hessian.isolation import random_states_kept
 from spectra.operators.hessian.losses import counts_for_certain
 from spectra.operators.hessian.objective import Objective, Piece
@@ -71,8 +71,10 @@ def settle_shares(graphs: GraphStore) -> tuple[Objective, float, str]:
     batch normalisation in training mode, has no such shares: it is no mean over rows. The plain mean over the batches
     is measured then.
 
-    Gradients are compared for a few groups of batches, and losses for the others. This costs about a third of a
-    product. If they differ, all batches are compared by their gradients. This costs about one product.
+    Gradients are compared for a few groups of batches, and losses for the others. Those of the single batches are known
+    from their kept graphs, so that this costs at most one gradient, or half a product. The batches of a group together
+    are computed in the model's own parameters, so that no other comparison of the two is needed. If they differ, all
+    batches are compared by their gradients. This costs about one product more.
 
     Args:
         graphs: The gradient's graphs, which evaluate loss and gradient of a piece.
@@ -193,6 +195,8 @@ class _Comparison:
         # evaluations that are needed several times, by the batch's id, whether the weights are moved, and the dtype
         self._known: dict[tuple[int, bool, torch.dtype | None], _Evaluation] = {}
         self._kept = {id(batch) for batch in (*self.objective.batches, *(p.batch for p in self.objective.pieces))}
+        # whether joined batches are computed in the model's own parameters, which is then compared with nothing else
+        self.uses_own_parameters = graphs.runs_without_stand_ins and graphs.copy is None and not graphs.training
         self._signs: torch.Tensor | None = None
         self._offset: torch.Tensor | None = None
 
@@ -201,9 +205,15 @@ class _Comparison:
         key = (id(piece.batch), moved, dtype)
         if key in self._known:
             return self._known[key]
-        alone = self.objective.with_pieces([replace(piece, share=1.0)])
-        offset = self._moved_weights() if moved else None
-        found = _Evaluation(*self._sketched(*self.graphs.gradient_at(alone, offset=offset, dtype=dtype)))
+        known = None
+        if not (moved or dtype or self.graphs.training):  # in training mode dropout is left out here
+            loss, gradient = self.graphs.kept_loss(piece), self.graphs.kept_gradient(piece)
+            known = None if loss is None or gradient is None else (loss, gradient)
+        if known is None:
+            alone = self.objective.with_pieces([replace(piece, share=1.0)])
+            offset = self._moved_weights() if moved else None
+            known = self.graphs.gradient_at(alone, offset=offset, dtype=dtype)
+        found = _Evaluation(*self._sketched(*known))
         if id(piece.batch) in self._kept:
             self._known[key] = found
         return found
@@ -233,7 +243,35 @@ class _Comparison:
         parts = [self._loss(piece) for piece in pieces]
         return _relative(abs(loss - sum(parts)), max(abs(loss), sum(map(abs, parts))))
 
+    def error_of_own(self, whole: Piece, pieces: Sequence[Piece], *, thorough: bool) -> float | None:
+        """`error` with the whole computed in the model's own parameters, of the losses alone unless `thorough`.
+
+        One gradient then shows that batches add up and that stand-ins give what the model gives. None where they do not
+        both: each is then compared apart.
+        """
+        if not self.uses_own_parameters or any(self.graphs.kept_loss(piece) is None for piece in pieces):
+            self.uses_own_parameters = False
+            return None
+        alone = self.objective.with_pieces([replace(whole, share=1.0)])
+        losses = [self._loss(piece) for piece in pieces]
+        parts, shares = [self.evaluate(piece) for piece in pieces] if thorough else [], [p.share for p in pieces]
+        error = 0.0
+        with contextlib.suppress(*NOT_A_BATCH), self.graphs.other_random_numbers():
+            if thorough:
+                loss, gradient = self.graphs.gradient_of_the_model_itself(alone)
+                error = _disagreement(_Evaluation(*self._sketched(loss, gradient)), parts, shares)
+            else:
+                loss = self.graphs.loss_of_the_model_itself(alone)
+            of_losses = _relative(abs(loss - sum(losses)), max(abs(loss), sum(map(abs, losses))))
+            if error <= SUM_TOLERANCE and of_losses <= LOSS_ROUNDING * torch.finfo(self.graphs.dtype).eps:
+                return max(error, of_losses)
+        self.uses_own_parameters = False
+        return None
+
     def _loss(self, piece: Piece) -> float:
+        known = None if self.graphs.training else self.graphs.kept_loss(piece)
+        if known is not None:
+            return piece.share * known
         return self.graphs.loss_at(objective=self.objective.with_pieces([piece]))
 
     def shares(self, whole: Piece, pieces: Sequence[Piece]) -> list[float] | None:
@@ -332,16 +370,13 @@ class _Comparison:
 
     def _sketched(self, loss: float, gradient: torch.Tensor) -> tuple[float, np.ndarray]:
         """The loss, and the sketch of the gradient. Each period of entries has the same random signs, times its own."""
-        generator = torch.Generator().manual_seed(0)
         if self._signs is None:
             size = min(-(-len(gradient) // SKETCH) * SKETCH, PERIOD)
-            self._signs = (torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1).to(gradient.device)
+            self._signs = _random_signs(size, seed=0).to(gradient.device)
         total = torch.zeros(len(self._signs), dtype=torch.float64, device=gradient.device)
         periods = gradient.split(len(total))
-        for sign, part in zip(
-            (torch.randint(0, 2, (len(periods),), generator=generator) * 2 - 1).tolist(), periods, strict=True
-        ):
-            total[: len(part)] += sign * part.double()
+        for sign, part in zip(_random_signs(len(periods), seed=1).tolist(), periods, strict=True):
+            total[: len(part)].add_(part, alpha=sign)
         return loss, (total * self._signs).view(-1, SKETCH).sum(dim=0).cpu().numpy()
 
     def _moved_weights(self) -> torch.Tensor:
@@ -353,6 +388,10 @@ class _Comparison:
                 parts.append(MOVED * (size or MOVED) * torch.randn(parameter.numel(), generator=generator))
             self._offset = torch.cat(parts).to(self.graphs.device, self.graphs.dtype)
         return self._offset
+
+
+def _random_signs(count: int, *, seed: int) -> torch.Tensor:
+    return torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
 
 
 def _disagreement(whole: _Evaluation, parts: Sequence[_Evaluation], shares: Sequence[float] | np.ndarray) -> float:
@@ -583,6 +622,10 @@ def _error_of_groups(comparison: _Comparison, groups: list[list[int]], *, axis: 
             if whole is None:
                 return None
             pieces = _pieces_of(comparison.objective, group)
+            own = comparison.error_of_own(whole, pieces, thorough=number in thorough)
+            if own is not None:
+                errors.append(own)
+                continue
             if number not in thorough and comparison.error_of_losses(whole, pieces) <= SUM_TOLERANCE:
                 continue
             errors.append(comparison.error(whole, pieces))
@@ -590,6 +633,8 @@ def _error_of_groups(comparison: _Comparison, groups: list[list[int]], *, axis: 
             return None
         if errors[-1] > SUM_TOLERANCE:
             break
+    if comparison.uses_own_parameters and errors and len(chosen) == len(groups):
+        comparison.graphs.own_gradient_error = max(errors)
     return max(errors, default=None)
 
 

@@ -159,6 +159,10 @@ class ShardedGraphStore(GraphStore):
 
         return ranks.together(run, self.device)
 
+    def is_piecewise_linear(self) -> bool:
+        """See `GraphStore.is_piecewise_linear`."""
+        return self.shards.any(self._local.piecewise_linear, self.device)
+
     def adopt(self, objective: Objective, note: str) -> bool:
         """See `GraphStore.adopt`; refused where the batches of several ranks have no known weights."""
         if self.objective.is_part:

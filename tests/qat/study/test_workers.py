@@ -140,3 +140,7 @@ def test_threads_are_put_back():
         with workers.threads(64):
             assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+def test_no_jobs_are_none_with_any_number_of_workers():
+    assert [list(workers.run_jobs(print, None, [], workers=count)) for count in (1, 2)] == [[], []]

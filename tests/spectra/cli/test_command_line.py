@@ -90,11 +90,12 @@ def test_arguments_that_argparse_refuses_are_code_2(capsys):
     assert main(["--help"]) == 0
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second in the locale C
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", rb"|\u03bb| y\udce9"), ("utf-8", b"|\xce\xbb| y\\udce9")])
-def test_letters_that_the_terminal_lacks_are_no_error(encoding, shown, monkeypatch):
+def test_letters_that_the_terminal_lacks_are_no_error(encoding, shown, errors, monkeypatch):
     printed = io.BytesIO()
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding))
+        patch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding, errors=errors))
         assert run_command(lambda arguments: print("|λ| y\udce9", flush=True), name="prog")([]) == 0
         assert printed.getvalue().rstrip() == shown
 

@@ -585,3 +585,25 @@ def test_rounding_error_is_told_from_another_loss_in_float64(uneven, allowed):
     for where in ({}, {"moved": True}):
         assert pieces.SUM_TOLERANCE < comparison._error(piece, parts, **where) < pieces.ROUNDING_TOLERANCE
     assert pieces.may_be_cut(op._graphs) is allowed
+
+
+def test_sketches_of_one_gradient_longer_than_a_period_are_the_same(monkeypatch):
+    monkeypatch.setattr(pieces, "SKETCH", 2)
+    monkeypatch.setattr(pieces, "PERIOD", 4)
+    comparison = pieces._Comparison(spectra.HessianOperator(network(), BATCHES)._graphs)
+    gradient = torch.arange(1.0, 28.0)
+    first, second = (comparison._sketched(0.0, gradient)[1].tolist() for _ in range(2))
+    assert first == second
+    norms = [pieces._Comparison(comparison.graphs)._sketched(0.0, gradient)[1] for _ in range(2)]
+    assert (norms[0] == norms[1]).all()
+
+
+def test_batches_together_are_compared_with_the_gradients_of_the_kept_graphs(monkeypatch):
+    op = spectra.HessianOperator(network().double(), [(x.double(), y) for x, y in BATCHES])
+    gradients, own = [], []
+    at, of_model = op._graphs.gradient_at, op._graphs.gradient_of_the_model_itself
+    monkeypatch.setattr(op._graphs, "gradient_at", lambda *a, **k: gradients.append(1) or at(*a, **k))
+    monkeypatch.setattr(op._graphs, "gradient_of_the_model_itself", lambda *a: own.append(1) or of_model(*a))
+    op @ torch.ones(op.shape[0], dtype=torch.float64)
+    assert (len(gradients), len(own)) == (2, 1)  # two for the difference of the gradient, one for all batches together
+    assert op.checks["gradient_error"] == op.checks["pieces_error"] < 1e-12
