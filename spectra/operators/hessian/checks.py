@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -373,13 +373,18 @@ def check_unused(graphs: GraphStore) -> None:
     """
     if not graphs.unused:
         return
-    parts = []
+    parts, first, over = [], 0, graphs.shards
     for name, parameter in zip(graphs.space.names, graphs.space.parameters, strict=True):
-        size = parameter.detach().abs().double().mean().item() if parameter.numel() else 0.0
+        numbers = parameter.numel()
+        start, stop = (
+            (0, numbers) if over is None else (min(max(b - first, 0), numbers) for b in (over.start, over.stop))
+        )
+        size = _whole(parameter.detach().abs().double().mean()) if numbers and name in graphs.unused else 0.0
         step = UNUSED_STEP * (size or 1.0) if name in graphs.unused else 0.0
         # moves of both signs, as a normalisation layer cancels a common shift
-        signs = torch.arange(parameter.numel(), device=graphs.device) % 3 - 0.5
+        signs = torch.arange(start, stop, device=graphs.device) % 3 - 0.5
         parts.append(signs.to(graphs.dtype) * step)
+        first += numbers
 
     def depends(dtype: torch.dtype) -> bool:
         with _linearized(graphs, dtype):
@@ -435,8 +440,13 @@ def _steps(graphs: GraphStore, dtype: torch.dtype) -> tuple[float, ...]:
 
 
 def _norm_of_weights(graphs: GraphStore) -> float:
-    squares = [float(p.detach().double().square().sum()) for p in graphs.local.space.parameters]
+    squares = [_whole(p.detach().double().square().sum()) for p in graphs.local.space.parameters]
     return math.sqrt(sum(squares)) or 1.0
+
+
+def _whole(number: Any) -> float:
+    """A number that was computed from a tensor; from all parts of it where that is sharded."""
+    return float(number.full_tensor() if hasattr(number, "full_tensor") else number)
 
 
 def _worst_parameter(graphs: GraphStore, difference: torch.Tensor) -> str:
@@ -453,11 +463,16 @@ def _relative(part: float, whole: float) -> float:
 @contextlib.contextmanager
 def _linearized(graphs: GraphStore, dtype: torch.dtype) -> Iterator[None]:
     """A context in which modules with straight-through estimators compute the function whose derivative they define."""
-    found = next((m.linearization() for m in graphs.model.modules() if isinstance(m, StraightThrough)), None)
-    if found is None:
+    module = next((m for m in graphs.model.modules() if isinstance(m, StraightThrough)), None)
+    if module is None:
         yield
         return
-    before = graphs.each_forward
+    own = graphs.linearized(module.linearization, dtype)
+    if own is not None:
+        with own:
+            yield
+        return
+    found, before = module.linearization(), graphs.each_forward
     try:
         graphs.each_forward = found.record
         graphs.loss_at(dtype=dtype)

@@ -23,11 +23,13 @@ from spectra.operators.hessian import checks, pieces
 from spectra.operators.hessian.footprint import Footprint
 from spectra.operators.hessian.graphs import GraphLayout, GraphStore, Part
 from spectra.operators.hessian.isolation import unwrap
+from spectra.operators.hessian.layered_graphs import LayeredGraphStore
 from spectra.operators.hessian.objective import Objective
 from spectra.operators.hessian.parameters import ParameterSpace, Selection
 from spectra.operators.hessian.pick import EnginePick
 from spectra.operators.hessian.precision import LOWER, dtype_of_copy, dtype_of_vectors, note_of_copy
 from spectra.operators.hessian.sharded_graphs import ShardedGraphStore, part_of_this_rank
+from spectra.operators.hessian.sharded_layers import ShardedLayersStore, choose_store
 from spectra.operators.hessian.sharded_weights import is_sharded
 
 
@@ -81,7 +83,9 @@ class HessianOperator(LinearOperator):
         graph: "keep" the graph of every microbatch; "recompute" attention and cross-entropy in each product, whose
             graphs are the largest for long sequences and vocabularies; "recompute layers", which keeps the inputs of
             layers alone (three gradients a product instead of two); "rebuild" whole graphs in each product (three
-            gradients too, and the memory of one microbatch); or "auto": the first of these that fits in memory.
+            gradients too, and the memory of one microbatch); "gather layers", for a sharded model, which keeps the
+            inputs of layers too, and gathers the weights of one layer at a time; or "auto": the first of these that
+            fits in memory.
         engine: How several vectors at once are multiplied, see `spectra.operators.hessian.engines`. "auto" times the
             engines that may be fast at the first block of vectors, and keeps the fastest. All engines give the same
             numbers up to rounding error.
@@ -148,7 +152,10 @@ class HessianOperator(LinearOperator):
             objective = part_of_this_rank(ranks.together(given, self.device), spread)
         else:
             objective = given() if spread == "none" else given().of_this_rank()
-        graphs = self.graph_store(
+        kind = self.graph_store
+        if sharded:
+            kind = choose_store(kind, graph, space, self.dtype.itemsize, training=training)
+        graphs = kind(
             self.model,
             space,
             objective,
@@ -161,7 +168,12 @@ class HessianOperator(LinearOperator):
             over_ranks=spread == "batches" and not sharded,
             notes=self.notes,
         )
-        self._graphs: GraphStore = ShardedGraphStore(graphs) if sharded else graphs
+        self._graphs: GraphStore = graphs
+        if isinstance(graphs, LayeredGraphStore):
+            self._graphs = ShardedLayersStore(graphs)
+            self.notes.append("weights gathered one layer at a time")
+        elif sharded:
+            self._graphs = ShardedGraphStore(graphs)
         self._connect(engine)
         self._verified_for: tuple[int, ...] = ()  # the parameters, by id
         self._product_rounding = 0.0
@@ -175,6 +187,10 @@ class HessianOperator(LinearOperator):
         self.shards = self._graphs.shards
         self.spread = self.spread if self.shards is None else "batches"
         graphs.can_be_cut = functools.cache(lambda: pieces.may_be_cut(graphs))
+        if isinstance(graphs, LayeredGraphStore):
+            if engine not in ("auto", "reverse"):
+                raise InputError(f"engine={engine!r} needs whole weights: with graph='gather layers' use engine='auto'")
+            engine = "reverse"
         self._engine = EnginePick(graphs, engine)
         graphs.when_out_of_memory = self._engine.reduce_memory
         self._blocks: dict[Part, _BlockState] = {}
@@ -326,7 +342,7 @@ class HessianOperator(LinearOperator):
             with self._graphs.in_full_precision():
                 self._check_pieces()
             self.checks["gradient_error"] = self._graphs.on_this_rank(checks.check_gradient)
-            self._graphs.on_this_rank(checks.check_unused)
+            self._graphs.in_which_weights_move(checks.check_unused)
             self._check_products()
         except InputError as error:
             if self.strict:
