@@ -216,7 +216,7 @@ def check_derivatives(
     def compare(dtype: torch.dtype) -> DerivativeErrors:
         with _linearized(graphs, dtype):
             error, part, slope = _check_product(graphs, direction, product, rounding, dtype)
-            return DerivativeErrors(error, part, _check_slope(graphs, direction, slope, dtype))
+            return DerivativeErrors(error, part, check_slope(graphs, direction, slope, dtype))
 
     return _in_a_precision_that_runs(graphs, compare)
 
@@ -225,7 +225,7 @@ def _quick_comparison(
     graphs: GraphStore, u: torch.Tensor, product: torch.Tensor, rounding: float
 ) -> DerivativeErrors | None:
     """The errors from one difference in float32; None where they are too large for that to be conclusive."""
-    h = QUICK_STEP * _relative(_norm_of_weights(graphs), norm(u, over=graphs.shards))
+    h = QUICK_STEP * _relative(norm_of_weights(graphs), norm(u, over=graphs.shards))
     with _linearized(graphs, torch.float32):
         try:
             difference, slope = _central_difference(graphs, h * u, torch.float32)
@@ -235,7 +235,7 @@ def _quick_comparison(
         error = _relative(norm(difference / h - product, over=over), norm(product, over=over))
         if not error <= max(QUICK_TOLERANCE, ROUNDING_ROOM * rounding):
             return None
-        return DerivativeErrors(error, 0.0, _check_slope(graphs, u, slope / h, torch.float32))
+        return DerivativeErrors(error, 0.0, check_slope(graphs, u, slope / h, torch.float32))
 
 
 def _central_difference(graphs: GraphStore, offset: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
@@ -282,7 +282,7 @@ def _best_difference(
     Several step sizes are tried: a large one makes rounding error small, a small one does not cross the kinks of
     piecewise linear functions. NaN and None if the differences disagree among themselves as much as with the product.
     """
-    length = _relative(_norm_of_weights(graphs), norm(u, over=graphs.shards))
+    length = _relative(norm_of_weights(graphs), norm(u, over=graphs.shards))
     size = functools.partial(norm, over=graphs.shards)
     tried: list[torch.Tensor] = []
     errors: list[float] = []
@@ -306,7 +306,7 @@ def _best_difference(
     return math.nan, None, math.nan
 
 
-def _check_slope(graphs: GraphStore, u: torch.Tensor, slope: float, dtype: torch.dtype) -> float:
+def check_slope(graphs: GraphStore, u: torch.Tensor, slope: float, dtype: torch.dtype) -> float:
     """The relative error of the slope g . u, or if that is large, of the slope along the gradient.
 
     Along the gradient the loss changes most, so that rounding error matters least.
@@ -317,7 +317,7 @@ def _check_slope(graphs: GraphStore, u: torch.Tensor, slope: float, dtype: torch
         return math.nan
     if abs(slope - expected) <= SLOPE_TOLERANCE * abs(expected):
         return abs(slope / expected - 1)
-    direction, length = gradient / steepest, _norm_of_weights(graphs)
+    direction, length = gradient / steepest, norm_of_weights(graphs)
     smallest = SLOPE_ROUNDING * torch.finfo(dtype).eps * abs(graphs.loss())
     errors = []
     for relative in SLOPE_STEPS[dtype]:
@@ -439,7 +439,8 @@ def _steps(graphs: GraphStore, dtype: torch.dtype) -> tuple[float, ...]:
     return (1e-4, 1e-3, 1e-5, 1e-2) if hasattr(graphs.model, "config") else (1e-7, 1e-9, 1e-5, 1e-3, 1e-4)
 
 
-def _norm_of_weights(graphs: GraphStore) -> float:
+def norm_of_weights(graphs: GraphStore) -> float:
+    """The norm of the chosen parameters, 1 where it is zero. All ranks call this together."""
     squares = [_whole(p.detach().double().square().sum()) for p in graphs.local.space.parameters]
     return math.sqrt(sum(squares)) or 1.0
 

@@ -130,6 +130,7 @@ class GraphStore:
         reserved: Bytes that an algorithm will need for its vectors.
         context: See the argument.
         shards: Which part of every vector this rank holds, where vectors are sharded; else None.
+        second_order: Whether gradients get a graph. Differences of the gradient need none.
     """
 
     shards: Shards | None = None
@@ -163,6 +164,7 @@ class GraphStore:
         self.each_forward: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         self.when_out_of_memory: Callable[[], str] = self.reduce_memory
         self.context = context
+        self.second_order = True
         # a graph that is to be captured has to be built on the stream that it is captured on
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._state: _State | None = None
@@ -390,7 +392,7 @@ class GraphStore:
         piece: Piece,
         substitution: Substitution,
         *,
-        second_order: bool = True,
+        second_order: bool | None = None,
         guarded: bool = False,
         part: Part = None,
     ) -> tuple[torch.Tensor, engines.Tensors]:
@@ -399,7 +401,7 @@ class GraphStore:
         Args:
             piece: The microbatch.
             substitution: The stand-ins for the weights at which it is computed.
-            second_order: Whether the gradient has a graph.
+            second_order: Whether the gradient has a graph; None for what the store's attribute says.
             guarded: Whether to raise `WeightsWritten` if the forward pass would write to the model's weights.
             part: The parameters that the gradient is computed for; it is zero in the others.
 
@@ -409,6 +411,7 @@ class GraphStore:
         Raises:
             InputError: Where the loss does not depend on the chosen parameters, or cannot be differentiated.
         """
+        second_order = self.second_order if second_order is None else second_order
         recomputing = self._recomputing() if second_order else contextlib.nullcontext()
         with self._measuring(), substitution.active(), self._forward_pass(), recomputing:
             if guarded:
@@ -802,6 +805,8 @@ class GraphStore:
         if held is None:
             held = self.reserved if reserved is None else reserved * self._vector_bytes
         objective = self.objective
+        if not self.second_order:
+            return GraphLayout(objective, 0)
         if self.policy != "auto":
             return GraphLayout(objective, 0 if self.policy == "rebuild" else len(objective.pieces), self._recomputed)
         free = memory.available(self.device) if free is None else free
@@ -891,8 +896,15 @@ class GraphStore:
                 self._recomputed = before
         return self._footprints[chosen]
 
+    def _build_moved(self, piece: Piece) -> object:
+        """The gradient of a piece without a graph, at moved weights."""
+        offset = torch.zeros(self.space.dimension, dtype=self.dtype, device=self.device)
+        return self.build(piece, self.substitution(offset=offset))
+
     def _measured_footprint(self) -> Footprint:
         with random_states_kept(self.device), self.on_stream():
+            if not self.second_order:
+                return measure_footprint(self.objective, lambda piece: piece, self._build_moved)  # type: ignore[arg-type]
             vector = torch.zeros(1, self.space.dimension, dtype=self.dtype, device=self.device)
             return measure_footprint(
                 self.objective,
@@ -1113,6 +1125,7 @@ def second_derivatives_named() -> Iterator[None]:
             if found := re.search(pattern, text, re.IGNORECASE):
                 raise InputError(
                     f"the loss cannot be differentiated twice: torch has no second derivative here ({found[1]}); "
-                    "replace that operation by others that compute the same, such as their plain torch form"
+                    "replace that operation by others that compute the same, such as their plain torch form, or "
+                    "measure differences of the gradient with engine='differences'"
                 ) from error
         raise

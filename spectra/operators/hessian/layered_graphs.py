@@ -86,9 +86,9 @@ class GatheredSubstitution(Substitution):
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """See `Substitution.active`."""
-        with super().active(), self._settings():
-            with units_gathered(self._model, self._exchange, self._link, self._held):
-                yield
+        gathered = units_gathered(self._model, self._exchange, self._link, self._held)
+        with super().active(), self._settings(), gathered:
+            yield
 
 
 class LayeredGraphStore(GraphStore):
@@ -288,6 +288,8 @@ class LayeredGraphStore(GraphStore):
 
     def _measured_footprint(self) -> Footprint:
         with self.exchange.gradients(IGNORED), random_states_kept(self.device), self.on_stream():
+            if not self.second_order:
+                return measure_footprint(self.objective, lambda piece: piece, self._build_first)  # type: ignore[arg-type]
             return measure_footprint(
                 self.objective,
                 lambda piece: self._build_first(piece)[1:],

@@ -20,6 +20,8 @@ from spectra.backend.random_vectors import gaussian
 from spectra.backend.vectors import norm
 from spectra.operators.base import GAP_TO_ROUNDING, UNITS_OF_ROUNDING, Block, LinearOperator, Preflight
 from spectra.operators.hessian import checks, pieces
+from spectra.operators.hessian.differences import Difference, choose_difference
+from spectra.operators.hessian.engines import DIFFERENCES
 from spectra.operators.hessian.footprint import Footprint
 from spectra.operators.hessian.graphs import GraphLayout, GraphStore, Part
 from spectra.operators.hessian.isolation import unwrap
@@ -88,7 +90,9 @@ class HessianOperator(LinearOperator):
             fits in memory.
         engine: How several vectors at once are multiplied, see `spectra.operators.hessian.engines`. "auto" times the
             engines that may be fast at the first block of vectors, and keeps the fastest. All engines give the same
-            numbers up to rounding error.
+            numbers up to rounding error. "differences" takes differences of the gradient instead, for a model that
+            torch cannot differentiate twice or whose graphs do not fit. Their error is measured with several step
+            sizes, noted, and part of every interval. They are refused where it cannot be stated.
         precision: "float32" or "float64" measures the weights in that precision. Without it a model with bfloat16 or
             float16 weights is refused, as their rounding is larger than most eigenvalues. "tf32" and "bfloat16" compute
             matrix products in that precision. The error of these products is measured, noted, and part of every
@@ -179,6 +183,7 @@ class HessianOperator(LinearOperator):
         self._product_rounding = 0.0
         self._linearity_gap: float | None = None
         self._precision_error: float | None = None
+        self._difference: Difference | None = None  # the step of engine="differences" at the current weights
         self._trusted = False  # whether the checks were made by another operator
 
     def _connect(self, engine: str) -> None:
@@ -187,6 +192,10 @@ class HessianOperator(LinearOperator):
         self.shards = self._graphs.shards
         self.spread = self.spread if self.shards is None else "batches"
         graphs.can_be_cut = functools.cache(lambda: pieces.may_be_cut(graphs))
+        self._takes_differences = engine == DIFFERENCES
+        if self._takes_differences:
+            self._check_differences_allowed()
+            graphs.second_order, engine = False, "reverse"
         if isinstance(graphs, LayeredGraphStore):
             if engine not in ("auto", "reverse"):
                 raise InputError(f"engine={engine!r} needs whole weights: with graph='gather layers' use engine='auto'")
@@ -211,8 +220,8 @@ class HessianOperator(LinearOperator):
         precise.precision, precise.dtype, precise.products = "float64", torch.float64, 0
         precise.notes = [*self.notes, *note_of_copy(self.space, torch.float64)]
         precise._graphs = self._graphs.in_float64(precise.notes)
-        precise._connect(self._engine.engine)
-        precise._linearity_gap = None
+        precise._connect(DIFFERENCES if self._takes_differences else self._engine.engine)
+        precise._linearity_gap = precise._precision_error = precise._difference = None
         precise.trust(self.checks)
         return precise
 
@@ -231,7 +240,7 @@ class HessianOperator(LinearOperator):
     @property
     def engine_used(self) -> str:
         """The engine that multiplied last, "" before the first product."""
-        return self._engine.used
+        return DIFFERENCES if self._takes_differences else self._engine.used
 
     def loss(self) -> float:
         """L at the current weights."""
@@ -267,7 +276,34 @@ class HessianOperator(LinearOperator):
         return self._products(vectors)
 
     def _products(self, vectors: torch.Tensor) -> torch.Tensor:
+        if self._takes_differences:
+            difference = self._chosen_difference()
+            return torch.stack([difference.product(self._graphs, vector) for vector in vectors])
         return self._graphs.products_over_ranks(self._engine.multiply, vectors)
+
+    def _check_differences_allowed(self) -> None:
+        """Refuse what differences of the gradient cannot measure."""
+        if self.mode == "ste":
+            raise InputError(
+                "engine='differences' does not see the straight-through derivatives of a quantized model: use "
+                "engine='auto'"
+            )
+        if self.graph_store is not GraphStore or self.precision in LOWER:
+            raise InputError(
+                "engine='differences' is for the Hessian in float32 or float64: use engine='auto' for other operators "
+                f"and precisions, got {type(self).__name__} and precision={self.precision!r}"
+            )
+
+    def _chosen_difference(self) -> Difference:
+        """The difference of the gradient that products are, chosen once at the current weights."""
+        if self._difference is None:
+            start = gaussian(self, seed=0, index=0, stream="linearity")
+            self._difference = choose_difference(self._graphs, start)
+            self.notes.append(
+                f"products are differences of the gradient, {self._difference.error:.1e} off at a step of "
+                f"{self._difference.step:.1e}"
+            )
+        return self._difference
 
     def _multiply_block_rows(self, vectors: torch.Tensor, block: Block) -> torch.Tensor:
         self._prepare()
@@ -313,7 +349,7 @@ class HessianOperator(LinearOperator):
     def _forget_products(self) -> None:
         """Forget what belongs to products at earlier weights."""
         self._engine.forget()
-        self._linearity_gap = self._precision_error = None
+        self._linearity_gap = self._precision_error = self._difference = None
         for state in self._blocks.values():
             state.engine.forget()
             state.rounding = None
@@ -365,6 +401,12 @@ class HessianOperator(LinearOperator):
 
     def _check_products(self) -> None:
         """Measure symmetry and linearity from three products, and compare products and gradient with differences."""
+        if self._takes_differences:
+            self.checks["product_error"] = self._chosen_difference().error
+            self.checks["slope_error"] = self._chosen_difference().slope_error
+            u, v = (gaussian(self, seed=0, index=i, stream="linearity") for i in (0, 1))
+            self.checks["symmetry_gap"] = self.asymmetry(u, v, *self._products(torch.stack([u, v])))
+            return
         symmetry, self._linearity_gap, found = self._compare_products(self._products, None)
         self.checks["symmetry_gap"], self.checks["linearity_gap"] = symmetry, self._linearity_gap
         self._product_rounding = found.rounding
@@ -405,6 +447,11 @@ class HessianOperator(LinearOperator):
         Raises:
             InputError: If the check fails, unless strict=False.
         """
+        if self._takes_differences:
+            raise InputError(
+                "blocks= is not supported with engine='differences': measure the parameters of a block alone, with "
+                "params="
+            )
         self._prepare(thorough=True)
         state, n = self._state_of(block), self.shape[0]
         if not (state.checked or self._trusted):
@@ -464,8 +511,12 @@ class HessianOperator(LinearOperator):
     def precision_error(self) -> float:
         """The relative error of a product in "tf32" or "bfloat16": ||(A - A') u|| / ||A' u||, A' the float32 operator.
 
-        It is measured once at the current weights, for a random u; 0 in other precisions.
+        It is measured once at the current weights, for a random u; 0 in other precisions. With engine="differences" it
+        is the measured error of those.
         """
+        if self._takes_differences:
+            self._prepare()
+            return self._chosen_difference().error
         if self.precision not in LOWER:
             return 0.0
         self._prepare()

@@ -47,10 +47,11 @@ def check_sharding(model: nn.Module) -> None:
     managed = {id(p) for module in managed_modules(model) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         if is_distributed(parameter):
-            _check_parameter(name, parameter, managed=id(parameter) in managed)
+            check_parameter(name, parameter, managed=id(parameter) in managed)
 
 
-def _check_parameter(name: str, parameter: Any, *, managed: bool) -> None:
+def check_parameter(name: str, parameter: Any, *, managed: bool) -> None:
+    """Refuse a parameter that is sharded in another way than by FSDP2 over all ranks; see `check_sharding`."""
     mesh, placements = parameter.device_mesh, parameter.placements
     sharded = [place for place in placements if place.is_shard()]
     replicated = [place for place in placements if place.is_replicate()]

@@ -238,7 +238,7 @@ class UnitExchange:
         return prepared
 
     def _segments(self, parameter: nn.Parameter, flat: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, slice]]:
-        """The numbers of a parameter by the ranks whose parts they belong to: the rank, the numbers, where in its part."""
+        """The numbers of a parameter, by rank: the rank that holds them, they themselves, where in its part."""
         first, length = self._starts[id(parameter)], self.shards.length
         position = first
         while position < first + len(flat):
