@@ -85,10 +85,10 @@ class Exchange:
             if not self._stopped:
                 ranks.all_gather_number(FAILED, self._group)
                 self._stopped = True
-        if not self._stopped:
-            self._stopped = True
-            return results[0]
-        ranks.raise_for_all(error)
+        if self._stopped:
+            ranks.raise_for_all(error)
+        self._stopped = True
+        return results[0]
 
     def ask(self, request: int, payload: Any = None) -> Any:
         """The answer to a request, when its turn comes. Called within a task.

@@ -172,9 +172,9 @@ def together(run: Callable[[], T], device: torch.device) -> T:
         raise
     except Exception as caught:  # whatever it is, the other ranks have to know
         error = caught
-    if all_reduce_min(0 if error is not None else 1, device):
-        return result[0]
-    raise_for_all(error)
+    if not all_reduce_min(0 if error is not None else 1, device):
+        raise_for_all(error)
+    return result[0]
 
 
 def raise_for_all(error: Exception | None) -> NoReturn:

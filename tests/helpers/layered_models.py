@@ -128,7 +128,7 @@ def refusals(out):
         assert len(set(ranks.all_gather(str(raised.value)))) == 1
     with pytest.raises(spectra.InputError, match="is for the Hessian alone"):
         spectra.GaussNewtonOperator(model, batches, graph="gather layers")
-    with pytest.raises(spectra.InputError, match="shard it with torch.distributed.fsdp.fully_shard"):
+    with pytest.raises(spectra.InputError, match=r"shard it with torch.distributed.fsdp.fully_shard"):
         spectra.HessianOperator(FullyShardedDataParallel(Uneven(), device_id=torch.device("cpu")), batches)
     offloaded = fully_shard(Uneven(), offload_policy=CPUOffloadPolicy(pin_memory=False))
     assert spectra.HessianOperator(offloaded, own).loss() > 0  # on a CPU there is nothing to offload to

@@ -66,5 +66,5 @@ def test_differences_of_a_sharded_gradient_are_off_by_what_they_state(found, gra
 def test_parameters_that_are_offloaded_to_the_cpu_are_refused():
     mesh = SimpleNamespace(size=lambda: 1, device_type="cuda")
     parameter = SimpleNamespace(device_mesh=mesh, placements=(Shard(0),), device=torch.device("cpu"))
-    with pytest.raises(spectra.InputError, match="CPUOffloadPolicy.*shard it without an offload policy"):
+    with pytest.raises(spectra.InputError, match=r"CPUOffloadPolicy.*shard it without an offload policy"):
         sharded_weights.check_parameter("0.weight", parameter, managed=True)
