@@ -12,7 +12,8 @@ own batch of 2 x 512 tokens. For each shape it measures
 * one density of one probe vector, with the intervals that it gives,
 * the same with the weights of one layer at a time (graph="gather layers"), and with engine="differences".
 
-On a CPU memory is counted by the tensors that are alive. Without two GPUs it says so and ends. `--shapes tiny --device cpu` runs the same on CPU ranks.
+On a CPU memory is counted by the tensors that are alive. Without two GPUs it says so and ends.
+`--shapes tiny --device cpu` runs the same on CPU ranks.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def gib(size: float) -> float:
 
 
 class Memory:
-    """The bytes that this rank has allocated since a moment: on a GPU as torch counts them, on a CPU by live tensors."""
+    """The bytes that this rank has allocated since a moment; on a CPU those of tensors that are alive."""
 
     def __init__(self, device: torch.device):
         from spectra.backend.memory import AllocationMeter
