@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+CHARACTERS_AT_ONCE = 4_000_000
 MODEL_FILES = ("config.json",)
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -213,11 +214,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.
         Token ids, int64, of shape (number of tokens,).
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = []
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    rows, waiting, characters = [], [], 0
     with quiet_transformers():  # it would warn that the text is longer than the model's longest sequence
-        for text in texts:
-            ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            rows.append(np.array([*ids, *end], dtype=np.int64))
+        for index, text in enumerate(texts, 1):
+            waiting.append(text)
+            characters += len(text)
+            if characters >= CHARACTERS_AT_ONCE or index == len(texts):  # a fast tokenizer spreads texts over the cores
+                rows += [np.array([*ids, *end], dtype=np.int64) for ids in tokenizer(waiting, **options)["input_ids"]]
+                waiting, characters = [], 0
     return torch.from_numpy(np.concatenate(rows)) if rows else torch.empty(0, dtype=torch.int64)
 
 
