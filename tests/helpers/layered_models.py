@@ -134,6 +134,27 @@ def refusals(out):
     assert spectra.HessianOperator(offloaded, own).loss() > 0  # on a CPU there is nothing to offload to
 
 
+def out_of_memory(out):
+    """A rank that runs out of memory once: all go on with graphs that every product builds again."""
+    del out
+    model = fully_shard(Uneven())
+    op = spectra.HessianOperator(model, mine(tiny_models.classification(FEW)), graph="gather layers")
+    op.trust({})
+    vector = torch.ones(op.entries, dtype=op.dtype)
+    expected, exchange = op @ vector, op._graphs.local.exchange
+    prepare, left = exchange.prepare, [distributed.rank()]
+
+    def failing(request, payload):
+        if left[0]:
+            left[0] = 0
+            raise torch.OutOfMemoryError("as if memory were full")
+        return prepare(request, payload)
+
+    exchange.prepare = failing
+    torch.testing.assert_close(op @ vector, expected, rtol=1e-12, atol=1e-14)
+    assert any("went on with graphs rebuilt at every product" in note for note in op.notes)
+
+
 def read_elsewhere(out):
     """A parameter that the loss reads while its module does not compute stays gathered."""
     batches = tiny_models.classification(FEW)
@@ -148,6 +169,6 @@ def decayed(model, batch):
 
 if __name__ == "__main__":
     distributed.start(device="cpu", minutes=0.7)
-    for task in (refusals, uneven, read_elsewhere, memory, models):
+    for task in (refusals, out_of_memory, uneven, read_elsewhere, memory, models):
         task(Path(sys.argv[1]))
     distributed.stop()

@@ -137,7 +137,7 @@ class ShardedLayersStore(ShardedGraphStore):
         """Use less memory from here on, on every rank."""
         self._gradient = None
         self._local.forget()
-        changes = ranks.all_gather(self._on_this_rank(GraphStore.reduce_memory))
+        changes = ranks.all_gather(self._on_this_rank(lambda local: local.reduce_memory()))
         return next(filter(None, changes), "")
 
     def forget(self) -> None:
