@@ -49,7 +49,7 @@ def test_they_take_the_planned_memory_and_no_whole_vector(found):
     for (whole, planned, largest, n), (peak, plan, most, _) in zip(kept, layered, strict=True):
         assert whole / planned <= 1.15
         assert 0.7 < peak / plan <= 1.15
-        assert peak < 0.55 * whole
+        assert peak < 0.7 * whole
         assert most <= n / 2 + 1 < n <= largest  # this rank's half of a vector is the largest tensor
 
 
