@@ -84,7 +84,7 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
-            if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.layout == torch.strided:
                 self.numbers = max(self.numbers, leaf.untyped_storage().nbytes() // leaf.element_size())
         return found
 
