@@ -9,9 +9,11 @@ own batch of 2 x 512 tokens. For each shape it measures
 * the time of a product and of a gradient under the same sharding, through FSDP2's own hooks (medians),
 * a central difference of those gradients along the same vector: its error and its time,
 * the memory that a rank takes, against the plan made before,
-* one density of one probe vector, with the intervals that it gives.
+* one density of one probe vector, with the intervals that it gives,
+* the same with the weights of one layer at a time (graph="gather layers"), and with engine="differences".
 
-Without two GPUs it says so and ends. `--shapes tiny --device cpu` runs the same on CPU ranks.
+On a CPU memory is counted by the tensors that are alive. Without two GPUs it says so and ends.
+`--shapes tiny --device cpu` runs the same on CPU ranks.
 """
 
 from __future__ import annotations
@@ -35,8 +37,11 @@ SHAPES = {
     "1.1B": (2048, 5632, 22, 32, 4, 32000),
     "3.0B": (3072, 8192, 28, 24, 8, 32000),
     "6.7B": (4096, 11008, 32, 32, 32, 32000),
+    "13B": (5120, 13824, 40, 40, 40, 32000),
 }
 COMPARED = ("tiny", "1.1B")  # shapes whose products are compared with those of one GPU
+LAYERED = ("6.7B", "13B")  # shapes whose whole weights and vectors do not fit beside a graph
+WAYS = {"whole weights": {}, "layers in turn": {"graph": "gather layers"}, "differences": {"engine": "differences"}}
 STEP = 1e-2  # of the central difference, relative to the norm of the weights
 
 
@@ -90,22 +95,36 @@ def gib(size: float) -> float:
 
 
 class Memory:
-    """The bytes that this rank has allocated on its GPU since a moment; 0 on a CPU."""
+    """The bytes that this rank has allocated since a moment; on a CPU those of tensors that are alive."""
 
     def __init__(self, device: torch.device):
+        from spectra.backend.memory import AllocationMeter
+
         self.device, self.before = device, 0
+        self.meter = AllocationMeter() if device.type != "cuda" else None
         if device.type == "cuda":
             torch.cuda.empty_cache()
             self.before = torch.cuda.memory_allocated(device)
         self.reset()
 
+    def __enter__(self) -> Memory:
+        if self.meter is not None:
+            self.meter.__enter__()
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        if self.meter is not None:
+            self.meter.__exit__(*reason)
+
     def reset(self) -> None:
-        if self.device.type == "cuda":
+        if self.meter is not None:
+            self.meter.peak = self.meter.live
+        else:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     @property
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) - self.before if self.device.type == "cuda" else 0
+        return self.meter.peak if self.meter is not None else torch.cuda.max_memory_allocated(self.device) - self.before
 
 
 def gradient_of_training(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
@@ -150,7 +169,6 @@ def measure(shape: str, device: torch.device, steps: int) -> Row:
     import spectra
     from spectra import distributed
     from spectra.backend.random_vectors import probe_vector
-    from spectra.backend.vectors import norm
 
     rank, count = distributed.rank(), distributed.rank_count()
     model = build(shape, device)
@@ -167,30 +185,52 @@ def measure(shape: str, device: torch.device, steps: int) -> Row:
     gradient = seconds(lambda: gradient_of_training(model, batch), device)
     for parameter in model.parameters():
         parameter.grad = None
-    memory = Memory(device)
-    op = spectra.HessianOperator(model, [batch], engine="reverse")
+    row["gradient, ms"] = round(1e3 * gradient, 1)
+    for name, options in WAYS.items():
+        if shape in LAYERED and name == "whole weights":
+            continue
+        row[name] = measure_way(model, batch, device, steps, options, expected, gradient)
+    layers = WAYS["layers in turn"] if shape in LAYERED else {}
+    op = spectra.HessianOperator(model, [batch], **{"engine": "reverse", **layers})
+    row |= against_difference(op, model, batch, device)
+    return row
+
+
+def measure_way(
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    device: torch.device,
+    steps: int,
+    options: dict[str, str],
+    expected: torch.Tensor | None,
+    gradient: float,
+) -> Row:
+    """Error, seconds and memory of products in one way, and a density."""
+    import spectra
+    from spectra.backend.random_vectors import probe_vector
+    from spectra.backend.vectors import norm
+
+    row: Row = {}
+    op = spectra.HessianOperator(model, [batch], **{"engine": "reverse", "graph": "keep", **options})
     planned = spectra.plan(op, probes=1, steps=steps, reorthogonalize="none")
     op.refresh()
-    memory.reset()
-    started = time.perf_counter()
-    vector = probe_vector(op, seed=0, index=0)
-    product = op @ vector
-    wait(device)
-    row["first product with checks, s"] = round(time.perf_counter() - started, 2)
-    checks_peak = memory.peak
+    with Memory(device) as memory:
+        started = time.perf_counter()
+        vector = probe_vector(op, seed=0, index=0)
+        product = op @ vector
+        wait(device)
+        row["first product with checks, s"] = round(time.perf_counter() - started, 2)
+        row["peak in checks, GiB"] = gib(memory.peak)
+        memory.reset()
+        density = spectra.slq(op, probes=1, steps=steps, reorthogonalize="none")
+        row |= {"peak, GiB": gib(memory.peak), "planned, GiB": gib(planned.peak)}
+        row |= {"peak / plan": round(memory.peak / planned.peak, 3), "plan": str(planned)}
     if expected is not None:
         assert op.shards is not None
         apart = product - op.shards.take(expected)
         row["error against one device"] = norm(apart, over=op.shards) / norm(product, over=op.shards)
-        del expected, apart
-    memory.reset()
     took = seconds(lambda: op @ vector, device)
-    row |= {"gradient, ms": round(1e3 * gradient, 1), "product, ms": round(1e3 * took, 1)}
-    row["product / gradient"] = round(took / gradient, 2)
-    density = spectra.slq(op, probes=1, steps=steps, reorthogonalize="none")
-    row |= {"peak, GiB": gib(memory.peak), "planned, GiB": gib(planned.peak), "peak in checks, GiB": gib(checks_peak)}
-    row["peak / plan"] = round(memory.peak / planned.peak, 3)
-    row["plan"] = str(planned)
+    row |= {"product, ms": round(1e3 * took, 1), "product / gradient": round(took / gradient, 2)}
     for name, estimate in (
         ("rms", density.rms()),
         ("negative share", density.negative_share()),
@@ -198,10 +238,8 @@ def measure(shape: str, device: torch.device, steps: int) -> Row:
         ("lambda min", density.lambda_min()),
     ):
         row[name] = [estimate.value, estimate.low, estimate.high, estimate.resolved]
-    row["checks"] = op.checks
-    row["notes"] = op.notes
+    row |= {"stated error": op.precision_error(), "checks": op.checks, "notes": op.notes}
     op.close()
-    row |= against_difference(op, model, batch, device)
     return row
 
 

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import distributed
@@ -123,10 +123,22 @@ def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def all_gather_into(whole: torch.Tensor, part: torch.Tensor) -> None:
-    """Fill a tensor with the equally long parts of all ranks, in the order of their numbers."""
+def all_gather_into(whole: torch.Tensor, part: torch.Tensor, group: Any = None) -> None:
+    """Fill a tensor with the equally long parts of all ranks (of a group), in the order of their numbers."""
     with rank_errors("gathering a vector"):
-        _first_of("all_gather_single", "all_gather_into_tensor")(whole, part)
+        _first_of("all_gather_single", "all_gather_into_tensor")(whole, part, group=group)
+
+
+def broadcast_(tensor: torch.Tensor, source: int) -> None:
+    """Fill a tensor with that of one rank."""
+    with rank_errors("gathering a vector"):
+        distributed.broadcast(tensor, src=source)
+
+
+def reduce_(tensor: torch.Tensor, target: int) -> None:
+    """Replace a tensor on one rank by the sum of the tensors of all; those of the other ranks are overwritten too."""
+    with rank_errors("summing a Hessian-vector product over the ranks"):
+        distributed.reduce(tensor, dst=target)
 
 
 def reduce_scatter_into(part: torch.Tensor, whole: torch.Tensor) -> None:
@@ -160,8 +172,17 @@ def together(run: Callable[[], T], device: torch.device) -> T:
         raise
     except Exception as caught:  # whatever it is, the other ranks have to know
         error = caught
-    if all_reduce_min(0 if error is not None else 1, device):
-        return result[0]
+    if not all_reduce_min(0 if error is not None else 1, device):
+        raise_for_all(error)
+    return result[0]
+
+
+def raise_for_all(error: Exception | None) -> NoReturn:
+    """Raise the error of the first rank that has one on every rank. All ranks call this together.
+
+    Args:
+        error: The error of this rank, None for a rank that has none.
+    """
     found = all_gather(None if error is None else (type(error), str(error)))
     number, (kind, text) = next((i, each) for i, each in enumerate(found) if each is not None)
     try:
@@ -177,6 +198,27 @@ def all_reduce_min(number: int, device: torch.device) -> int:
     with rank_errors("agreeing on a size"):
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MIN)
     return int(tensor)
+
+
+def all_gather_number(number: int, group: Any = None) -> list[int]:
+    """The whole numbers of all ranks, exchanged in host memory.
+
+    Args:
+        number: The number of this rank.
+        group: A gloo group of all ranks; None for the default group, if that is one.
+
+    Returns:
+        The numbers in the order of the ranks.
+    """
+    found = [torch.zeros((), dtype=torch.int64) for _ in range(rank_count())]
+    with rank_errors("waiting for the others"):
+        distributed.all_gather(found, torch.tensor(number), group=group)
+    return [int(each) for each in found]
+
+
+def host_group() -> Any:
+    """A group of all ranks that exchanges host memory; None if the default group does. All ranks call this together."""
+    return None if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
 
 
 def all_gather(value: Any) -> list[Any]:

@@ -78,6 +78,11 @@ OCCASIONS = ("", START, END)  # labels that say when, not of which weights: a tr
 
 OperatorBuilder = Callable[..., LinearOperator]
 
+NO_CHANGE_OF_VARIABLES = (
+    "the negative share of a sharded model is measured without a change of variables, whose factors multiply whole "
+    "matrices: its interval is wider than on one device"
+)
+
 
 class SpectrumProbe:
     """Measure the Hessian spectrum of a model every so many training steps.
@@ -673,6 +678,9 @@ class SpectrumProbe:
     def _count_below_zero(self, op: LinearOperator, mode: str, progress: Callback) -> CountBelow | None:
         """The count after a change of variables, which is searched from that of the last checkpoint."""
         start = self._congruences.get(mode)
+        notes = getattr(op, "notes", None)
+        if op.shards is not None and notes is not None and NO_CHANGE_OF_VARIABLES not in notes:
+            notes.append(NO_CHANGE_OF_VARIABLES)
         found = count_below(
             op,
             products=self.settings.count_products,

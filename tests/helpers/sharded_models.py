@@ -182,6 +182,7 @@ def probed(out):
     assert torch.equal(trained[False], trained[True])
     assert (probe.run is None) == (distributed.rank() != 0)
     assert [record.step for record in probe.records] == [0, 2]
+    assert any("without a change of variables" in note for record in probe.records for note in record.notes)
 
 
 def errors(out):

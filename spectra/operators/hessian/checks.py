@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -215,7 +215,7 @@ def check_derivatives(
     def compare(dtype: torch.dtype) -> DerivativeErrors:
         with _linearized(graphs, dtype):
             error, part, slope = _check_product(graphs, direction, product, rounding, dtype)
-            return DerivativeErrors(error, part, _check_slope(graphs, direction, gradient, slope, dtype))
+            return DerivativeErrors(error, part, check_slope(graphs, direction, gradient, slope, dtype))
 
     return _in_a_precision_that_runs(graphs, compare)
 
@@ -224,7 +224,7 @@ def _quick_comparison(
     graphs: GraphStore, u: torch.Tensor, product: torch.Tensor, gradient: torch.Tensor, rounding: float
 ) -> DerivativeErrors | None:
     """The errors from one difference in float32; None where they are too large for that to be conclusive."""
-    h = QUICK_STEP * _relative(_norm_of_weights(graphs), norm(u, over=graphs.shards))
+    h = QUICK_STEP * _relative(norm_of_weights(graphs), norm(u, over=graphs.shards))
     with _linearized(graphs, torch.float32, branches=graphs.is_piecewise_linear()):
         try:
             difference, slope = _central_difference(graphs, h * u, torch.float32)
@@ -234,7 +234,7 @@ def _quick_comparison(
         error = _relative(norm(difference / h - product, over=over), norm(product, over=over))
         if not error <= max(QUICK_TOLERANCE, ROUNDING_ROOM * rounding):
             return None
-        return DerivativeErrors(error, 0.0, _check_slope(graphs, u, gradient, slope / h, torch.float32))
+        return DerivativeErrors(error, 0.0, check_slope(graphs, u, gradient, slope / h, torch.float32))
 
 
 def _central_difference(graphs: GraphStore, offset: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
@@ -281,7 +281,7 @@ def _best_difference(
     Several step sizes are tried: a large one makes rounding error small, a small one does not cross the kinks of
     piecewise linear functions. NaN and None if the differences disagree among themselves as much as with the product.
     """
-    length = _relative(_norm_of_weights(graphs), norm(u, over=graphs.shards))
+    length = _relative(norm_of_weights(graphs), norm(u, over=graphs.shards))
     size = functools.partial(norm, over=graphs.shards)
     tried: list[torch.Tensor] = []
     errors: list[float] = []
@@ -305,9 +305,7 @@ def _best_difference(
     return math.nan, None, math.nan
 
 
-def _check_slope(
-    graphs: GraphStore, u: torch.Tensor, gradient: torch.Tensor, slope: float, dtype: torch.dtype
-) -> float:
+def check_slope(graphs: GraphStore, u: torch.Tensor, gradient: torch.Tensor, slope: float, dtype: torch.dtype) -> float:
     """The relative error of the slope g . u, or if that is large, of the slope along the gradient.
 
     Along the gradient the loss changes most, so that rounding error matters least.
@@ -317,7 +315,7 @@ def _check_slope(
         return math.nan
     if abs(slope - expected) <= SLOPE_TOLERANCE * abs(expected):
         return abs(slope / expected - 1)
-    direction, length = gradient / steepest, _norm_of_weights(graphs)
+    direction, length = gradient / steepest, norm_of_weights(graphs)
     smallest = SLOPE_ROUNDING * torch.finfo(dtype).eps * abs(graphs.loss())
     errors = []
     for relative in SLOPE_STEPS[dtype]:
@@ -373,13 +371,18 @@ def check_unused(graphs: GraphStore) -> None:
     """
     if not graphs.unused:
         return
-    parts = []
+    parts, first, over = [], 0, graphs.shards
     for name, parameter in zip(graphs.space.names, graphs.space.parameters, strict=True):
-        size = parameter.detach().abs().double().mean().item() if parameter.numel() else 0.0
+        numbers = parameter.numel()
+        start, stop = (
+            (0, numbers) if over is None else (min(max(b - first, 0), numbers) for b in (over.start, over.stop))
+        )
+        size = _whole(parameter.detach().abs().double().mean()) if numbers and name in graphs.unused else 0.0
         step = UNUSED_STEP * (size or 1.0) if name in graphs.unused else 0.0
         # moves of both signs, as a normalisation layer cancels a common shift
-        signs = torch.arange(parameter.numel(), device=graphs.device) % 3 - 0.5
+        signs = torch.arange(start, stop, device=graphs.device) % 3 - 0.5
         parts.append(signs.to(graphs.dtype) * step)
+        first += numbers
 
     def depends(dtype: torch.dtype) -> bool:
         with _linearized(graphs, dtype):
@@ -434,9 +437,15 @@ def _steps(graphs: GraphStore, dtype: torch.dtype) -> tuple[float, ...]:
     return (1e-4, 1e-3, 1e-5, 1e-2) if hasattr(graphs.model, "config") else (1e-7, 1e-9, 1e-5, 1e-3, 1e-4)
 
 
-def _norm_of_weights(graphs: GraphStore) -> float:
-    squares = [float(p.detach().double().square().sum()) for p in graphs.local.space.parameters]
+def norm_of_weights(graphs: GraphStore) -> float:
+    """The norm of the chosen parameters, 1 where it is zero. All ranks call this together."""
+    squares = [_whole(p.detach().double().square().sum()) for p in graphs.local.space.parameters]
     return math.sqrt(sum(squares)) or 1.0
+
+
+def _whole(number: Any) -> float:
+    """A number that was computed from a tensor; from all parts of it where that is sharded."""
+    return float(number.full_tensor() if hasattr(number, "full_tensor") else number)
 
 
 def _worst_parameter(graphs: GraphStore, difference: torch.Tensor) -> str:
@@ -457,6 +466,11 @@ def _linearized(graphs: GraphStore, dtype: torch.dtype, *, branches: bool = Fals
     If `branches`, piecewise linear functions stay on the branches that they take at the measured weights.
     """
     rounding = next((m for m in graphs.model.modules() if isinstance(m, StraightThrough)), None)
+    own = None if rounding is None else graphs.linearized(rounding.linearization, dtype)
+    if own is not None:
+        with own:
+            yield
+        return
     held: list[Linearization] = [] if rounding is None else [rounding.linearization()]
     if branches:
         held.append(HeldBranches(graphs.device))

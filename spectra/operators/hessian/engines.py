@@ -5,6 +5,9 @@ Computation 6, 1994). Several vectors can share one pass through that graph ("ba
 operations takes longer than their arithmetic. "forward" (forward over reverse) differentiates the gradient along v
 without keeping a graph, and can be compiled as a whole. On a GPU the first two can be captured once as a CUDA graph and
 replayed ("captured", "captured batched").
+
+"differences" of the gradient are not exact. They are for a model whose loss has no second derivative in torch, or whose
+graphs do not fit (`spectra.operators.hessian.differences`). "auto" never picks them.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from torch import nn
 
 from spectra.backend.errors import first_line
 
-ENGINES = ("auto", "reverse", "batched", "forward", "captured", "captured batched")
+DIFFERENCES = "differences"
+ENGINES = ("auto", "reverse", "batched", "forward", "captured", "captured batched", DIFFERENCES)
 Tensors = tuple[torch.Tensor, ...]
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 

@@ -48,6 +48,7 @@ Part = tuple[int, ...] | None  # positions of the parameters of a diagonal block
 OTHER_SEED = 20240229  # of the random numbers that show whether a forward pass depends on random numbers
 LOSS_ROUNDING = 64  # rounding errors by which two computations of a loss may differ
 POLICIES = ("auto", "keep", "recompute", "recompute layers", "rebuild")
+GATHER_LAYERS = "gather layers"  # the policy of a sharded model whose weights do not stay gathered
 CHOICES = [NOTHING, ATTENTION_AND_LOSS, LAYERS]
 RECOMPUTED = {"recompute": ATTENTION_AND_LOSS, "recompute layers": LAYERS}  # what a policy recomputes from the start
 GRAPHS_SHARE = 0.5  # of the free memory that kept graphs may take under "auto"
@@ -138,6 +139,7 @@ class GraphStore:
         reserved: Bytes that an algorithm will need for its vectors.
         context: See the argument.
         shards: Which part of every vector this rank holds, where vectors are sharded; else None.
+        second_order: Whether gradients get a graph. Differences of the gradient need none.
     """
 
     shards: Shards | None = None
@@ -157,8 +159,13 @@ class GraphStore:
         over_ranks: bool,
         notes: list[str],
     ):
+        if policy == GATHER_LAYERS:
+            raise InputError(
+                "graph='gather layers' is for the Hessian of a model that fully_shard (FSDP2) has sharded: use "
+                "graph='recompute layers' here"
+            )
         if policy not in POLICIES:
-            raise InputError(f"graph must be one of {', '.join(POLICIES)}, got {policy!r}")
+            raise InputError(f"graph must be one of {', '.join((*POLICIES, GATHER_LAYERS))}, got {policy!r}")
         self.model, self.space, self.objective = model, space, objective
         self.dtype, self.device, self.copy, self.precision = dtype, space.parameters[0].device, copy, precision
         self.training, self.policy, self.over_ranks, self.notes = training, policy, over_ranks, notes
@@ -166,6 +173,7 @@ class GraphStore:
         self.each_forward: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         self.when_out_of_memory: Callable[[], str] = self.reduce_memory
         self.context = context
+        self.second_order = True
         # a graph that is to be captured has to be built on the stream that it is captured on
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._state: _State | None = None
@@ -224,6 +232,10 @@ class GraphStore:
         if not self.over_ranks:
             return self.piecewise_linear
         return ranks.all_reduce_min(0 if self.piecewise_linear else 1, self.device) == 0
+
+    def in_which_weights_move(self, check: Callable[[GraphStore], T]) -> T:
+        """Call a check that computes at other weights."""
+        return check(self)
 
     def adopt(self, objective: Objective, note: str) -> bool:
         """Take over the objective that `settle_shares` found for the graphs of this process. Whether it is another.
@@ -356,15 +368,25 @@ class GraphStore:
                 if index < layout.kept:
                     kept.append(gradient)
         self.unused = tuple(name for name in self.space.names if name in unused)
-        self._note_unused()
+        self.note_unused()
         if self.writes_to_weights:
             self._written = substitution.values()
         loss, total = self._over_ranks(sum(losses), total)
         every_graph = len(kept) == len(self.objective.pieces) and not self.over_ranks
-        gradient = None if every_graph else total
-        self._state = _State(substitution, self.precision, loss, self.objective.pieces, losses, kept, gradient, {})
+        self.remember(substitution, loss, losses, kept, None if every_graph else total)
         for note in self.objective.batch_loss.notes:
             self.note(note)
+
+    def remember(
+        self,
+        substitution: Substitution,
+        loss: float,
+        losses: list[float],
+        kept: list[engines.Tensors],
+        gradient: torch.Tensor | None,
+    ) -> None:
+        """Store what was computed at the current weights, in the order of `_State`."""
+        self._state = _State(substitution, self.precision, loss, self.objective.pieces, losses, kept, gradient, {})
 
     def _over_ranks(self, loss: float, gradient: torch.Tensor) -> tuple[float, torch.Tensor]:
         """Loss and gradient summed over the ranks, where each has a part of the objective."""
@@ -406,7 +428,7 @@ class GraphStore:
         piece: Piece,
         substitution: Substitution,
         *,
-        second_order: bool = True,
+        second_order: bool | None = None,
         guarded: bool = False,
         part: Part = None,
     ) -> tuple[torch.Tensor, engines.Tensors]:
@@ -415,7 +437,7 @@ class GraphStore:
         Args:
             piece: The microbatch.
             substitution: The stand-ins for the weights at which it is computed.
-            second_order: Whether the gradient has a graph.
+            second_order: Whether the gradient has a graph; None for what the store's attribute says.
             guarded: Whether to raise `WeightsWritten` if the forward pass would write to the model's weights.
             part: The parameters that the gradient is computed for; it is zero in the others.
 
@@ -425,6 +447,7 @@ class GraphStore:
         Raises:
             InputError: Where the loss does not depend on the chosen parameters, or cannot be differentiated.
         """
+        second_order = self.second_order if second_order is None else second_order
         recomputing = self._recomputing() if second_order else contextlib.nullcontext()
         with self._measuring(), substitution.active(), self._forward_pass(), recomputing:
             if guarded:
@@ -491,11 +514,39 @@ class GraphStore:
         if text not in self.notes:
             self.notes.append(text)
 
-    def _note_unused(self) -> None:
+    def note_unused(self) -> None:
         """Add a note that names the chosen parameters which the loss does not use."""
         listed = ", ".join(self.unused[:3]) + (f" and {len(self.unused) - 3} more" if len(self.unused) > 3 else "")
         if self.unused:
             self.note(f"parameters that the loss does not use, whose rows are zero: {listed}")
+
+    def linearized(self, recorder: Callable[[], Any], dtype: torch.dtype) -> AbstractContextManager[None] | None:
+        """A context in which straight-through derivatives are true ones, if the checks do not see to that.
+
+        Args:
+            recorder: Makes a `spectra.operators.hessian.checks.Linearization`.
+            dtype: The precision of the forward passes inside.
+
+        Returns:
+            The context, or None.
+        """
+        return None
+
+    def moved_weights(self, size: float) -> torch.Tensor:
+        """A random offset (n,) of the chosen parameters, the same at every call.
+
+        Args:
+            size: Its size relative to the root mean square of each parameter.
+
+        Returns:
+            The offset, for `gradient_at`.
+        """
+        generator = torch.Generator().manual_seed(0)
+        parts = []
+        for parameter in self.space.parameters:
+            scale = float(parameter.detach().double().square().mean().sqrt()) if parameter.numel() else 0.0
+            parts.append(size * (scale or size) * torch.randn(parameter.numel(), generator=generator))
+        return torch.cat(parts).to(self.device, self.dtype)
 
     def gradient_at(
         self, objective: Objective, *, dtype: torch.dtype | None = None, offset: torch.Tensor | None = None
@@ -811,7 +862,7 @@ class GraphStore:
         """Bytes of the whole vectors that a product of so many sharded vectors gathers."""
         return 0
 
-    def layout(self, *, reserved: int | None = None, free: int | None = None) -> GraphLayout:
+    def layout(self, *, reserved: int | None = None, held: int | None = None, free: int | None = None) -> GraphLayout:
         """The layout that fits into the memory that is free. Calling this changes nothing.
 
         Under "auto", microbatches are cut until one graph and a product through it fit, and as many graphs are kept as
@@ -820,18 +871,17 @@ class GraphStore:
 
         Args:
             reserved: How many vectors (n,) an algorithm will hold; None for what was reserved.
+            held: The bytes of those vectors, where they are known instead of their number.
             free: Bytes of memory; None for what is free now.
 
         Returns:
             The layout.
         """
-        if reserved is not None:
-            before, self.reserved = self.reserved, reserved * self._vector_bytes
-            try:
-                return self.layout(free=free)
-            finally:
-                self.reserved = before
+        if held is None:
+            held = self.reserved if reserved is None else reserved * self._vector_bytes
         objective = self.objective
+        if not self.second_order:
+            return GraphLayout(objective, 0)
         if self.policy != "auto":
             return GraphLayout(objective, 0 if self.policy == "rebuild" else len(objective.pieces), self._recomputed)
         free = memory.available(self.device) if free is None else free
@@ -844,11 +894,11 @@ class GraphStore:
             if recomputed == LAYERS and fitting:  # a product costs no more where graphs that are not kept are rebuilt
                 break
             try:
-                found = self._fitted(recomputed, free)
+                found = self._fitted(recomputed, free, held)
             except torch.OutOfMemoryError:  # not even the few rows that are measured fit
                 continue
             last = found
-            if self._fits(found, free):
+            if self._fits(found, free, held):
                 if found.is_whole:
                     return found
                 fitting.append(found)
@@ -865,16 +915,19 @@ class GraphStore:
         """Whether the model repeats layers that compute the same at every call."""
         return not self.training and not self.writes_to_weights and bool(layers_of(self.model))
 
-    def _fitted(self, recomputed: str, free: int) -> GraphLayout:
-        """The layout with this recomputed: microbatches cut as far as needed, and as many graphs kept as fit."""
+    def _fitted(self, recomputed: str, free: int, held: int) -> GraphLayout:
+        """The layout with this recomputed: microbatches cut as far as needed, and as many graphs kept as fit.
+
+        `held` are the bytes of the vectors of an algorithm, here and below.
+        """
         objective = self.objective
-        while not self._fits(GraphLayout(objective, 0, recomputed), free) and self._can_be_halved(objective):
+        while not self._fits(GraphLayout(objective, 0, recomputed), free, held) and self._can_be_halved(objective):
             objective = objective.halved()
-        best = self._with_kept(objective, recomputed, free)
+        best = self._with_kept(objective, recomputed, free, held)
         # a product takes less memory for fewer rows, and leaves more for graphs
-        while self.reserved and not best.is_whole and self._can_be_halved(objective):
+        while held and not best.is_whole and self._can_be_halved(objective):
             objective = objective.halved()
-            best = max(best, self._with_kept(objective, recomputed, free), key=lambda layout: layout.kept_share)
+            best = max(best, self._with_kept(objective, recomputed, free, held), key=lambda layout: layout.kept_share)
         if len(best.objective.pieces) == 1:
             return GraphLayout(best.objective, 1, recomputed)  # a single graph is built in any case
         return best
@@ -882,22 +935,22 @@ class GraphStore:
     def _can_be_halved(self, objective: Objective) -> bool:
         return max(objective.rows) > 1 and self.can_be_cut()
 
-    def _with_kept(self, objective: Objective, recomputed: str, free: int) -> GraphLayout:
+    def _with_kept(self, objective: Objective, recomputed: str, free: int, held: int) -> GraphLayout:
         """The layout that keeps as many graphs as fit beside a product and the vectors of an algorithm."""
         footprint = self.footprint(recomputed)
         room = GRAPHS_SHARE * free
-        if self.reserved:
-            room = PRODUCT_SHARE * (free - self.reserved) - footprint.product(max(objective.rows))
+        if held:
+            room = PRODUCT_SHARE * (free - held) - footprint.product(max(objective.rows))
         for kept, rows in enumerate(objective.rows):
             room -= footprint.graph(rows)
             if room < 0:
                 return GraphLayout(objective, kept, recomputed)
         return GraphLayout(objective, len(objective.pieces), recomputed)
 
-    def _fits(self, layout: GraphLayout, free: int) -> bool:
+    def _fits(self, layout: GraphLayout, free: int, held: int) -> bool:
         """Whether one graph and a product through it fit beside the vectors of an algorithm."""
         footprint, rows = self.footprint(layout.recomputed), max(layout.objective.rows)
-        return footprint.graph(rows) + footprint.product(rows) <= PRODUCT_SHARE * (free - self.reserved)
+        return footprint.graph(rows) + footprint.product(rows) <= PRODUCT_SHARE * (free - held)
 
     def footprint(self, recomputed: str | None = None) -> Footprint:
         """The memory that a microbatch takes, measured once on a few rows.
@@ -918,8 +971,15 @@ class GraphStore:
                 self._recomputed = before
         return self._footprints[chosen]
 
+    def _build_moved(self, piece: Piece) -> object:
+        """The gradient of a piece without a graph, at moved weights."""
+        offset = torch.zeros(self.space.dimension, dtype=self.dtype, device=self.device)
+        return self.build(piece, self.substitution(offset=offset))
+
     def _measured_footprint(self) -> Footprint:
         with random_states_kept(self.device), self.on_stream():
+            if not self.second_order:
+                return measure_footprint(self.objective, lambda piece: piece, self._build_moved)  # type: ignore[arg-type]
             vector = torch.zeros(1, self.space.dimension, dtype=self.dtype, device=self.device)
             return measure_footprint(
                 self.objective,
@@ -1154,6 +1214,7 @@ def second_derivatives_named() -> Iterator[None]:
             if found := re.search(pattern, text, re.IGNORECASE):
                 raise InputError(
                     f"the loss cannot be differentiated twice: torch has no second derivative here ({found[1]}); "
-                    "replace that operation by others that compute the same, such as their plain torch form"
+                    "replace that operation by others that compute the same, such as their plain torch form, or "
+                    "measure differences of the gradient with engine='differences'"
                 ) from error
         raise

@@ -20,14 +20,18 @@ from spectra.backend.random_vectors import gaussian
 from spectra.backend.vectors import norm
 from spectra.operators.base import GAP_TO_ROUNDING, UNITS_OF_ROUNDING, Block, LinearOperator, Preflight
 from spectra.operators.hessian import checks, pieces
+from spectra.operators.hessian.differences import Difference, choose_difference
+from spectra.operators.hessian.engines import DIFFERENCES
 from spectra.operators.hessian.footprint import Footprint
 from spectra.operators.hessian.graphs import GraphLayout, GraphStore, Part
 from spectra.operators.hessian.isolation import check_is_model, note_of_scaled_gradients, unwrap
+from spectra.operators.hessian.layered_graphs import LayeredGraphStore
 from spectra.operators.hessian.objective import Objective
 from spectra.operators.hessian.parameters import ParameterSpace, Selection
 from spectra.operators.hessian.pick import EnginePick
 from spectra.operators.hessian.precision import LOWER, dtype_of_copy, dtype_of_vectors, note_of_copy
 from spectra.operators.hessian.sharded_graphs import ShardedGraphStore, part_of_this_rank
+from spectra.operators.hessian.sharded_layers import ShardedLayersStore, choose_store
 from spectra.operators.hessian.sharded_weights import is_sharded
 from spectra.operators.hessian.symmetry import check_steps, check_straight_through, check_symmetry
 
@@ -82,10 +86,14 @@ class HessianOperator(LinearOperator):
         graph: "keep" the graph of every microbatch; "recompute" attention and cross-entropy in each product, whose
             graphs are the largest for long sequences and vocabularies; "recompute layers", which keeps the inputs of
             layers alone (three gradients a product instead of two); "rebuild" whole graphs in each product (three
-            gradients too, and the memory of one microbatch); or "auto": the first of these that fits in memory.
+            gradients too, and the memory of one microbatch); "gather layers", for a sharded model, which keeps the
+            inputs of layers too, and gathers the weights of one layer at a time; or "auto": the first of these that
+            fits in memory.
         engine: How several vectors at once are multiplied, see `spectra.operators.hessian.engines`. "auto" times the
             engines that may be fast at the first block of vectors, and keeps the fastest. All engines give the same
-            numbers up to rounding error.
+            numbers up to rounding error. "differences" takes differences of the gradient instead, for a model that
+            torch cannot differentiate twice or whose graphs do not fit. Their error is measured with several step
+            sizes, noted, and part of every interval. They are refused where it cannot be stated.
         precision: "float32" or "float64" measures the weights in that precision. Without it a model with bfloat16 or
             float16 weights is refused, as their rounding is larger than most eigenvalues. "tf32" and "bfloat16" compute
             matrix products in that precision. The error of these products is measured, noted, and part of every
@@ -152,7 +160,10 @@ class HessianOperator(LinearOperator):
             objective = part_of_this_rank(ranks.together(given, self.device), spread)
         else:
             objective = given() if spread == "none" else given().of_this_rank()
-        graphs = self.graph_store(
+        kind = self.graph_store
+        if sharded:
+            kind = choose_store(kind, graph, space, self.dtype.itemsize, training=training)
+        graphs = kind(
             self.model,
             space,
             objective,
@@ -165,12 +176,18 @@ class HessianOperator(LinearOperator):
             over_ranks=spread == "batches" and not sharded,
             notes=self.notes,
         )
-        self._graphs: GraphStore = ShardedGraphStore(graphs) if sharded else graphs
+        self._graphs: GraphStore = graphs
+        if isinstance(graphs, LayeredGraphStore):
+            self._graphs = ShardedLayersStore(graphs)
+            self.notes.append("weights gathered one layer at a time")
+        elif sharded:
+            self._graphs = ShardedGraphStore(graphs)
         self._connect(engine)
         self._verified_for: tuple[int, ...] = ()  # the parameters, by id
         self._product_rounding = 0.0
         self._linearity_gap: float | None = None
         self._precision_error: float | None = None
+        self._difference: Difference | None = None  # the step of engine="differences" at the current weights
         self._trusted = False  # whether the checks were made by another operator
 
     def _connect(self, engine: str) -> None:
@@ -179,6 +196,14 @@ class HessianOperator(LinearOperator):
         self.shards = self._graphs.shards
         self.spread = self.spread if self.shards is None else "batches"
         graphs.can_be_cut = functools.cache(lambda: pieces.may_be_cut(graphs))
+        self._takes_differences = engine == DIFFERENCES
+        if self._takes_differences:
+            self._check_differences_allowed()
+            graphs.second_order, engine = False, "reverse"
+        if isinstance(graphs, LayeredGraphStore):
+            if engine not in ("auto", "reverse"):
+                raise InputError(f"engine={engine!r} needs whole weights: with graph='gather layers' use engine='auto'")
+            engine = "reverse"
         self._engine = EnginePick(graphs, engine)
         graphs.when_out_of_memory = self._engine.reduce_memory
         self._blocks: dict[Part, _BlockState] = {}
@@ -199,8 +224,8 @@ class HessianOperator(LinearOperator):
         precise.precision, precise.dtype, precise.products = "float64", torch.float64, 0
         precise.notes = [*self.notes, *note_of_copy(self.space, torch.float64)]
         precise._graphs = self._graphs.in_float64(precise.notes)
-        precise._connect(self._engine.engine)
-        precise._linearity_gap = None
+        precise._connect(DIFFERENCES if self._takes_differences else self._engine.engine)
+        precise._linearity_gap = precise._precision_error = precise._difference = None
         precise.trust(self.checks)
         return precise
 
@@ -219,7 +244,7 @@ class HessianOperator(LinearOperator):
     @property
     def engine_used(self) -> str:
         """The engine that multiplied last, "" before the first product."""
-        return self._engine.used
+        return DIFFERENCES if self._takes_differences else self._engine.used
 
     def loss(self) -> float:
         """L at the current weights."""
@@ -255,7 +280,34 @@ class HessianOperator(LinearOperator):
         return self._products(vectors)
 
     def _products(self, vectors: torch.Tensor) -> torch.Tensor:
+        if self._takes_differences:
+            difference = self._chosen_difference()
+            return torch.stack([difference.product(self._graphs, vector) for vector in vectors])
         return self._graphs.products_over_ranks(self._engine.multiply, vectors)
+
+    def _check_differences_allowed(self) -> None:
+        """Refuse what differences of the gradient cannot measure."""
+        if self.mode == "ste":
+            raise InputError(
+                "engine='differences' does not see the straight-through derivatives of a quantized model: use "
+                "engine='auto'"
+            )
+        if self.graph_store is not GraphStore or self.precision in LOWER:
+            raise InputError(
+                "engine='differences' is for the Hessian in float32 or float64: use engine='auto' for other operators "
+                f"and precisions, got {type(self).__name__} and precision={self.precision!r}"
+            )
+
+    def _chosen_difference(self) -> Difference:
+        """The difference of the gradient that products are, chosen once at the current weights."""
+        if self._difference is None:
+            start = gaussian(self, seed=0, index=0, stream="linearity")
+            self._difference = choose_difference(self._graphs, start)
+            self.notes.append(
+                f"products are differences of the gradient, {self._difference.error:.1e} off at a step of "
+                f"{self._difference.step:.1e}"
+            )
+        return self._difference
 
     def _multiply_block_rows(self, vectors: torch.Tensor, block: Block) -> torch.Tensor:
         self._prepare()
@@ -301,7 +353,7 @@ class HessianOperator(LinearOperator):
     def _forget_products(self) -> None:
         """Forget what belongs to products at earlier weights."""
         self._engine.forget()
-        self._linearity_gap = self._precision_error = None
+        self._linearity_gap = self._precision_error = self._difference = None
         for state in self._blocks.values():
             state.engine.forget()
             state.rounding = None
@@ -330,7 +382,7 @@ class HessianOperator(LinearOperator):
             with self._graphs.in_full_precision():
                 self._check_pieces()
             self.checks["gradient_error"] = self._graphs.on_this_rank(checks.check_gradient)
-            self._graphs.on_this_rank(checks.check_unused)
+            self._graphs.in_which_weights_move(checks.check_unused)
             self._check_products()
         except InputError as error:
             if self.strict:
@@ -353,6 +405,12 @@ class HessianOperator(LinearOperator):
 
     def _check_products(self) -> None:
         """Measure symmetry and linearity from three products, and compare products and gradient with differences."""
+        if self._takes_differences:
+            self.checks["product_error"] = self._chosen_difference().error
+            self.checks["slope_error"] = self._chosen_difference().slope_error
+            u, v = (gaussian(self, seed=0, index=i, stream="linearity") for i in (0, 1))
+            self.checks["symmetry_gap"] = self.asymmetry(u, v, *self._products(torch.stack([u, v])))
+            return
         symmetry, self._linearity_gap, found = self._compare_products(self._products, None)
         self.checks["symmetry_gap"], self.checks["linearity_gap"] = symmetry, self._linearity_gap
         self._product_rounding = found.rounding
@@ -399,6 +457,11 @@ class HessianOperator(LinearOperator):
         Raises:
             InputError: If the check fails, unless strict=False.
         """
+        if self._takes_differences:
+            raise InputError(
+                "blocks= is not supported with engine='differences': measure the parameters of a block alone, with "
+                "params="
+            )
         self._prepare(thorough=True)
         state, n = self._state_of(block), self.shape[0]
         if not (state.checked or self._trusted):
@@ -458,8 +521,12 @@ class HessianOperator(LinearOperator):
     def precision_error(self) -> float:
         """The relative error of a product in "tf32" or "bfloat16": ||(A - A') u|| / ||A' u||, A' the float32 operator.
 
-        It is measured once at the current weights, for a random u; 0 in other precisions.
+        It is measured once at the current weights, for a random u; 0 in other precisions. With engine="differences" it
+        is the measured error of those.
         """
+        if self._takes_differences:
+            self._prepare()
+            return self._chosen_difference().error
         if self.precision not in LOWER:
             return 0.0
         self._prepare()

@@ -381,12 +381,7 @@ class _Comparison:
 
     def _moved_weights(self) -> torch.Tensor:
         if self._offset is None:
-            generator = torch.Generator().manual_seed(0)
-            parts = []
-            for parameter in self.graphs.space.parameters:
-                size = float(parameter.detach().double().square().mean().sqrt()) if parameter.numel() else 0.0
-                parts.append(MOVED * (size or MOVED) * torch.randn(parameter.numel(), generator=generator))
-            self._offset = torch.cat(parts).to(self.graphs.device, self.graphs.dtype)
+            self._offset = self.graphs.moved_weights(MOVED)
         return self._offset
 
 

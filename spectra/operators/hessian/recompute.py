@@ -215,22 +215,31 @@ def layers_recomputed(model: nn.Module) -> Iterator[None]:
     Args:
         model: The model, in evaluation mode: a layer that draws random numbers cannot be recomputed.
     """
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
-    caching = [config for config in configs if getattr(config, "use_cache", False) is True]
     layers = layers_of(model)
     before = [vars(layer).get("forward") for layer in layers]
     try:
-        for config in caching:
-            config.use_cache = False
         for layer in layers:
             layer.forward = _forward_recomputed(layer, layer.forward)
-        yield
+        with caches_off(model):
+            yield
     finally:
         for layer, forward in zip(layers, before, strict=True):
             if forward is None:
                 del layer.forward
             else:
                 layer.forward = forward
+
+
+@contextlib.contextmanager
+def caches_off(model: nn.Module) -> Iterator[None]:
+    """A context in which layers get no cache of keys and values."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    caching = [config for config in configs if getattr(config, "use_cache", False) is True]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
         for config in caching:
             config.use_cache = True
 
@@ -253,7 +262,7 @@ def _forward_recomputed(layer: nn.Module, forward: Callable[..., Any]) -> Callab
             for position, tensor in zip(positions, tensors, strict=False):
                 given[position] = tensor
             values = tensors[len(positions) :]
-            with _replaced(places, [values[number] for number in numbers]), AttentionAndLossRecomputed():
+            with replaced(places, [values[number] for number in numbers]), AttentionAndLossRecomputed():
                 again_args, again_kwargs = tree_unflatten(given, structure)
                 returned, shape = tree_flatten(forward(*again_args, **again_kwargs))
             outputs[:] = [returned, shape]
@@ -269,7 +278,7 @@ def _forward_recomputed(layer: nn.Module, forward: Callable[..., Any]) -> Callab
 
 
 @contextlib.contextmanager
-def _replaced(places: Sequence[tuple[dict[str, Any], str]], values: Sequence[torch.Tensor]) -> Iterator[None]:
+def replaced(places: Sequence[tuple[dict[str, Any], str]], values: Sequence[torch.Tensor]) -> Iterator[None]:
     """A context with other tensors in the places of parameters."""
     before = [table[name] for table, name in places]
     try:

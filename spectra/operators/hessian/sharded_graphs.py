@@ -163,6 +163,10 @@ class ShardedGraphStore(GraphStore):
         """See `GraphStore.is_piecewise_linear`."""
         return self.shards.any(self._local.piecewise_linear, self.device)
 
+    def in_which_weights_move(self, check: Callable[[GraphStore], T]) -> T:
+        """See `GraphStore.in_which_weights_move`; here the weights of each rank move alone."""
+        return self.on_this_rank(check)
+
     def adopt(self, objective: Objective, note: str) -> bool:
         """See `GraphStore.adopt`; refused where the batches of several ranks have no known weights."""
         if self.objective.is_part:
@@ -310,15 +314,12 @@ class ShardedGraphStore(GraphStore):
         """The memory that a microbatch takes on this rank, see `GraphStore`. All ranks call this together."""
         return self.on_this_rank(lambda local: local.footprint(recomputed))
 
-    def layout(self, *, reserved: int | None = None, free: int | None = None) -> GraphLayout:
+    def layout(self, *, reserved: int | None = None, held: int | None = None, free: int | None = None) -> GraphLayout:
         """See `GraphStore.layout`; of this rank. All ranks call this together."""
-        before = self._local.reserved
-        if reserved is not None:
-            self._local.reserved = reserved * self._vector_bytes
-        try:
-            return self.on_this_rank(lambda local: local.layout(free=free))
-        finally:
-            self._local.reserved = before
+        # the graphs of this rank count in whole vectors, of which the reserved ones are parts
+        if held is None:
+            held = self._local.reserved if reserved is None else reserved * self._vector_bytes
+        return self.on_this_rank(lambda local: local.layout(held=held, free=free))
 
     def reserve(self, vectors: int) -> bool:
         """See `GraphStore.reserve`. Graphs that exist stay: ranks build them together."""

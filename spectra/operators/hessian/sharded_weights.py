@@ -19,12 +19,12 @@ ELSE = "measure the model before it is sharded, or a copy with its full state di
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether any parameter is a DTensor, or a module is managed by FSDP2."""
-    return bool(_managed_modules(model)) or any(_is_distributed(p) for p in model.parameters())
+    return bool(managed_modules(model)) or any(is_distributed(p) for p in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:
     """Give back the whole parameters that FSDP2 keeps after a forward pass without a backward pass."""
-    for module in _managed_modules(model):
+    for module in managed_modules(model):
         module.reshard()
 
 
@@ -44,13 +44,14 @@ def check_sharding(model: nn.Module) -> None:
                 "of its parameters only: shard it with torch.distributed.fsdp.fully_shard (FSDP2) instead, measure the "
                 "model before it is wrapped, or a copy with its full state dict"
             )
-    managed = {id(p) for module in _managed_modules(model) for p in module.parameters()}
+    managed = {id(p) for module in managed_modules(model) for p in module.parameters()}
     for name, parameter in model.named_parameters():
-        if _is_distributed(parameter):
-            _check_parameter(name, parameter, managed=id(parameter) in managed)
+        if is_distributed(parameter):
+            check_parameter(name, parameter, managed=id(parameter) in managed)
 
 
-def _check_parameter(name: str, parameter: Any, *, managed: bool) -> None:
+def check_parameter(name: str, parameter: Any, *, managed: bool) -> None:
+    """Refuse a parameter that is sharded in another way than by FSDP2 over all ranks; see `check_sharding`."""
     mesh, placements = parameter.device_mesh, parameter.placements
     sharded = [place for place in placements if place.is_shard()]
     replicated = [place for place in placements if place.is_replicate()]
@@ -89,7 +90,7 @@ class WholeWeights:
     @property
     def size(self) -> int:
         """Bytes of all whole parameters, whether they are gathered now or not."""
-        return sum(p.numel() * p.element_size() for p in self._model.parameters() if _is_distributed(p))
+        return sum(p.numel() * p.element_size() for p in self._model.parameters() if is_distributed(p))
 
     def gather(self) -> None:
         """Gather all parameters, in place of those gathered before. All ranks call this together."""
@@ -97,7 +98,7 @@ class WholeWeights:
         found: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         with torch.inference_mode(False), torch.no_grad(), ranks.rank_errors("gathering weights"):
             for parameter in self._model.parameters():
-                if not _is_distributed(parameter):
+                if not is_distributed(parameter):
                     continue
                 value = parameter.detach().full_tensor()  # type: ignore[attr-defined]
                 known = self._whole.get(id(parameter))
@@ -116,30 +117,39 @@ class WholeWeights:
     def installed(self) -> Iterator[None]:
         """A context in which the model holds whole parameters, and the hooks of FSDP2 do not run."""
         put_back: list[tuple[Any, str, nn.Parameter]] = []
-        hooks = [(vars(m), key, vars(m)[key]) for m in self._model.modules() for key in HOOKS if vars(m).get(key)]
         try:
             for module in self._model.modules():
                 for name, parameter in module._parameters.items():
                     if id(parameter) in self._whole and parameter is not None:
                         put_back.append((module._parameters, name, parameter))
                         module._parameters[name] = self._whole[id(parameter)][1]
-            for table, key, before in hooks:
-                table[key] = type(before)((number, hook) for number, hook in before.items() if not _is_managing(hook))
-            yield
+            with hooks_removed(self._model):
+                yield
         finally:
-            for table, key, before in hooks:
-                table[key] = before
             for table, name, parameter in put_back:
                 table[name] = parameter
 
 
-def _managed_modules(model: nn.Module) -> list[Any]:
+@contextlib.contextmanager
+def hooks_removed(model: nn.Module) -> Iterator[None]:
+    """A context in which the hooks of FSDP2 do not run."""
+    hooks = [(vars(m), key, vars(m)[key]) for m in model.modules() for key in HOOKS if vars(m).get(key)]
+    try:
+        for table, key, before in hooks:
+            table[key] = type(before)((number, hook) for number, hook in before.items() if not _is_managing(hook))
+        yield
+    finally:
+        for table, key, before in hooks:
+            table[key] = before
+
+
+def managed_modules(model: nn.Module) -> list[Any]:
     """The modules that FSDP2 manages; none where the program has not loaded it."""
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
 
 
-def _is_distributed(parameter: torch.Tensor | None) -> bool:
+def is_distributed(parameter: torch.Tensor | None) -> bool:
     """Whether a tensor is a DTensor."""
     return hasattr(parameter, "device_mesh")
 

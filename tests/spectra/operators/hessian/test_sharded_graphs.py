@@ -21,11 +21,16 @@ VECTORS = ("product", "gradient", "loss", "zeros", "diagonal", "traces")
 
 
 def torchrun(task, out, *, count):
+    return run_ranks([sharded_models.__file__, task, str(out)], count=count)
+
+
+def run_ranks(script, *, count):
+    """Run a script of the helpers, with its arguments, on several gloo ranks."""
     path = os.pathsep.join([str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, sharded_models.__file__, task, str(out)],
+        [*command, *script],
         capture_output=True,
         text=True,
         timeout=240,
