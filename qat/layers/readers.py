@@ -114,7 +114,8 @@ class View:
     """
 
     def __init__(self, module: nn.Module, values: dict[str, Any]) -> None:
-        self.__dict__.update(values, _module=module)
+        for name, value in {**values, "_module": module}.items():
+            setattr(self, name, value)  # torch before 2.13 does not compile __dict__.update
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_module"], name)
@@ -189,7 +190,7 @@ class LayerView:
     """
 
     def __init__(self, layer: QuantLinear, dtype: torch.dtype) -> None:
-        self.__dict__.update(_layer=layer, _dtype=dtype)
+        self._layer, self._dtype = layer, dtype
 
     @property
     def weight(self) -> Tensor:
@@ -244,7 +245,7 @@ def expert_by_expert(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
         x = _expert_linear(self, first, expert, hidden_states[tokens])
         x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
         x = _expert_linear(self, "down_proj", expert, x)
-        if self.has_post_expert_norm:
+        if getattr(self, "has_post_expert_norm", False):  # older transformers have no such norm
             x = self.post_expert_norm(x)
         out = out.index_add(0, tokens, (x * top_k_weights[tokens, place, None]).to(out.dtype))
     return out

@@ -252,3 +252,11 @@ def test_activations_add_curvature_that_a_plain_network_does_not_have():
     quantized = qat.hessian_operator(model, batches(), "latent").to_dense()
     full = hessian_with_held_activations(plain, [plain[0].weight, plain[2].weight], batches(), 16, True)
     assert relative_error(quantized, full) > 1e-2
+
+
+def test_inputs_of_full_precision_are_left_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    qat.quantize_model(model, qat.QuantConfig(bits=4))
+    layer, x = model[0], normal(3, 8, seed=5).float()
+    assert layer.activations is None
+    assert torch.equal(layer(x), F.linear(x, layer.quantized_weight(), layer.bias))
