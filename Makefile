@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/qat compare --bits 1,2,4 --methods baseline,winq --out runs/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # The tests that compare with other libraries, which the environment does not have.
 test-peers: $(INSTALLED) $(PEERS)/.installed

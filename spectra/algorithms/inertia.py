@@ -23,7 +23,7 @@ from spectra.estimates.density import SpectralDensity
 from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate
 from spectra.estimates.measure import SpectralMeasure
 from spectra.estimates.shares import share_inside
-from spectra.operators.base import HasLoss, LinearOperator
+from spectra.operators.base import HasLoss, LinearOperator, check_is_operator
 from spectra.operators.derived import CongruentOperator, StandIn
 
 FEWEST_PRODUCTS = 100  # smallest budget with which a change of variables is searched for; the search takes 26 products
@@ -137,6 +137,7 @@ def count_below(
     Raises:
         NonFiniteError: If a product is not finite.
     """
+    check_is_operator(op)
     before, count = op.products, Progress(progress, products)
 
     def remaining() -> int:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from spectra.backend import memory
-from spectra.backend.errors import InputError
+from spectra.backend.errors import InputError, check_whole
 from spectra.backend.float32 import in_float32
 from spectra.backend.shards import Shards
 from spectra.backend.vectors import row_dots, subtract_and_dot_
-from spectra.operators.base import LinearOperator
+from spectra.operators.base import LinearOperator, check_is_operator
 
 REORTHOGONALIZATION = ("auto", "full", "none")
 SMALL_BASIS_BYTES = 32 << 20  # a basis up to this size fits in a cache, where reorthogonalizing costs little
@@ -76,6 +76,8 @@ def lanczos(op: LinearOperator, start: torch.Tensor, steps: int, *, reorthogonal
         >>> print(np.linalg.eigvalsh(np.diag(found.alphas) + off_diagonal + off_diagonal.T).round(6))
         [1. 2. 4.]
     """
+    check_is_operator(op)
+    check_whole(steps=steps)
     if reorthogonalize not in ("full", "none"):
         raise InputError(f"reorthogonalize must be 'full' or 'none', got {reorthogonalize!r}")
     if steps < 1:

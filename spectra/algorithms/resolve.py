@@ -20,12 +20,12 @@ from spectra.algorithms.progress import Callback, Progress
 from spectra.algorithms.share_recurrences import Part, ShareRecurrences, probes_needed
 from spectra.algorithms.slq import slq
 from spectra.algorithms.topk import Eigenpairs
-from spectra.backend.errors import InputError
+from spectra.backend.errors import InputError, check_whole
 from spectra.backend.float32 import in_float32
 from spectra.backend.random_vectors import gaussian
 from spectra.estimates.density import SpectralDensity
 from spectra.estimates.estimate import RESOLVED_HALF_WIDTH, Estimate, unresolved
-from spectra.operators.base import LinearOperator
+from spectra.operators.base import LinearOperator, check_is_operator
 
 SHARES = ("negative", "near_zero", "between")
 FEWEST_PRODUCTS = 20  # smallest budget
@@ -108,6 +108,8 @@ def resolve(
         >>> print(f"{share.value:.2f}", share.resolved)
         0.25 True
     """
+    check_is_operator(op)
+    check_whole(budget=budget, seed=seed)
     target = _Target(_bounds(share, tol, between), half_width)
     if not 0 < half_width < 0.5:
         raise InputError(f"the half-width must lie between 0 and 0.5, got {half_width}")

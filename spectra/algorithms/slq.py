@@ -20,10 +20,10 @@ from spectra.algorithms.probe_space import DEFLATION_TOLERANCE, ProbeSpace
 from spectra.algorithms.progress import Callback, Progress
 from spectra.algorithms.topk import Eigenpairs, topk
 from spectra.backend import ranks
-from spectra.backend.errors import InputError
+from spectra.backend.errors import InputError, check_whole
 from spectra.backend.float32 import in_float32
 from spectra.estimates.density import SpectralDensity
-from spectra.operators.base import LinearOperator
+from spectra.operators.base import LinearOperator, check_is_operator
 from spectra.operators.blocks import Blocks
 
 
@@ -102,6 +102,8 @@ def slq(
         >>> print(f"{density.negative_share().value:.2f} {density.lambda_max().value:.2f}")
         0.25 40.00
     """
+    check_is_operator(op)
+    check_whole(probes=probes, steps=steps, seed=seed)
     if probes < 1 or steps < 1:
         raise InputError(f"probes and steps must be at least 1, got probes={probes}, steps={steps}")
     ranks.check_spread(spread, ("none", "probes"))

@@ -14,9 +14,9 @@ from spectra.algorithms.origin import unverified
 from spectra.algorithms.progress import Callback, Progress
 from spectra.algorithms.wrapped import CountingOperator, HostOperator
 from spectra.backend import markup, memory
-from spectra.backend.errors import InputError
+from spectra.backend.errors import InputError, check_whole
 from spectra.backend.float32 import in_float32
-from spectra.operators.base import LinearOperator
+from spectra.operators.base import LinearOperator, check_is_operator
 
 WHICH = ("LM", "LA", "SA", "BE")
 DENSE_LIMIT = 4096  # dimension up to which a search that does not converge ends by forming the matrix
@@ -117,6 +117,8 @@ def topk(
         >>> print(pairs.values.round(4), pairs.converged)
         [-7.  5.  5.] [ True  True  True]
     """
+    check_is_operator(op)
+    check_whole(k=k, seed=seed)
     n = op.shape[0]
     _check(k, n, which, tol)
     counted = CountingOperator(op, Progress(progress, n))

@@ -16,7 +16,7 @@ from spectra.algorithms.each_block import each_block
 from spectra.algorithms.origin import unverified
 from spectra.algorithms.progress import Callback, Progress
 from spectra.algorithms.wrapped import CountingOperator
-from spectra.backend.errors import InputError
+from spectra.backend.errors import InputError, check_whole
 from spectra.backend.float32 import in_float32
 from spectra.backend.random_vectors import gaussian, probe_vector
 from spectra.backend.shards import Shards
@@ -29,7 +29,7 @@ from spectra.estimates.estimate import (
     student_interval,
     unresolved,
 )
-from spectra.operators.base import LinearOperator
+from spectra.operators.base import LinearOperator, check_is_operator
 from spectra.operators.blocks import Blocks
 
 METHODS = ("hutchinson", "hutch++", "xtrace")
@@ -98,6 +98,8 @@ def trace(
         >>> print(f"{estimate.value:.1f} from {estimate.products} products")
         1000.0 from 30 products
     """
+    check_is_operator(op)
+    check_whole(probes=probes, seed=seed)
     if method not in METHODS:
         raise InputError(f"the method must be one of {', '.join(METHODS)}, got {method!r}")
     if probes < FEWEST_PRODUCTS[method]:

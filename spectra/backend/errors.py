@@ -12,6 +12,20 @@ class NonFiniteError(InputError):
     """
 
 
+def check_whole(**numbers: object) -> None:
+    """Refuse numbers that are not whole, such as 2.5, "10" or None.
+
+    Args:
+        **numbers: The numbers by the names that messages give them. Those of NumPy are whole numbers too.
+
+    Raises:
+        InputError: For the first that is no whole number.
+    """
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not hasattr(number, "__index__"):
+            raise InputError(f"{name} must be a whole number, got {number!r}")
+
+
 def first_line(error: BaseException) -> str:
     r"""The first line of an error's message without its closing punctuation, or the name of its class if it has none.
 

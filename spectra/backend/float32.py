@@ -84,6 +84,8 @@ def in_float32(
 
     @functools.wraps(function)
     def wrapper(op: S, *args: P.args, **options: P.kwargs) -> R:
+        if not isinstance(getattr(op, "device", None), torch.device):  # no operator, which the function refuses
+            return function(op, *args, **options)
         with float32_products(op.device):
             return function(op, *args, **options)
 

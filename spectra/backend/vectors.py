@@ -21,6 +21,7 @@ from spectra.backend.shards import Shards
 CHUNK_SIZES = {"cpu": 1 << 16, "cuda": 1 << 22}  # entries processed at once, which fit into a CPU's cache or fill a GPU
 DOT_CHUNK_SIZES = {"cpu": 1 << 17, "cuda": 1 << 26}  # length up to which a float32 dot product is accurate
 CHOLESKY_LIMIT = 1e-6  # smallest ratio of a Cholesky factor's diagonal entries at which Cholesky QR is accurate
+SMALLEST_DOT = 1e-30  # times n: a float32 dot product below this may have lost squares to underflow
 SECOND_PASS_BELOW = 0.7  # ratio of norms after and before a Gram-Schmidt pass below which a second pass is made
 
 
@@ -45,7 +46,8 @@ def row_dots(u: torch.Tensor, v: torch.Tensor, *, over: Shards | None = None) ->
 
     Each row is split into chunks. The device's own dot product sums a chunk in the dtype of the vectors, and the sums
     of the chunks are added in float64. This takes one pass over memory, and the error is a few units of float32's last
-    digit.
+    digit. Products of float32 entries below 1e-19 underflow, and those above 1e19 overflow: a sum so small, or not
+    finite, is computed again in float64.
 
     Args:
         u: (k, n).
@@ -56,10 +58,12 @@ def row_dots(u: torch.Tensor, v: torch.Tensor, *, over: Shards | None = None) ->
         (k,) in float64, on the same device.
     """
     if u.shape[1] < chunk_size(u.device):
-        return _summed((u * v).sum(dim=1, dtype=torch.float64), over)
-    size = chunk_size(u.device, DOT_CHUNK_SIZES)
-    dots = [torch.dot(a, b) for row in zip(u, v, strict=True) for a, b in _chunks(size, *row)]
-    return _summed(_sum_chunks(dots, len(u)), over)
+        found = (u * v).sum(dim=1, dtype=torch.float64)
+    else:
+        size = chunk_size(u.device, DOT_CHUNK_SIZES)
+        dots = [torch.dot(a, b) for row in zip(u, v, strict=True) for a, b in _chunks(size, *row)]
+        found = _sum_chunks(dots, len(u))
+    return _summed(_in_range(found, u, v), over)
 
 
 def subtract_and_dot_(
@@ -92,7 +96,21 @@ def subtract_and_dot_(
         for factor, *row in zip(factors.tolist(), rows, others, against, strict=True)
         for chunk, other, partner in _chunks(DOT_CHUNK_SIZES["cpu"], *row)
     ]
-    return _summed(_sum_chunks(dots, len(rows)), over)
+    return _summed(_in_range(_sum_chunks(dots, len(rows)), rows, against), over)
+
+
+def _in_range(found: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Dot products u_i . v_i that were found, or those in float64 where float32 cannot hold the entries' products."""
+    if u.dtype == torch.float64 or not found.numel():
+        return found
+    sizes = found.abs()
+    if bool(((sizes > SMALLEST_DOT * u.shape[1]) & (sizes < math.inf)).all()):
+        return found
+    size = chunk_size(u.device)
+    total = torch.zeros_like(found)
+    for start in range(0, u.shape[1], size):
+        total += (u[:, start : start + size].double() * v[:, start : start + size].double()).sum(dim=1)
+    return total
 
 
 def chunk_size(device: torch.device, sizes: dict[str, int] = CHUNK_SIZES) -> int:

@@ -94,6 +94,11 @@ class hessian:
         self.model, self.criterion = model, criterion
         self.full_dataset = data is None
         self.data: Any = dataloader if data is None else data
+        if data is not None and not isinstance(data, tuple | list):
+            raise InputError(
+                f"data= is one batch, (inputs, targets), got a {type(data).__name__}: give a loader as dataloader=, "
+                "and batches of another form to spectra.HessianOperator"
+            )
         batches = dataloader if data is None else [tuple(data)]
         self.operator = HessianOperator(model, batches, loss=criterion)
         self.device = self.operator.device.type

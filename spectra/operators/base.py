@@ -78,6 +78,26 @@ class Block:
         return whole
 
 
+def check_is_operator(op: Any) -> None:
+    """Refuse what is no operator, with the one that can be made of it.
+
+    Args:
+        op: What was given.
+
+    Raises:
+        InputError: For anything but a `LinearOperator`.
+    """
+    if isinstance(op, LinearOperator):
+        return
+    if isinstance(op, torch.nn.Module):
+        advice = "make one of the model and its batches, HessianOperator(model, batches)"
+    elif isinstance(op, torch.Tensor | np.ndarray):
+        advice = "make one of the matrix, DenseOperator(matrix)"
+    else:
+        advice = "such as HessianOperator(model, batches), or a subclass of LinearOperator with your own product"
+    raise InputError(f"an operator is expected, got a {type(op).__name__}: {advice}")
+
+
 class LinearOperator:
     """A symmetric n x n matrix A, known only through its products v -> A v (Hessian-vector products for a Hessian).
 

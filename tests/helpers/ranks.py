@@ -1,7 +1,8 @@
-"""What the ranks of tests run, under torchrun: python ranks.py TASK OUT."""
+"""What the ranks of tests run, under torchrun: python ranks.py OUT TASK..."""
 
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,8 @@ def trained(out):
             settings = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no", "use_cpu": True}
             settings |= {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "learning_rate": 1e-2}
             arguments = transformers.TrainingArguments(output_dir=str(out / name), ddp_timeout=60, **settings)
-            callback = spectra.SpectrumCallback(every=2, probes=1, steps=3, deflate=0, params="*mlp*")
+            options = {"probes": 1, "steps": 3, "deflate": 0, "count_products": 0, "params": "*mlp*"}
+            callback = spectra.SpectrumCallback(every=2, **options)
             trainer = kind(model, arguments, train_dataset=data, callbacks=[callback] if watched else [])
             trainer.train()
             found[name, watched] = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -97,28 +99,32 @@ def trained(out):
         assert ["torch.distributed.all_gather" in record.reason for record in records["gathers"]] == [True] * 3
     else:
         assert not any(records.values())
-    distributed.stop()
 
 
-def main(task, out):
-    if task == "trainer":
-        trained(Path(out))
-        return
+def measure(out):
+    """What each rank finds, and a run that both measure."""
+    for spread in ("probes", "batches"):
+        np.savez(out / f"{spread}-{distributed.rank()}.npz", **measured(spread=spread))
+    model, batches = tiny_models.causal_lm("llama"), tiny_models.token_batches(BATCHES)
+    options = {"probes": 3, "steps": 10, "deflate": 2, "count_products": 100}
+    probe = spectra.SpectrumProbe(model, batches, out=out / "run", spread="batches", **options)
+    probe.measure(0)
+    assert len(probe.records) == 1
+
+
+def die():
+    """The second rank ends while the first waits for it."""
+    op = spectra.DiagonalOperator(np.arange(1.0, 2000.0))
+    if distributed.rank() == 1:
+        raise SystemExit(3)
+    spectra.slq(op, probes=2, steps=5, spread="probes")
+
+
+def main(out, *tasks):
+    calls = {"measure": partial(measure, Path(out)), "alone": alone, "trainer": partial(trained, Path(out)), "die": die}
     distributed.start(device="cpu", minutes=0.5)
-    if task == "die":
-        op = spectra.DiagonalOperator(np.arange(1.0, 2000.0))
-        if distributed.rank() == 1:
-            raise SystemExit(3)
-        spectra.slq(op, probes=2, steps=5, spread="probes")
-    elif task == "alone":
-        alone()
-    else:
-        for spread in ("probes", "batches"):
-            np.savez(Path(out) / f"{spread}-{distributed.rank()}.npz", **measured(spread=spread))
-        model, batches = tiny_models.causal_lm("llama"), tiny_models.token_batches(BATCHES)
-        probe = spectra.SpectrumProbe(model, batches, probes=3, steps=10, out=Path(out) / "run", spread="batches")
-        probe.measure(0)
-        assert len(probe.records) == 1
+    for task in tasks:
+        calls[task]()
     distributed.stop()
 
 

@@ -32,7 +32,7 @@ import spectra
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
-OPTIONS = {"every": 2, "probes": 1, "steps": 3, "deflate": 0}
+OPTIONS = {"every": 2, "probes": 1, "steps": 3, "deflate": 0, "count_products": 0}
 TIMES = ("runtime", "per_second")
 
 

@@ -49,7 +49,8 @@ def as_batches(batches: Any) -> list[Any]:
     if isinstance(batches, str | bytes) or not isinstance(batches, Iterable):
         raise InputError(
             f"batches must be a list of batches, a DataLoader or one batch, got {type(batches).__name__}: a batch is a "
-            "mapping of tensors or a pair (inputs, targets); a dataset goes into torch.utils.data.DataLoader"
+            "mapping of tensors or a pair (inputs, targets); a dataset goes into torch.utils.data.DataLoader, and a "
+            "batch of a class of its own into a list"
         )
     length = _length(batches)
     if length is not None and length > MOST_BATCHES:

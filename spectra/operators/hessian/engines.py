@@ -38,7 +38,7 @@ def reverse(gradient: Tensors, parameters: Tensors, vectors: torch.Tensor, *, ke
     sizes = [parameter.numel() for parameter in parameters]
     for row, vector in enumerate(vectors):
         last = row == len(vectors) - 1
-        cotangents = [part.view(p.shape) for part, p in zip(vector.split(sizes), parameters, strict=True)]
+        cotangents = [_shaped(part, p.shape) for part, p in zip(vector.split(sizes), parameters, strict=True)]
         parts = _differentiated(gradient, parameters, cotangents, keep=keep or not last, batched=False)
         torch.cat([part.reshape(-1) for part in parts], out=products[row])
     return products
@@ -47,11 +47,18 @@ def reverse(gradient: Tensors, parameters: Tensors, vectors: torch.Tensor, *, ke
 def batched(gradient: Tensors, parameters: Tensors, vectors: torch.Tensor, *, keep: bool) -> torch.Tensor:
     """The same as `reverse`, in one pass through the graph for all k rows, which takes k times the memory."""
     k, sizes = len(vectors), [parameter.numel() for parameter in parameters]
-    cotangents = [part.view(k, *p.shape) for part, p in zip(vectors.split(sizes, dim=1), parameters, strict=True)]
+    split = zip(vectors.split(sizes, dim=1), parameters, strict=True)
+    cotangents = [_shaped(part, torch.Size((k, *p.shape))) for part, p in split]
     parts = _differentiated(gradient, parameters, cotangents, keep=keep, batched=True)
     # the zeros of a parameter that the loss does not use come without the dimension of the block
     whole = [part.expand(k, *p.shape).reshape(k, -1) for part, p in zip(parts, parameters, strict=True)]
     return torch.cat(whole, dim=1)
+
+
+def _shaped(part: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A part of vectors in the shape of its parameter. Pairs of numbers are copied, as complex ones are aligned."""
+    part = part.view(shape)
+    return part.clone(memory_format=torch.contiguous_format) if shape[-1:] == (2,) else part
 
 
 def _differentiated(
@@ -117,7 +124,8 @@ class ForwardOverReverse:
         k = len(vectors)
         parts = vectors.split([shape.numel() for shape in self._shapes], dim=1)
         directions = {
-            name: part.reshape(k, *shape) for name, part, shape in zip(self._names, parts, self._shapes, strict=True)
+            name: _shaped(part.reshape(k, *shape), torch.Size((k, *shape)))
+            for name, part, shape in zip(self._names, parts, self._shapes, strict=True)
         }
         products = self._products(directions)
         return torch.cat([products[name].reshape(k, -1) for name in self._names], dim=1)

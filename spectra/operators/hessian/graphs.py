@@ -25,6 +25,7 @@ from spectra.operators.hessian.isolation import (
     RandomStates,
     differentiating,
     draw_other_numbers,
+    experts_in,
     isolated,
     random_states_kept,
 )
@@ -39,7 +40,7 @@ from spectra.operators.hessian.recompute import (
     layers_of,
     layers_recomputed,
 )
-from spectra.operators.hessian.substitution import Substitution, WeightsWritten, nodes_of
+from spectra.operators.hessian.substitution import Substitution, WeightsWritten, nodes_of, unwritten
 
 T = TypeVar("T")
 Part = tuple[int, ...] | None  # positions of the parameters of a diagonal block; None for all of them
@@ -537,7 +538,8 @@ class GraphStore:
             for piece in self.objective.pieces:
                 with self._without_stand_ins():
                     value = self.objective.forward(piece, self.device, dtype) * piece.share
-                    parts = torch.autograd.grad(value, self.space.parameters, allow_unused=True)
+                    with second_derivatives_named():
+                        parts = torch.autograd.grad(value, self.space.parameters, allow_unused=True)
                 filled = zip(parts, self.space.parameters, strict=True)
                 total += self._flat([torch.zeros_like(p) if g is None else _dense(g) for g, p in filled])
                 loss += value.item()
@@ -547,8 +549,15 @@ class GraphStore:
     def _without_stand_ins(self) -> Iterator[None]:
         """The contexts around a forward pass in the model's own parameters."""
         requiring = _requiring_gradients(self.space.parameters)
-        with self.on_stream(), self._measuring(), self._forward_pass(), requiring:
-            yield
+        try:
+            experts = experts_in(self.model, self.space.parameters[0].dtype)
+            with self.on_stream(), self._measuring(), self._forward_pass(), requiring, experts, unwritten(self.model):
+                yield
+        except WeightsWritten as error:
+            raise InputError(
+                "the loss function or the forward pass writes to the model's weights, as an optimizer's step in it "
+                "does: let it compute the loss alone"
+            ) from error
 
     @contextlib.contextmanager
     def _own_buffers_kept(self) -> Iterator[None]:
@@ -1060,6 +1069,17 @@ def second_derivatives_named() -> Iterator[None]:
             raise InputError(
                 "the model uses reentrant checkpointing, which torch cannot differentiate twice: call "
                 "torch.utils.checkpoint.checkpoint with use_reentrant=False"
+            ) from error
+        if "backward through the graph a second time" in text:
+            raise InputError(
+                "the graph of the loss was freed before it could be differentiated: the loss function or the forward "
+                "pass calls .backward() or torch.autograd.grad; let it return the loss alone, or call them with "
+                "retain_graph=True or create_graph=True"
+            ) from error
+        if "modified by an inplace operation" in text:
+            raise InputError(
+                "a tensor that the derivative needs was changed in place after it was used, as by an optimizer's step "
+                "in the loss function or by x += y on a tensor that is read again: compute the loss without that"
             ) from error
         for pattern in NO_SECOND_DERIVATIVE:
             if found := re.search(pattern, text, re.IGNORECASE):

@@ -13,10 +13,29 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from spectra.backend.errors import InputError
+
 # Attention implementations of transformers that can be differentiated twice (sdpa through its math kernel).
 TWICE_DIFFERENTIABLE = ("eager", "sdpa")
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 MODULE_TABLES = ("_parameters", "_buffers", "_modules", *BACKWARD_HOOKS)  # attributes that torch itself maintains
+
+
+def check_is_model(model: Any) -> None:
+    """Refuse what is no module, such as a function, a list of parameters or a Trainer."""
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type):
+        advice = f"make one, such as {model.__name__}(...)"
+    elif isinstance(getattr(model, "model", None), nn.Module):
+        advice = "give its .model"
+    else:
+        advice = "put its parameters and its forward pass into a torch.nn.Module"
+    raise InputError(f"a model is expected, a torch.nn.Module, got a {_class_name(model)}: {advice}")
+
+
+def _class_name(value: Any) -> str:
+    return "class" if isinstance(value, type) else type(value).__name__
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -65,10 +84,10 @@ def isolated(
     Inside, gradients are on and kernels are twice differentiable. There is no compilation and no autocast, neither the
     caller's nor that of a model which accelerate prepared for mixed precision.
 
-    On exit these are as before, bit for bit: the training flag of every module, the random states of Python, NumPy and
-    torch on every device in use, random generators and other attributes of modules, gradient checkpointing, backward
-    hooks, sparse gradients of embeddings, and the attention implementation. `Substitution` takes care of parameters and
-    buffers.
+    On exit these are as before, bit for bit: the training flag of every module, the gradients that parameters hold and
+    whether they require them, the random states of Python, NumPy and torch on every device in use, random generators
+    and other attributes of modules, gradient checkpointing, backward hooks, sparse and scaled gradients of embeddings,
+    and the attention implementation. `Substitution` takes care of parameters and buffers.
 
     Args:
         model: The model.
@@ -82,11 +101,12 @@ def isolated(
         if random_states is not None:
             random_states.restore()
         stack.enter_context(_attributes_kept(model))
+        stack.enter_context(_gradients_kept(model))
         stack.enter_context(_without_accelerates_autocast(model))
         stack.enter_context(_without_backward_hooks(model))
         stack.enter_context(_modes_kept(model, training))
         stack.enter_context(_attention_in(model, attention))
-        stack.enter_context(_dense_gradients(model))
+        stack.enter_context(_plain_gradients(model))
         stack.enter_context(_recurrent_layers_without_cudnn(model, device))
         stack.enter_context(differentiating(device))
         yield
@@ -223,6 +243,15 @@ def names_with_hooks(model: nn.Module) -> list[str]:
     return parameters + modules
 
 
+def note_of_scaled_gradients(model: nn.Module) -> list[str]:
+    """A note that names the embeddings whose gradients are divided by how often a token occurs, if there are any."""
+    embeddings = (nn.Embedding, nn.EmbeddingBag)
+    modules = [(name or type(m).__name__, m) for name, m in model.named_modules() if isinstance(m, embeddings)]
+    names = [name for name, module in modules if module.scale_grad_by_freq]
+    left_out = "scale_grad_by_freq, which makes a gradient that is not that of the loss, is left out"
+    return [f"{left_out}: {', '.join(names[:3])}"] if names else []
+
+
 @contextlib.contextmanager
 def _modes_kept(model: nn.Module, training: bool) -> Iterator[None]:
     """Put every module in train or evaluation mode, without gradient checkpointing, and restore both."""
@@ -270,6 +299,26 @@ def _attention_in(model: nn.Module, allowed: Sequence[str]) -> Iterator[None]:
         setter(current)
 
 
+@contextlib.contextmanager
+def experts_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Compute the experts of a transformers model one by one in float64, for which torch has no grouped product.
+
+    Args:
+        model: The model.
+        dtype: The dtype of its weights inside.
+    """
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    grouped = [c for c in found if getattr(c, "_experts_implementation", None) == "grouped_mm"]
+    changed = grouped if dtype == torch.float64 else []
+    try:
+        for config in changed:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config in changed:
+            config._experts_implementation = "grouped_mm"
+
+
 def attention_of(model: nn.Module, allowed: Sequence[str] = TWICE_DIFFERENTIABLE) -> tuple[str | None, str | None]:
     """The attention implementation of a transformers model, and the one that it has during a measurement.
 
@@ -287,16 +336,38 @@ def attention_of(model: nn.Module, allowed: Sequence[str] = TWICE_DIFFERENTIABLE
 
 
 @contextlib.contextmanager
-def _dense_gradients(model: nn.Module) -> Iterator[None]:
-    """Embeddings compute dense gradients, since sparse ones have no second derivative; the values are equal."""
-    sparse = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, parameters hold no gradients, so that a loss that calls .backward() adds to none of the caller's."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters() if not p.is_inference()]
     try:
-        for module in sparse:
-            module.sparse = False
+        for parameter, _, gradient in before:
+            if gradient is not None:
+                parameter.grad = None
         yield
     finally:
-        for module in sparse:
-            module.sparse = True
+        for parameter, flag, gradient in before:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+            if parameter.requires_grad is not flag:
+                parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _plain_gradients(model: nn.Module) -> Iterator[None]:
+    """Embeddings compute the gradient of the loss.
+
+    Sparse gradients have no second derivative; the values are equal. Those that are divided by how often a token occurs
+    (`scale_grad_by_freq`) are no gradient of any loss.
+    """
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    before = [(module, module.sparse, module.scale_grad_by_freq) for module in embeddings]
+    try:
+        for module in embeddings:
+            module.sparse = module.scale_grad_by_freq = False
+        yield
+    finally:
+        for module, sparse, scaled in before:
+            module.sparse, module.scale_grad_by_freq = sparse, scaled
 
 
 @contextlib.contextmanager

@@ -192,9 +192,28 @@ class BatchLoss:
                 return error
         tried = "; ".join(f"{form.name}: {_reason(error)}" for form, error in failures)
         own = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        return InputError(f"the loss of {name} cannot be computed ({tried}): {self._advice(batch, tried, own)}")
+
+    def _advice(self, batch: Any, tried: str, own: torch.dtype) -> str:
+        """What to do next, from what a batch holds and from the reasons why no form worked."""
         others = sorted({str(t.dtype) for t in tensors_of(batch) if t.is_floating_point() and t.dtype != own})
-        advice = f"bring its {others[0]} tensors to {own}" if others else "check the batch and loss="
-        return InputError(f"the loss of {name} cannot be computed ({tried}): {advice}")
+        if others:
+            return f"bring its {others[0]} tensors to {own}"
+        if "same dtype" in tried:
+            first = next(tensors_of(batch), None)
+            if first is not None and not first.is_floating_point():
+                return f"bring its inputs from {first.dtype} to {own}"
+            return f"bring what the loss function holds, such as another model, to {own}, or leave out precision="
+        if isinstance(batch, Mapping):
+            listed = [key for key, v in batch.items() if key in self._accepted and isinstance(v, list)]
+            if listed and "not list" in tried:
+                return (
+                    f"'{listed[0]}' is a list, as torch's collate function makes of lists: give tensors, such as by "
+                    "dataset.with_format('torch') or a collate_fn"
+                )
+            if self.loss is None and "labels" in self._accepted and batch.get("labels") is None:
+                return "add 'labels' to the batch, or pass loss=..."
+        return "check the batch, or compute the loss of it yourself, with loss=lambda model, batch: ..."
 
     def _forms(self, batch: Any) -> Iterator[Iterator[_Form]]:
         """The forms that the batch and the loss function's signature allow, in groups; one of a group is enough."""
@@ -327,6 +346,12 @@ class BatchLoss:
             taken = {key: value for key, value in taken.items() if key in self._accepted}
         elif hasattr(self.model, "config"):
             taken = {key: value for key, value in taken.items() if key in self._accepted or not _is_text(value)}
+        if batch and not taken:
+            wanted = sorted(name for name in self._accepted if name not in ("self", "args", "kwargs"))
+            raise InputError(
+                f"the model takes no member of a batch with {', '.join(sorted(map(str, batch)))}: it takes "
+                f"{', '.join(wanted) or 'nothing'}; name the members so, or pass loss=lambda model, batch: ..."
+            )
         unknown = sorted(map(str, set(batch) - set(taken)))
         note = f"members of the batches that the model does not take were left out: {', '.join(unknown)}"
         if unknown and note not in self.notes:

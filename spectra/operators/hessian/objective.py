@@ -267,12 +267,19 @@ class Objective:
     def complete(self, batch: Any, index: int) -> Any:
         """The batch in the form that the model gets, checked. A language-model batch without labels gets some."""
         batch = with_tensors(batch, self._dtype())
+        if any(tensor.is_meta for tensor in tensors_of(batch)):
+            raise InputError(f"batch {index} holds tensors on the meta device, which have no values: give it data")
         own_loss = self.loss is None and shifts_labels(self.model)
         if own_loss and isinstance(batch, torch.Tensor):
             batch = {"input_ids": batch}
         if own_loss and isinstance(batch, tuple | list) and len(batch) > 1:
             batch = self._language_tuple(batch, index)
         if isinstance(batch, Mapping):
+            if self.loss is None and batch and not any(True for _ in tensors_of(batch)):
+                raise InputError(
+                    f"batch {index} is a mapping without tensors, of {', '.join(sorted(map(str, batch)))}: of several "
+                    "loaders or datasets give one, such as batches['train']"
+                )
             return self._complete_mapping(batch)
         if isinstance(batch, list):
             batch = tuple(batch)

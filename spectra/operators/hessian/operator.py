@@ -22,13 +22,14 @@ from spectra.operators.base import GAP_TO_ROUNDING, UNITS_OF_ROUNDING, Block, Li
 from spectra.operators.hessian import checks, pieces
 from spectra.operators.hessian.footprint import Footprint
 from spectra.operators.hessian.graphs import GraphLayout, GraphStore, Part
-from spectra.operators.hessian.isolation import unwrap
+from spectra.operators.hessian.isolation import check_is_model, note_of_scaled_gradients, unwrap
 from spectra.operators.hessian.objective import Objective
 from spectra.operators.hessian.parameters import ParameterSpace, Selection
 from spectra.operators.hessian.pick import EnginePick
 from spectra.operators.hessian.precision import LOWER, dtype_of_copy, dtype_of_vectors, note_of_copy
 from spectra.operators.hessian.sharded_graphs import ShardedGraphStore, part_of_this_rank
 from spectra.operators.hessian.sharded_weights import is_sharded
+from spectra.operators.hessian.symmetry import check_steps, check_straight_through, check_symmetry
 
 
 @dataclass
@@ -129,6 +130,9 @@ class HessianOperator(LinearOperator):
         spread: str = "none",
         strict: bool = True,
     ):
+        check_is_model(model)
+        if context is not None and not callable(context):
+            raise InputError(f"context= must be a function that returns a context, got {type(context).__name__}")
         self.model, self.precision, self.strict, self.training = unwrap(model), precision, strict, training
         self.mode = "" if context is not None else checks.hessian_mode(self.model)
         space = ParameterSpace(self.model, params)
@@ -136,7 +140,7 @@ class HessianOperator(LinearOperator):
         self.dtype = dtype_of_vectors(self.model, space, copy_dtype)
         self.device = space.parameters[0].device
         self.shape = (space.dimension, space.dimension)
-        self.notes = note_of_copy(space, self.dtype)
+        self.notes = [*note_of_copy(space, self.dtype), *note_of_scaled_gradients(self.model)]
         self.checks: dict[str, float] = {}
         self.spread = ranks.check_spread(spread, ("none", "batches"))
         sharded = is_sharded(self.model)
@@ -370,7 +374,13 @@ class HessianOperator(LinearOperator):
         with self._graphs.within(None if block is None else block.positions):
             rounding = max(linearity, self._lower_precision_error(u, au))
             del v, av, both
-            return symmetry, linearity, checks.check_derivatives(self._graphs, u, au, rounding)
+            found = checks.check_derivatives(self._graphs, u, au, rounding)
+            check_symmetry(symmetry, max(rounding, found.rounding), self.shape[0] if block is None else block.dimension)
+            if math.isnan(found.product) and self._graphs.shards is None:
+                check_straight_through(self._graphs.local)
+            if block is None:
+                check_steps(self._graphs.local, au)
+            return symmetry, linearity, found
 
     # -- what can be relied on in a block
 

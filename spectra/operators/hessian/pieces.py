@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import scipy.optimize
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -242,6 +241,8 @@ class _Comparison:
 
         None if there are no such shares, or if they are not unique, as for more pieces than parameters.
         """
+        from scipy.optimize import nnls  # a fifth of a second to load
+
         ones = [1.0] * len(pieces)
         columns: list[np.ndarray] = []
         wanted: list[np.ndarray] = []
@@ -255,7 +256,7 @@ class _Comparison:
             matrix, target = np.concatenate(columns), np.concatenate(wanted)
             if not (np.isfinite(matrix).all() and np.isfinite(target).all()):
                 return None
-            found, residual = scipy.optimize.nnls(matrix, target)
+            found, residual = nnls(matrix, target)
             shares = _rounded(found)
             if _disagreement(evaluated, parts, shares) <= SUM_TOLERANCE:
                 sizes = np.linalg.norm(matrix, axis=0)

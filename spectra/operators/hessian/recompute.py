@@ -195,9 +195,15 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
         members = list(module.children()) if isinstance(module, nn.ModuleList | nn.Sequential) else []
         if len(members) < 2 or id(module) in inside:
             continue
-        found += [member for member in members if type(member).forward is not nn.Module.forward]
+        found += [member for member in members if _has_a_forward(member)]
         inside |= {id(part) for member in members for part in member.modules()}
     return found
+
+
+def _has_a_forward(module: nn.Module) -> bool:
+    """Whether a module has a forward pass that can be replaced, which a scripted one does not allow."""
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return not scripted and type(module).forward is not nn.Module.forward
 
 
 @contextlib.contextmanager

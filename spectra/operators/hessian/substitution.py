@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from spectra.operators.hessian.isolation import experts_in
 from spectra.operators.hessian.parameters import ParameterSpace
 
 
@@ -97,7 +98,7 @@ class Substitution:
                 if self._written and vars(module).get("max_norm") is not None:
                     put_back.append((module.__dict__, "max_norm", module.max_norm))
                     module.__dict__["max_norm"] = None
-            with self._redirect():
+            with self._redirect(), experts_in(self._model, self.chosen[0].dtype):
                 yield
         finally:
             for table, name, value in put_back:
@@ -147,6 +148,11 @@ class Substitution:
         if self.dtype is None or not tensor.is_floating_point():
             return tensor
         return tensor.to(self.dtype)
+
+
+def unwritten(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """A context that raises `WeightsWritten` before an operation writes to a parameter of the model."""
+    return _WriteGuard({p.untyped_storage()._cdata for p in model.parameters() if p.numel()})
 
 
 def nodes_of(loss: torch.Tensor) -> Iterable[Any]:

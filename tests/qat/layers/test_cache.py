@@ -2,9 +2,11 @@
 
 import copy
 
+import model_families
 import pytest
 import torch
 import transformers as t
+from model_families import COMMON, CONFIGS, MODERN
 from oracles import normal
 from torch import nn
 
@@ -13,50 +15,17 @@ from qat.layers.activations import quantize_activations
 from qat.layers.cache import CacheQuantizer, Heads, cache_projections
 from spectra.backend.errors import InputError
 
-COMMON = {"vocab_size": 24, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-MODERN = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-}
-GROUPED = {"num_key_value_heads": 2}
-GPT = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
-FALCON = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-# Configs whose cached keys are the projections' outputs at every position, and those that rotate all but the first.
-PLAIN = {
-    "gpt2": lambda: t.GPT2Config(**COMMON, **GPT),
-    "opt": lambda: t.OPTConfig(
-        **COMMON,
-        hidden_size=16,
-        word_embed_proj_dim=16,
-        ffn_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-    ),
-    "bloom": lambda: t.BloomConfig(**COMMON, hidden_size=16, n_layer=2, n_head=4),
-    "mpt": lambda: t.MptConfig(**COMMON, d_model=16, n_heads=4, n_layers=2, max_seq_len=32),
-    "falcon-alibi": lambda: t.FalconConfig(**COMMON, **FALCON, multi_query=False, alibi=True),
-}
-ROTATED = {
-    "llama": lambda: t.LlamaConfig(**COMMON, **MODERN, **GROUPED),
-    "gpt-neox": lambda: t.GPTNeoXConfig(**COMMON, **MODERN),
-    "phi": lambda: t.PhiConfig(**COMMON, **MODERN),
-    "phi3": lambda: t.Phi3Config(**COMMON, **MODERN, **GROUPED),
-    "falcon": lambda: t.FalconConfig(**COMMON, **FALCON),
-    "falcon-groups": lambda: t.FalconConfig(**COMMON, **FALCON, new_decoder_architecture=True, num_kv_heads=2),
-}
+# Families whose cached keys are the projections' outputs at every position, and those that rotate all but the first.
+PLAIN = ("gpt2", "opt", "bloom", "mpt", "falcon-alibi")
+ROTATED = ("llama", "gpt-neox", "phi", "phi3", "falcon", "falcon-groups")
+NORMED = ("qwen3",)
 # Features of keys and values together where heads share them; else twice the hidden size.
 FEATURES = {"llama": 16, "phi3": 16, "falcon": 8, "falcon-groups": 16}
-NORMED = {"qwen3": lambda: t.Qwen3Config(**COMMON, **MODERN, **GROUPED, head_dim=4)}
 TOKENS = torch.arange(2, 22).reshape(2, 10)
 
 
-def build(config):
-    torch.manual_seed(0)
-    model = t.AutoModelForCausalLM.from_config(config(), attn_implementation="eager").eval()
+def build(family):
+    model = model_families.causal_lm(family)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -69,9 +38,9 @@ def cached(model):
     return layer.keys.detach(), layer.values.detach()
 
 
-def twins(config, **options):
+def twins(family, **options):
     """A model with quantized weights, and one with a quantized cache as well: equal up to the first cache."""
-    model = build(config)
+    model = build(family)
     other = copy.deepcopy(model)
     qat.quantize_model(model, qat.QuantConfig(bits=4))
     report = qat.quantize_model(other, qat.QuantConfig(bits=4, **options))
@@ -79,11 +48,10 @@ def twins(config, **options):
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (4, False)])
-@pytest.mark.parametrize("name", PLAIN | ROTATED | NORMED)
+@pytest.mark.parametrize("name", PLAIN + ROTATED + NORMED)
 def test_the_cache_holds_quantized_heads(name, bits, symmetric):
     """Values at every position; keys where nothing happens to them after the projection."""
-    config = (PLAIN | ROTATED | NORMED)[name]
-    model, other, report = twins(config, cache_bits=bits, activation_symmetric=symmetric)
+    model, other, report = twins(name, cache_bits=bits, activation_symmetric=symmetric)
     assert report.cache_bits == bits
     (keys, values), (quantized_keys, quantized_values) = cached(model), cached(other)
     expected = quantize_activations(values, bits, symmetric=symmetric)
@@ -96,10 +64,10 @@ def test_the_cache_holds_quantized_heads(name, bits, symmetric):
     torch.testing.assert_close(quantized_keys[:, :, positions], expected)
 
 
-@pytest.mark.parametrize("name", PLAIN | ROTATED)
+@pytest.mark.parametrize("name", PLAIN + ROTATED)
 def test_queries_are_not_quantized(name):
     """A hook on the projections: what is changed is as much as keys and values are."""
-    model = build((PLAIN | ROTATED)[name])
+    model = build(name)
     projections = cache_projections(model)
     found = {}
 
@@ -133,7 +101,7 @@ def test_layouts():
 
 
 def test_generation_with_a_cache_is_that_without():
-    model, other, _ = twins(ROTATED["llama"], cache_bits=4)
+    model, other, _ = twins("llama", cache_bits=4)
     with torch.no_grad():
         whole = other(input_ids=TOKENS).logits
         first = other(input_ids=TOKENS[:, :6], use_cache=True)
@@ -144,7 +112,7 @@ def test_generation_with_a_cache_is_that_without():
 
 def test_projections_in_full_precision_are_quantized_too():
     config = qat.QuantConfig(bits=4, cache_bits=4, skip=("*.k_proj", "*.v_proj"))
-    model = build(ROTATED["llama"])
+    model = build("llama")
     values = cached(model)[1]
     qat.quantize_model(model, config)
     torch.testing.assert_close(cached(model)[1], quantize_activations(values, 4))
@@ -152,7 +120,7 @@ def test_projections_in_full_precision_are_quantized_too():
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_spectra_through_a_quantized_cache(bits):
-    model = build(ROTATED["llama"]).double()
+    model = build("llama").double()
     qat.quantize_model(model, qat.QuantConfig(bits=2, activation_bits=8, cache_bits=bits))
     for mode in qat.MODES:
         operator = qat.hessian_operator(model, [{"input_ids": TOKENS, "labels": TOKENS}], mode, sigma=1e-2, draws=1)
@@ -165,10 +133,7 @@ def test_spectra_through_a_quantized_cache(bits):
     [
         (lambda: nn.Sequential(nn.Linear(4, 4)), "Sequential has none: leave cache_bits=16"),
         (lambda: t.BertModel(t.BertConfig(**COMMON, **MODERN)), "BertSelfAttention .*neither k_proj and v_proj"),
-        (
-            lambda: t.GPTBigCodeForCausalLM(t.GPTBigCodeConfig(**COMMON, **GPT)),
-            "GPTBigCodeAttention .*leave cache_bits",
-        ),
+        (lambda: t.GPTBigCodeForCausalLM(CONFIGS["gpt-bigcode"]()), "GPTBigCodeAttention .*leave cache_bits"),
     ],
 )
 def test_models_without_a_known_layout_are_refused(model, message):

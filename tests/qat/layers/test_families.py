@@ -2,58 +2,34 @@
 
 import copy
 
+import model_families
 import pytest
 import torch
 import transformers as t
+from model_families import COMMON, MODERN
 from torch import nn
 
 import qat
 from qat.layers.linear import full_precision_names
 
-COMMON = {"vocab_size": 48, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-MODERN = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-}
-GROUPED = {"num_key_value_heads": 2}
-GPT = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
-FALCON = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
-ROUTED = {"num_experts_per_tok": 2}
-
-# The config, how many modules and parameters are swapped, and the least share of all parameters that is quantized.
+# How many modules and parameters are swapped, and the least share of all parameters that is quantized.
 LANGUAGE = {
-    "llama": (lambda: t.LlamaConfig(**COMMON, **MODERN, **GROUPED), 14, 0.70),
-    "gemma2": (lambda: t.Gemma2Config(**COMMON, **MODERN, **GROUPED, head_dim=4), 14, 0.80),
-    "gemma3": (lambda: t.Gemma3TextConfig(**COMMON, **MODERN, **GROUPED, head_dim=4), 14, 0.80),
-    "phi": (lambda: t.PhiConfig(**COMMON, **MODERN), 12, 0.65),
-    "phi3": (lambda: t.Phi3Config(**COMMON, **MODERN, **GROUPED), 8, 0.70),
-    "gpt-j": (lambda: t.GPTJConfig(**COMMON, **GPT, rotary_dim=4), 12, 0.75),
-    "falcon": (lambda: t.FalconConfig(**COMMON, **FALCON), 8, 0.85),
-    "bloom": (lambda: t.BloomConfig(**COMMON, hidden_size=16, n_layer=2, n_head=4), 8, 0.80),
-    "mpt": (lambda: t.MptConfig(**COMMON, d_model=16, n_heads=4, n_layers=2, max_seq_len=32), 8, 0.85),
-    "gpt-bigcode": (lambda: t.GPTBigCodeConfig(**COMMON, **GPT), 8, 0.70),
-    "mixtral": (lambda: t.MixtralConfig(**COMMON, **MODERN, **GROUPED, num_local_experts=4), 12, 0.85),
-    "olmoe": (lambda: t.OlmoeConfig(**COMMON, **MODERN, **ROUTED, num_experts=4), 12, 0.85),
-    "granite-moe": (lambda: t.GraniteMoeConfig(**COMMON, **MODERN, **GROUPED, num_local_experts=4), 12, 0.85),
-    "mamba": (lambda: t.MambaConfig(**COMMON, hidden_size=16, state_size=4, num_hidden_layers=2), 8, 0.70),
-    "jamba": (
-        lambda: t.JambaConfig(
-            **COMMON, **MODERN, **GROUPED, **JAMBA, **ROUTED, num_experts=4, mamba_d_state=4, mamba_dt_rank=2
-        ),
-        13,
-        0.80,
-    ),
-    "recurrent-gemma": (
-        lambda: t.RecurrentGemmaConfig(
-            **COMMON, **FALCON | {"num_hidden_layers": 3}, intermediate_size=24, num_key_value_heads=1, lru_width=16
-        ),
-        19,
-        0.70,
-    ),
+    "llama": (14, 0.70),
+    "gemma2": (14, 0.80),
+    "gemma3": (14, 0.80),
+    "phi": (12, 0.65),
+    "phi3": (8, 0.70),
+    "gpt-j": (12, 0.75),
+    "falcon": (8, 0.85),
+    "bloom": (8, 0.80),
+    "mpt": (8, 0.85),
+    "gpt-bigcode": (8, 0.70),
+    "mixtral": (12, 0.85),
+    "olmoe": (12, 0.85),
+    "granite-moe": (12, 0.85),
+    "mamba": (8, 0.70),
+    "jamba": (13, 0.80),
+    "recurrent-gemma": (19, 0.70),
 }
 TOKENS = torch.arange(2, 26).reshape(2, 12)
 
@@ -84,9 +60,8 @@ def quantized(plain):
 
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_language_models(name):
-    config, swapped, share = LANGUAGE[name]
-    torch.manual_seed(0)
-    plain = t.AutoModelForCausalLM.from_config(config(), attn_implementation="eager").eval()
+    swapped, share = LANGUAGE[name]
+    plain = model_families.causal_lm(name)
     model, report = quantized(plain)
     assert len(report.swapped) == swapped
     assert share < report.share < share + 0.1

@@ -24,9 +24,18 @@ def operator(case, **options):
     return spectra.HessianOperator(*case, engine="reverse", **options)
 
 
-@pytest.mark.parametrize("graph", [{}, {"microbatch": 4}, {"microbatch": 4, "graph": "rebuild"}])
-@pytest.mark.parametrize("measured", [{}, {"deflate": 5}, {"reorthogonalize": "none"}])
+@pytest.mark.parametrize(
+    ("graph", "measured"),
+    [
+        ({}, {}),
+        ({}, {"deflate": 5}),
+        ({}, {"reorthogonalize": "none"}),
+        ({"microbatch": 4}, {"deflate": 5}),
+        ({"microbatch": 4, "graph": "rebuild"}, {}),
+    ],
+)
 def test_the_plan_holds_what_is_held(case, graph, measured):
+    """Each way to measure, and each way to keep graphs."""
     op = operator(case, **graph)
     plan = spectra.plan(op, probes=3, steps=12, **measured)
     op.close()

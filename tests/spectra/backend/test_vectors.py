@@ -86,3 +86,16 @@ def test_what_is_left_is_orthogonal_to_every_basis(left):
     assert size == pytest.approx(left, rel=0.1)
     for basis in (first, second):
         assert float((basis.double() @ vector.double()).abs().max()) < 1e-5 * size
+
+
+@pytest.mark.parametrize("n", [1000, 600_001])
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e22])
+def test_squares_beyond_the_range_of_float32(n, size):
+    """1e-30 squared is 1e-60, which float32 does not hold."""
+    rows = (size * normal(2, n, seed=5)).to(torch.float32)
+    exact = rows.double().square().sum(dim=1)
+    assert vectors.row_dots(rows, rows).tolist() == pytest.approx(exact.tolist(), rel=1e-6)
+    assert vectors.norm(rows[0]) == pytest.approx(float(exact[0].sqrt()), rel=1e-6)
+    none = torch.zeros(2, dtype=torch.float64)
+    found = vectors.subtract_and_dot_(rows, torch.zeros_like(rows), none, against=rows)
+    assert found.tolist() == pytest.approx(exact.tolist(), rel=1e-6)

@@ -306,6 +306,9 @@ def test_bad_arguments_are_refused_in_a_line():
     for options, words in (({}, "got neither"), ({"data": batches[0], "dataloader": batches}, "got both")):
         with pytest.raises(InputError, match=words):
             on_cpu(model, nn.CrossEntropyLoss(), **options)
+    for data in (torch.utils.data.DataLoader([1]), {"inputs": batches[0][0], "labels": batches[0][1]}):
+        with pytest.raises(InputError, match=r"data= is one batch.* give a loader as dataloader="):
+            on_cpu(model, nn.CrossEntropyLoss(), data=data)
     with pytest.raises(InputError, match="criterion must be a function"):
         on_cpu(model, None, data=batches[0])
     found = on_cpu(model, nn.CrossEntropyLoss(), data=batches[0])

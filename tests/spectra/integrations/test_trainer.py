@@ -37,18 +37,19 @@ def trained(folder, *, optimizer="adamw_torch", callback=None, steps=5, **option
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}, trainer
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch"])
-def test_training_does_not_notice(tmp_path, optimizer):
+@pytest.mark.parametrize(("optimizer", "count"), [("sgd", 0), ("adamw_torch", 150)])
+def test_training_does_not_notice(tmp_path, optimizer, count):
+    """With the count of negative eigenvalues after a change of variables, and without."""
     plain, _ = trained(tmp_path / "plain", optimizer=optimizer)
-    callback = spectra.SpectrumCallback(
-        every=2, batches=tiny_models.token_batches(), out=tmp_path / "run", params="*mlp*", probes=2, steps=4
-    )
+    settings = {"params": "*mlp*", "probes": 2, "steps": 4, "count_products": count}
+    callback = spectra.SpectrumCallback(every=2, batches=tiny_models.token_batches(), out=tmp_path / "run", **settings)
     watched, _ = trained(tmp_path / "watched", optimizer=optimizer, callback=callback)
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
     start = tiny_models.causal_lm("gpt2", dtype=torch.float32).state_dict()
     assert not torch.equal(plain["transformer.wte.weight"], start["transformer.wte.weight"])
     records = spectra.Run(tmp_path / "run").records
     assert [record.step for record in records] == [0, 2, 4, 5]  # the start, every second step, and the end
+    assert all((record.products > 100) == (count > 0) for record in records)
     losses = [record.loss for record in records]
     assert len(set(losses)) == len(losses)  # taken at weights that move
     assert len(callback.probe.records) == 4
@@ -57,7 +58,7 @@ def test_training_does_not_notice(tmp_path, optimizer):
 def test_the_last_record_is_of_the_final_weights(tmp_path):
     batches = tiny_models.token_batches()
     callback = spectra.SpectrumCallback(
-        every=4, batches=batches, out=tmp_path / "run", params="*mlp*", probes=2, steps=4
+        every=4, batches=batches, out=tmp_path / "run", params="*mlp*", probes=2, steps=4, count_products=0
     )
     _, trainer = trained(tmp_path / "watched", callback=callback, steps=4)
     records = spectra.Run(tmp_path / "run").records
@@ -71,7 +72,8 @@ def test_the_last_record_is_of_the_final_weights(tmp_path):
 def test_without_batches_it_takes_the_trainers(tmp_path, evaluation):
     options = {"eval_dataset": dataset(4, 1)} if evaluation else {}
     plain, _ = trained(tmp_path / "plain", **options)
-    callback = spectra.SpectrumCallback(every=100, out=tmp_path / "run", params="*mlp*", probes=2, steps=4)
+    settings = {"params": "*mlp*", "probes": 2, "steps": 4, "count_products": 0}
+    callback = spectra.SpectrumCallback(every=100, out=tmp_path / "run", **settings)
     watched, _ = trained(tmp_path / "watched", callback=callback, **options)
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
     assert [record.step for record in spectra.Run(tmp_path / "run").records] == [0, 5]

@@ -195,3 +195,36 @@ def test_the_diagonal_from_few_products_lies_in_its_intervals():
     assert op.products == 10 * k
     errors = (matrix.square().sum(0) - matrix.diagonal().square()).sqrt().numpy() / np.sqrt(k)
     assert np.mean(((found.value - matrix.diagonal().numpy()) / errors) ** 2) == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize("run", [spectra.slq, lambda op: spectra.topk(op, 1), spectra.trace, spectra.resolve])
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        (torch.nn.Linear(2, 2), r"got a Linear: .* HessianOperator\(model, batches\)"),
+        (torch.eye(3), r"got a Tensor: .* DenseOperator\(matrix\)"),
+        (np.eye(3), r"got a ndarray: .* DenseOperator\(matrix\)"),
+        (None, "got a NoneType: such as"),
+    ],
+)
+def test_what_is_no_operator_is_refused_with_how_to_make_one(run, given, advice):
+    with pytest.raises(spectra.InputError, match=advice):
+        run(given)
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        (lambda op: spectra.slq(op, probes=2.5), "probes"),
+        (lambda op: spectra.slq(op, steps=None), "steps"),
+        (lambda op: spectra.slq(op, seed="a"), "seed"),
+        (lambda op: spectra.topk(op, 1.5), "k"),
+        (lambda op: spectra.trace(op, probes="10"), "probes"),
+        (lambda op: spectra.resolve(op, budget=1e3), "budget"),
+        (lambda op: spectra.lanczos(op, torch.ones(3, dtype=op.dtype), 2.0), "steps"),
+    ],
+)
+def test_numbers_that_are_not_whole_are_refused_by_name(run, name):
+    op = spectra.DiagonalOperator(np.array([1.0, 2.0, 4.0]))
+    with pytest.raises(spectra.InputError, match=f"^{name} must be a whole number, got "):
+        run(op)

@@ -18,6 +18,7 @@ from spectra.runs.folder import Run
 from spectra.runs.series import series
 
 STEPS, FAULTY = 6, 2
+QUICK = {"probes": 1, "steps": 3, "deflate": 0, "count_products": 0}
 CHECKED_ONCE = ("checks", "preflight")  # stages of the first measurement of a run alone
 FULL_DISK = OSError(28, "No space left on device")
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -140,6 +141,7 @@ STAGES = {
     "memory": in_probe("max_vectors_in_memory"),
     "deflation": in_probe("largest_eigenpairs"),
     "products": in_products,
+    "count": in_probe("count_below"),
     "quadrature": in_probe("slq"),
     "release": in_operator("close"),
     "estimates": in_probe("summarize"),
@@ -171,6 +173,7 @@ def test_a_fault_leaves_the_training_and_the_folder_whole(stage, error, unwatche
 
     def make(model):
         options = {"probes": 1, "steps": 4, "deflate": None if stage == "memory" else 2}
+        options["count_products"] = 200 if stage == "count" else 0
         return spectra.SpectrumProbe(model, [batch()], every=2, out=tmp_path / "run", **options)
 
     with pytest.warns(UserWarning, match=rf"no spectrum at training step {faulty} \(full\): ") as warned:
@@ -208,7 +211,7 @@ def test_an_interrupt_passes_and_everything_is_put_back(stage, error, unwatched,
             else:
                 watching.step(i)
 
-    options = {"every": 2, "out": tmp_path / "run", "probes": 1, "steps": 4, "deflate": 2}
+    options = {"every": 2, "out": tmp_path / "run", "probes": 1, "steps": 4, "deflate": 2, "count_products": 0}
     watched = train(lambda model: spectra.SpectrumProbe(model, [batch()], **options), watch)
     assert same(unwatched, watched)
     assert [(r.step, r.status) for r in Run(tmp_path / "run").records] == [(0, "ok"), (4, "ok")]
@@ -225,7 +228,8 @@ def test_strict_raises_and_puts_back(stage, unwatched, tmp_path):
             else:
                 watching.step(i)
 
-    options = {"every": 2, "out": tmp_path / "run", "probes": 1, "steps": 4, "deflate": 2, "strict": True}
+    options = {"probes": 1, "steps": 4, "deflate": 2, "count_products": 0, "strict": True}
+    options |= {"every": 2, "out": tmp_path / "run"}
     watched = train(lambda model: spectra.SpectrumProbe(model, [batch()], **options), watch)
     assert same(unwatched, watched)
     assert [r.step for r in Run(tmp_path / "run").records] == [0, 4]
@@ -255,7 +259,7 @@ def test_extras_may_do_what_they_want(fails, unwatched):
             return {"noise": torch.rand(()).item()}
 
     def make(model):
-        return spectra.SpectrumProbe(model, [batch()], every=2, probes=1, steps=4, extras=extras)
+        return spectra.SpectrumProbe(model, [batch()], every=2, **QUICK, extras=extras)
 
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -277,8 +281,7 @@ def test_nan_weights_a_batch_that_vanished_and_a_bad_progress_callback_are_recor
     def fail(done, total):
         raise ZeroDivisionError
 
-    options = {"probes": 1, "steps": 4, "deflate": 0}
-    watching = spectra.SpectrumProbe(model, [batch()], out=tmp_path / "run", **options)
+    watching = spectra.SpectrumProbe(model, [batch()], out=tmp_path / "run", **QUICK)
     kept = model.layers[0].weight[0, 0].item()
     for step, begin, end in [
         (
@@ -303,7 +306,7 @@ def test_nan_weights_a_batch_that_vanished_and_a_bad_progress_callback_are_recor
 
 def test_a_training_under_warnings_as_errors_goes_on(tmp_path):
     model = Network()
-    watching = spectra.SpectrumProbe(model, [batch()], probes=1, steps=4)
+    watching = spectra.SpectrumProbe(model, [batch()], **QUICK)
     with torch.no_grad():
         model.layers[0].weight.fill_(torch.nan)
     with warnings.catch_warnings():
@@ -325,7 +328,7 @@ def test_memory_of_a_failed_measurement_is_given_back(monkeypatch):
 
     monkeypatch.setattr(probe, "slq", fail)
     model = Network()
-    watching = spectra.SpectrumProbe(model, [batch()], probes=1, steps=4)
+    watching = spectra.SpectrumProbe(model, [batch()], **QUICK)
     gc.disable()
     try:
         with pytest.warns(UserWarning, match="microbatch="):
@@ -362,7 +365,7 @@ def test_a_fault_at_each_write_of_a_record_loses_no_other(at, error, tmp_path):
     """Before the first write, between any two, and after the last."""
     torch.manual_seed(0)
     model = Network()
-    watching = spectra.SpectrumProbe(model, [batch()], out=tmp_path / "run", probes=1, steps=3, deflate=0)
+    watching = spectra.SpectrumProbe(model, [batch()], out=tmp_path / "run", **QUICK)
     watching.measure(0)
     before = (tmp_path / "run" / "records.jsonl").read_bytes()
     kept, states = copy.deepcopy(model.state_dict()), random_state()
@@ -415,7 +418,7 @@ DAMAGE = [
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_folder_is_read_or_refused_in_one_line_and_never_changed(what, tmp_path):
     torch.manual_seed(0)
-    watching = spectra.SpectrumProbe(Network(), [batch()], out=tmp_path / "run", probes=1, steps=3, deflate=0)
+    watching = spectra.SpectrumProbe(Network(), [batch()], out=tmp_path / "run", **QUICK)
     watching.measure(0)
     watching.measure(1)
     watching.close()
@@ -438,7 +441,7 @@ def test_a_damaged_folder_is_read_or_refused_in_one_line_and_never_changed(what,
 
 
 def test_a_lock_that_was_lost_is_a_failed_measurement(tmp_path):
-    watching = spectra.SpectrumProbe(Network(), [batch()], out=tmp_path / "run", probes=1, steps=3, deflate=0)
+    watching = spectra.SpectrumProbe(Network(), [batch()], out=tmp_path / "run", **QUICK)
     watching.measure(0)
     other = Run.open_or_create(tmp_path / "run", watching.run.config)
     with pytest.warns(UserWarning, match="was opened again and is written there"):
@@ -452,7 +455,7 @@ def test_a_figure_that_cannot_be_saved_leaves_the_run(tmp_path, monkeypatch):
 
     from spectra.views import page
 
-    watching = spectra.SpectrumProbe(Network(), [batch()], out=tmp_path / "run", probes=1, steps=3, deflate=0)
+    watching = spectra.SpectrumProbe(Network(), [batch()], out=tmp_path / "run", **QUICK)
     watching.measure(0)
     before = (tmp_path / "run" / "records.jsonl").read_bytes()
     with monkeypatch.context() as patch:

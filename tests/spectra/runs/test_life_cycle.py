@@ -15,7 +15,7 @@ import spectra
 from spectra.runs.folder import Run
 from spectra.runs.probe import SpectrumProbe
 
-OPTIONS = {"probes": 2, "steps": 4, "deflate": 0}
+OPTIONS = {"probes": 2, "steps": 4, "deflate": 0, "count_products": 0}
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ GO_ON = """
 import sys
 sys.path[:0] = ["tests/helpers"]
 import spectra, tiny_models
-options = dict(every=2, out=sys.argv[1], probes=2, steps=4, deflate=0)
+options = dict(every=2, out=sys.argv[1], probes=2, steps=4, deflate=0, count_products=0)
 with spectra.SpectrumProbe(tiny_models.mlp(), tiny_models.regression((9, 4)), **options) as probe:
     for i in range(int(sys.argv[2])):
         probe.step(i)
@@ -167,7 +167,10 @@ with spectra.SpectrumProbe(tiny_models.mlp(), tiny_models.regression((9, 4)), **
 
 
 def test_another_process_goes_on(tmp_path):
-    for count in (3, 3, 5):
+    with SpectrumProbe(tiny_models.mlp(), tiny_models.regression((9, 4)), every=2, out=tmp_path, **OPTIONS) as probe:
+        for i in range(3):
+            probe.step(i)
+    for count in (3, 5):
         command = [sys.executable, "-c", GO_ON, str(tmp_path), str(count)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == 0, done.stderr

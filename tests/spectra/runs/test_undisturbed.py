@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 import spectra
 
-OPTIONS = {"every": 2, "probes": 1, "steps": 3, "deflate": 0}
+OPTIONS = {"every": 2, "probes": 1, "steps": 3, "deflate": 0, "count_products": 0}
 
 
 class Counting(Dataset):

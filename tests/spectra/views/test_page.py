@@ -59,9 +59,15 @@ def study_rows(study):
     return rows
 
 
-def test_the_page_needs_nothing_else_and_is_well_formed(tmp_path):
-    run = run_folders.run_folder(tmp_path / "a", note="a <b> & c")
-    path = report.write(run)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A run and its report, with figures."""
+    run = run_folders.run_folder(tmp_path_factory.mktemp("written") / "a", note="a <b> & c")
+    return run, report.write(run)
+
+
+def test_the_page_needs_nothing_else_and_is_well_formed(written):
+    run, path = written
     assert path == run.folder / "report.html"
     text = path.read_text(encoding="utf-8")
     got = Page(text)
@@ -76,9 +82,9 @@ def test_the_page_needs_nothing_else_and_is_well_formed(tmp_path):
     assert len(text) < 1_000_000
 
 
-def test_every_figure_has_words_for_who_cannot_see_it(tmp_path):
-    run = run_folders.run_folder(tmp_path / "a")
-    got = page(report.write(run))
+def test_every_figure_has_words_for_who_cannot_see_it(written):
+    run, path = written
+    got = page(path)
     texts = [attributes["aria-label"] for attributes in got.all("svg")]
     assert len(set(texts)) == len(texts)
     first, last = (run.records[at].estimates["lambda_max"].value for at in (0, -1))
@@ -290,8 +296,9 @@ def test_an_unfinished_study_says_so_in_words_and_in_its_figures(tmp_path, monke
     plain = EmbeddedFigure("<svg></svg>", [])
     monkeypatch.setattr(report, "embedded", lambda figure, name, **options: drawn.append(figure) or plain)
     study = run_folders.study_folder(tmp_path / "study", bits=(2,))
-    assert "Unfinished:" not in page(report.write(study)).text
-    assert "incomplete" not in page(report.write(study)).text.lower()
+    said = page(report.write(study)).text
+    assert "Unfinished:" not in said
+    assert "incomplete" not in said.lower()
     titles = [ax.get_title(loc=where) for figure in drawn for ax in figure.axes for where in ("left", "right")]
     assert not any("finished" in title for title in titles)
     config = study.folder / "2bit-winq" / "config.json"

@@ -61,9 +61,11 @@ def test_forward_over_reverse_through_language_models(architecture, monkeypatch)
 
 
 @pytest.mark.parametrize("engine", ["batched", "forward"])
-@pytest.mark.parametrize("bits", [1, 1.58, 2, 4])
-@pytest.mark.parametrize("mode", ["ste", "quantized", "latent"])
+@pytest.mark.parametrize(
+    ("mode", "bits"), [("ste", 1), ("ste", 1.58), ("ste", 2), ("ste", 4), ("quantized", 2), ("latent", 2)]
+)
 def test_blocks_of_vectors_through_quantizers(bits, mode, engine, monkeypatch):
+    """Each quantizer, and each mode with one of them."""
     eager(monkeypatch)
     model = tiny_models.causal_lm("llama")
     qat.quantize_model(model, qat.QuantConfig(bits=bits))

@@ -192,3 +192,125 @@ def test_the_autocast_of_a_model_that_accelerate_prepared_is_not_measured(option
     assert torch.equal(one @ vector, other @ vector)
     assert one.loss() == other.loss()
     assert prepared.forward == forward
+
+
+def calls_backward(model, batch):
+    loss = functional.mse_loss(model(batch[0]), batch[1])
+    loss.backward(retain_graph=True)
+    return loss
+
+
+def test_a_loss_that_calls_backward_adds_to_no_gradient_of_the_caller():
+    model, batches = tiny_models.mlp(), tiny_models.regression((9,))
+    functional.mse_loss(model(batches[0][0]), batches[0][1]).backward()
+    before = [(p.grad, p.grad.clone()) for p in model.parameters()]
+    op = spectra.HessianOperator(model, batches, loss=calls_backward)
+    dense = dense_hessian(functional.mse_loss(model(batches[0][0]), batches[0][1]), list(model.parameters()))
+    assert relative_error(op @ normal(51, seed=0), dense @ normal(51, seed=0)) < 1e-10
+    for parameter, (gradient, values) in zip(model.parameters(), before, strict=True):
+        assert parameter.grad is gradient
+        assert torch.equal(gradient, values)
+
+
+def test_a_loss_that_frees_its_graph_is_refused():
+    def loss(model, batch):
+        value = functional.mse_loss(model(batch[0]), batch[1])
+        value.backward()
+        return value
+
+    model, batches = tiny_models.mlp(), tiny_models.regression((9,))
+    with pytest.raises(spectra.InputError, match=r"calls \.backward\(\)"):
+        spectra.HessianOperator(model, batches, loss=loss).preflight()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_loss_that_steps_an_optimizer_is_refused_and_trains_nothing():
+    model, batches = tiny_models.mlp(), tiny_models.regression((9,))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def loss(model, batch):
+        optimizer.zero_grad()
+        value = calls_backward(model, batch)
+        optimizer.step()
+        return value
+
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(spectra.InputError, match="writes to the model's weights"):
+        spectra.HessianOperator(model, batches, loss=loss).preflight()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+class Thawing(nn.Module):
+    """Sets requires_grad of all of its parameters in the forward pass, as GANs do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tiny_models.mlp()
+        self.net[0].requires_grad_(False)
+
+    def forward(self, x):
+        self.net.requires_grad_(True)
+        return self.net(x)
+
+
+def test_a_forward_pass_that_sets_requires_grad_leaves_it_as_it_was():
+    model = Thawing()
+    before = [p.requires_grad for p in model.parameters()]
+    spectra.HessianOperator(model, tiny_models.regression((9,))).preflight()
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert not all(before)
+
+
+def test_gradients_that_an_embedding_scales_are_left_out_and_noted():
+    tokens = torch.randint(0, 7, (8, 4), generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(8) % 3
+    torch.manual_seed(1)
+    embedding = nn.Embedding(7, 3, scale_grad_by_freq=True, dtype=torch.float64)
+    model = nn.Sequential(embedding, nn.Flatten(), nn.Tanh(), nn.Linear(12, 3, dtype=torch.float64))
+    op = spectra.HessianOperator(model, [(tokens, labels)])
+    got = op @ torch.eye(op.shape[0], dtype=op.dtype)
+    assert embedding.scale_grad_by_freq
+    assert any("scale_grad_by_freq" in note and note.endswith(": 0") for note in op.notes)
+    embedding.scale_grad_by_freq = False
+    dense = dense_hessian(functional.cross_entropy(model(tokens), labels), list(model.parameters()))
+    assert relative_error(got, dense) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("model", "cause"),
+    [
+        (lambda x: x, "got a function: put its parameters"),
+        (nn.Linear, r"got a class: make one, such as Linear\(...\)"),
+        ([torch.zeros(3)], "got a list"),
+        (type("Trainer", (), {"model": nn.Linear(4, 3)})(), r"got a Trainer: give its \.model"),
+    ],
+)
+def test_what_is_no_model_is_refused_in_a_line(model, cause):
+    with pytest.raises(spectra.InputError, match=cause):
+        spectra.HessianOperator(model, tiny_models.regression((9,)))
+    with pytest.raises(spectra.InputError, match="context= must be a function"):
+        spectra.HessianOperator(tiny_models.mlp(), tiny_models.regression((9,)), context=3)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "float64"), (torch.float64, None)])
+def test_experts_are_measured_in_float64(dtype, precision):
+    """torch has no grouped product in float64: the experts are computed one by one, and then as before."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 13, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).to(dtype).eval()
+    before = model.config._experts_implementation
+    ids = torch.arange(12).view(2, 6)
+    op = spectra.HessianOperator(model, [{"input_ids": ids, "labels": ids}], precision=precision)
+    vector = normal(op.shape[0], seed=0)
+    got = op @ vector
+    assert model.config._experts_implementation == before
+    model.double().set_attn_implementation("eager")
+    model.config._experts_implementation = "eager"
+    parameters = list(model.parameters())
+    loss = model(input_ids=ids, labels=ids).loss
+    gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+    along = sum((g * v.view_as(g)).sum() for g, v in zip(gradient, vector.split([p.numel() for p in parameters])))  # noqa: B905
+    want = torch.cat([part.reshape(-1) for part in torch.autograd.grad(along, parameters)])
+    assert relative_error(got, want) < 1e-5

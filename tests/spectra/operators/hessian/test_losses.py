@@ -501,3 +501,34 @@ def test_the_refusal_of_the_form_that_the_first_name_speaks_for_comes_alone():
     op = spectra.HessianOperator(torch.nn.Linear(3, 2), [{"x": torch.ones(2, 3)}], loss=loss)
     with pytest.raises(spectra.InputError, match=r"^this loss cannot be measured$"):
         op.loss()
+
+
+X32 = X.float()
+
+
+class ByName(nn.Module):
+    """Takes members of a batch by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, pixels, labels=None):
+        return {"logits": self.net(pixels)}
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "loss", "advice"),
+    [
+        (ByName(), {"image": X32, "label": Y}, None, r"takes no member of a batch with image, label: it takes labels"),
+        (ByName(), {"image": X32, "label": Y}, CROSS_ENTROPY, r"name the members so, or pass loss=lambda model, batch"),
+        (nn.Linear(4, 3), ((3 * X32).long(), Y), None, r"bring its inputs from torch.int64 to torch.float32$"),
+        (nn.Linear(4, 3), (X32, Y, ["a"]), nn.CrossEntropyLoss(), r"compute the loss of it yourself, with loss"),
+        (ByName(), {"pixels": [X32, X32]}, None, r"'pixels' is a list, as torch's collate function makes of lists"),
+        (nn.Linear(4, 3, dtype=torch.float64), (X32.double(), Y), lambda out, y: CROSS_ENTROPY(
+            out @ torch.eye(3), y), r"bring what the loss function holds, such as another model, to torch.float64"),
+    ],
+)  # fmt: skip
+def test_the_advice_fits_the_batch(model, batch, loss, advice):
+    with pytest.raises(InputError, match=advice):
+        BatchLoss(model, loss)(batch)

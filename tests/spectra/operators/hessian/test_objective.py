@@ -412,3 +412,18 @@ def test_a_loss_that_is_not_finite_is_put_down_to_weights_or_batch(place, microb
     assert ("parameter '2.weight' holds NaN" in message) == (place == "weights")
     assert ("every weight is finite: check that batch" in message) == (place == "batch")
     assert ("leave out microbatch=" in message) == (place == "batch" and microbatch is not None)
+
+
+@pytest.mark.parametrize(
+    ("batches", "cause"),
+    [
+        (
+            {"train": object(), "test": None},
+            r"mapping without tensors, of test, train: .* give one, such as batches\['train'",
+        ),
+        ([(torch.zeros(3, 4, device="meta"), torch.zeros(3, dtype=torch.long))], "batch 0 holds tensors on the meta"),
+    ],
+)
+def test_batches_without_values_are_refused(batches, cause):
+    with pytest.raises(spectra.InputError, match=cause):
+        spectra.HessianOperator(torch.nn.Linear(4, 3), batches)

@@ -242,3 +242,29 @@ def test_the_copy_takes_the_inputs_of_the_original():
     oracle = copy.deepcopy(model).double()
     op = spectra.HessianOperator(model, [(inputs, targets)], precision="float64")
     agree(op, oracle, functional.mse_loss(oracle(inputs.double()), targets.double()))
+
+
+class Filter(nn.Module):
+    """A filter of frequencies whose complex numbers are pairs of real ones, behind a bias of odd length."""
+
+    def __init__(self, view):
+        super().__init__()
+        torch.manual_seed(1)
+        self.view = view
+        self.a_bias = nn.Parameter(torch.randn(1, 3))
+        self.filter = nn.Parameter(torch.randn(3, 2))
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x):
+        spectrum = torch.fft.rfft(x) * self.view(self.filter)
+        return self.out(torch.tanh(torch.fft.irfft(spectrum, n=4))) + self.a_bias
+
+
+@pytest.mark.parametrize("engine", ["reverse", "batched", "forward"])
+def test_pairs_that_are_viewed_as_complex_numbers(engine):
+    model, plain = Filter(torch.view_as_complex).double(), Filter(lambda pairs: torch.complex(*pairs.T)).double()
+    x, y = normal(9, 4, seed=0), torch.arange(9) % 3
+    op = spectra.HessianOperator(model, [(x, y)], engine=engine)
+    dense = dense_hessian(functional.cross_entropy(plain(x), y), list(plain.parameters()))
+    vectors = normal(op.shape[0], 3, seed=1)
+    assert relative_error(op @ vectors, dense @ vectors) < 1e-10

@@ -333,3 +333,13 @@ def test_running_out_of_memory_goes_down_the_same_steps(monkeypatch):
         "1 rows at a time",
         "every layer computed again in every product",
     ]
+
+
+def test_scripted_layers_are_not_recomputed():
+    torch.manual_seed(0)
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 5), nn.Tanh())), nn.Linear(5, 3)).double()
+    assert layers_of(model) == [model[1]]
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    ops = [spectra.HessianOperator(model, [(x, y)], graph=policy) for policy in ("keep", "recompute layers")]
+    vector = torch.ones(ops[0].shape[0], dtype=torch.float64)
+    torch.testing.assert_close(ops[0] @ vector, ops[1] @ vector)
