@@ -28,8 +28,9 @@ def balanced(transform: KroneckerTransform, image: torch.Tensor, mask: torch.Ten
     Args:
         transform: P.
         image: (n,), T^2 z for a random z.
-        mask: (n,), False for coordinates in which T is zero; None if there are none. With a mask the new factors are
-            symmetric positive definite, so that the principal submatrix of P on the other coordinates is nonsingular.
+        mask: (n,), False for coordinates in which T is zero; None if there are none. The new factors of a block
+            with masked coordinates are symmetric positive definite, so that its principal submatrix on the others is
+            nonsingular.
 
     Returns:
         The new P.
@@ -57,7 +58,7 @@ def _step_of_block(
     """The new factors of a block, and the mean squares (count,) of its matrices."""
     matrices = block.matrices(image[None])[0]
     ones = torch.ones_like(matrices) if kept is None else block.matrices(kept[None])[0]
-    symmetric = kept is not None
+    symmetric = kept is not None and not bool(ones.all())  # a block that is kept whole needs no principal submatrix
     square = matrices.square().sum((-1, -2)) / ones.sum((-1, -2)).clamp(min=1)
     new_left = _step(left, matrices, ones.mean(-1), symmetric=symmetric)
     new_right = _step(right, matrices.mT, ones.mean(-2), symmetric=symmetric)
@@ -74,8 +75,11 @@ def _step(factor: torch.Tensor, matrices: torch.Tensor, share: torch.Tensor, *, 
     roots = _shrunk_squares(squares, samples).pow(-POWER / 2)
     if factor.ndim == 2:
         return factor * roots
-    correlations = matrices @ matrices.mT / samples
     inverse = torch.where(squares > 0, squares * share, 1.0).rsqrt()
+    if samples < matrices.shape[-2] and not symmetric:
+        rows = matrices * (inverse / samples**0.5)[..., None]
+        return factor @ (roots[..., :, None] * _power_of_few_samples(rows, -POWER / 2))
+    correlations = matrices @ matrices.mT / samples
     correlations = correlations * inverse[..., :, None] * inverse[..., None, :]
     new = factor @ (roots[..., :, None] * _power(_shrunk_correlations(correlations, samples), -POWER / 2))
     return _polar(new) if symmetric else new
@@ -102,11 +106,32 @@ def _shrunk_correlations(correlations: torch.Tensor, samples: int) -> torch.Tens
     rows = correlations.shape[-1]
     diagonal = correlations.diagonal(dim1=-2, dim2=-1)
     diagonal.fill_(1)
-    mean_square = correlations.square().mean((-1, -2))
-    shrinkage = ((mean_square + 1) / ((samples + 1) * (mean_square - 1 / rows).clamp(min=SMALLEST))).clamp(max=1)
+    shrinkage = _shrinkage(correlations.square().mean((-1, -2)), rows, samples)
     shrunk = (1 - shrinkage)[..., None, None] * correlations
     shrunk.diagonal(dim1=-2, dim2=-1).fill_(1)
     return shrunk
+
+
+def _shrinkage(mean_square: torch.Tensor, rows: int, samples: int) -> torch.Tensor:
+    """The weight (count,) of the identity, from the mean square of the correlations."""
+    return ((mean_square + 1) / ((samples + 1) * (mean_square - 1 / rows).clamp(min=SMALLEST))).clamp(max=1)
+
+
+def _power_of_few_samples(samples: torch.Tensor, exponent: float) -> torch.Tensor:
+    """A power of the shrunk correlation matrices X X^T of X (count, rows, samples) with fewer samples than rows.
+
+    (s I + (1 - s) X X^T)^e = s^e I + X V ((s + (1 - s) g)^e - s^e) / g V^T X^T for X^T X = V g V^T, so the matrices
+    that are diagonalized are as small as the number of samples.
+    """
+    rows, count = samples.shape[-2:]
+    values, vectors = torch.linalg.eigh(samples.mT @ samples)
+    values = values.clamp(min=SMALLEST)
+    weight = _shrinkage(values.square().sum(-1) / rows**2, rows, count).clamp(min=SMALLEST)[..., None]
+    middle = ((weight + (1 - weight) * values).pow(exponent) - weight.pow(exponent)) / values
+    projected = samples @ vectors
+    power = (projected * middle[..., None, :]) @ projected.mT
+    power.diagonal(dim1=-2, dim2=-1).add_(weight.pow(exponent))
+    return power
 
 
 def _power(matrices: torch.Tensor, exponent: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from spectra.algorithms.congruence import ROUNDS, Congruence, find_congruence
 from spectra.algorithms.exact import exact_density
-from spectra.algorithms.lanczos import choose_reorthogonalization
+from spectra.algorithms.lanczos import SMALL_BASIS_BYTES
 from spectra.algorithms.probe_space import ProbeSpace
 from spectra.algorithms.progress import Callback, Progress
 from spectra.algorithms.share_recurrences import Part, ShareRecurrences, probes_needed
@@ -26,11 +26,11 @@ from spectra.estimates.shares import share_inside
 from spectra.operators.base import HasLoss, LinearOperator, check_is_operator
 from spectra.operators.derived import CongruentOperator, StandIn
 
-FEWEST_PRODUCTS = 100  # smallest budget with which a change of variables is searched for; the search takes 18 products
+FEWEST_PRODUCTS = 100  # smallest budget with which a change of variables is searched for; the search takes 26 products
 FIRST_STEPS = 40  # Lanczos steps before the share is first estimated
 GROWTH = 0.08  # relative growth of the number of Lanczos steps from one estimate to the next
 COUNT_PRODUCTS = 300  # by default for the count that goes with a density
-BASIS_PART = 0.5  # of a GPU's free memory, the largest basis of a count
+BASIS_PART = {"cuda": 0.5, "cpu": 0.125}  # of the free memory, the largest basis of a count
 LARGEST_ROUNDING = 1e-5  # of the change of variables, relative to its norm; above it float64 is used where it is fast
 HEAVY_TAILED = 30  # kurtosis after the search above which a longer one is worth its products
 LONG_BUDGET = 300  # fewest products left for a longer search
@@ -239,7 +239,7 @@ def _search(
 def count_basis_size(op: LinearOperator, steps: int) -> int:
     """How many basis vectors the recurrence of a count stores: all of `steps`, or none where they cost too much.
 
-    Fewer steps are needed with a basis. On a GPU, whose memory is fast, a large one pays too.
+    Fewer steps are needed with a basis.
 
     Args:
         op: The operator of the recurrence.
@@ -248,9 +248,8 @@ def count_basis_size(op: LinearOperator, steps: int) -> int:
     Returns:
         `steps` or 0.
     """
-    if op.device.type == "cuda":
-        return steps if steps * op.vector_bytes <= BASIS_PART * memory.available(op.device) else 0
-    return steps if choose_reorthogonalization(op, steps, "auto") == "full" else 0
+    part = BASIS_PART.get(op.device.type, 0.0)
+    return steps if steps * op.vector_bytes <= part * memory.available(op.device) else 0
 
 
 def _part(
@@ -259,7 +258,9 @@ def _part(
     """Recurrences of probe vectors, with a basis of so many steps if it is worth it; steps = 0 keeps none."""
     space = ProbeSpace(operator, None, seed=seed)
     basis_size = count_basis_size(operator, steps) if steps else 0
-    return Part(space, space.recurrence(indices, basis_size), len(indices), read)
+    in_cache = basis_size * operator.vector_bytes <= SMALL_BASIS_BYTES
+    seldom = operator.device.type == "cpu" and not in_cache  # passes over a large basis are slow there
+    return Part(space, space.recurrence(indices, basis_size, seldom=seldom), len(indices), read)
 
 
 def _reader(count: _Count, zeros: bool) -> Callable[[SpectralDensity], Estimate]:

@@ -17,6 +17,7 @@ from spectra.operators.base import LinearOperator, check_is_operator
 
 REORTHOGONALIZATION = ("auto", "full", "none")
 SMALL_BASIS_BYTES = 32 << 20  # a basis up to this size fits in a cache, where reorthogonalizing costs little
+EARLY = 0.03  # part of the tolerable loss of orthogonality at which a recurrence that does it seldom reorthogonalizes
 BREAKDOWN = 10  # units of rounding error, relative to the norm of T, below which a residual counts as zero
 
 
@@ -29,11 +30,14 @@ class Tridiagonal:
         betas: (m,) the off-diagonal, and last the norm of the residual; betas[j] couples rows j and j + 1. The last is
             zero after a breakdown: the Krylov space is then invariant, and the eigenvalues of T are eigenvalues of A.
         basis: (m, n) with the Krylov basis vectors q_j in its rows, or None where they were not stored.
+        lost: The largest inner product of two basis vectors that a reorthogonalization found too late to keep T
+            accurate to rounding error (Simon, Math. Comp. 42, 1984); 0 where all were found in time.
     """
 
     alphas: np.ndarray
     betas: np.ndarray
     basis: torch.Tensor | None = None
+    lost: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -94,6 +98,8 @@ class LanczosRecurrence:
         starts: (k, n), or (n,) for one. Unit vectors are used without a copy.
         basis_size: How many basis vectors of each recurrence to store and to reorthogonalize against; 0 for none.
             With a basis no more steps than this are possible.
+        seldom: Whether to reorthogonalize only before the loss of orthogonality becomes intolerable, in two steps, as
+            a new vector follows from two. Else every step with a basis does.
         first_products: (k, n), A applied to `starts`, if the caller has it already; it is overwritten.
 
     Raises:
@@ -106,13 +112,16 @@ class LanczosRecurrence:
         starts: torch.Tensor,
         *,
         basis_size: int = 0,
+        seldom: bool = False,
         first_products: torch.Tensor | None = None,
     ):
         starts = torch.atleast_2d(starts)
         lengths = row_dots(starts, starts, over=op.shards).sqrt()
         if not bool((lengths > 0).all() and torch.isfinite(lengths).all()):
             raise InputError(f"the start vectors must be finite and not zero, their norms are {lengths.tolist()}")
-        self.op = op
+        self.op, self._seldom, self._lost = op, seldom, 0.0
+        self._growth = 1.0  # of the loss of orthogonality since the last pass
+        self._again = False  # whether the second step of two reorthogonalizes next
         products = None if first_products is None else torch.atleast_2d(first_products)
         if bool(((lengths - 1).abs() > 4 * torch.finfo(op.dtype).eps).any()):  # unit vectors need no scaled copy
             scale = lengths[:, None].to(starts.dtype)
@@ -151,7 +160,9 @@ class LanczosRecurrence:
         shape = len(self._alphas), len(self._steps)
         alphas, betas = np.reshape(self._alphas, shape), np.reshape(self._betas, shape)
         return [
-            Tridiagonal(alphas[:m, row], betas[:m, row], None if self._basis is None else self._basis[row, :m])
+            Tridiagonal(
+                alphas[:m, row], betas[:m, row], None if self._basis is None else self._basis[row, :m], self._lost
+            )
             for row, m in enumerate(self._steps)
         ]
 
@@ -168,14 +179,21 @@ class LanczosRecurrence:
         else:
             alpha = subtract_and_dot_(residuals, self._previous, self._beta, against=vectors, over=over)
         square = subtract_and_dot_(residuals, vectors, alpha, against=residuals, over=over)
-        if self._basis is not None:
-            square = _orthogonalize_each_(residuals, self._basis[:, : step + 1], over)
+        always = self._basis is not None and not self._seldom
+        if always:
+            square = self._orthogonalize_(residuals)[0]
         beta = square.sqrt()
         alphas, betas = torch.stack([alpha, beta]).cpu().numpy()  # the only wait for the device in this step
         if not np.isfinite(alphas + betas).all():
             self.op.raise_non_finite(vectors)
-        if self._basis is not None and self._needs_second_pass(alphas, betas):
-            beta = _orthogonalize_each_(residuals, self._basis[:, : step + 1], over).sqrt()
+        overdue = self._basis is not None and self._seldom and self._is_overdue(alphas, betas)
+        if overdue:
+            square, overlap = self._orthogonalize_(residuals)
+            self._watch(overlap, square)
+            beta = square.sqrt()
+            betas = beta.cpu().numpy()
+        if (always or overdue) and self._needs_second_pass(alphas, betas):
+            beta = self._orthogonalize_(residuals)[0].sqrt()
             betas = beta.cpu().numpy()
         self._append(alphas, betas)
         self._beta = torch.where(torch.as_tensor(self._active, device=beta.device), beta, 0)
@@ -188,6 +206,34 @@ class LanczosRecurrence:
             return self.op.multiply_rows(vectors)
         products, self._first_products = self._first_products, None
         return products
+
+    def _orthogonalize_(self, residuals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_orthogonalize_each_` against the basis so far."""
+        assert self._basis is not None
+        return _orthogonalize_each_(residuals, self._basis[:, : len(self._alphas) + 1], self.op.shards)
+
+    def _is_overdue(self, alphas: np.ndarray, betas: np.ndarray) -> bool:
+        """Whether the loss of orthogonality may have become intolerable since the last pass.
+
+        A component along a converged eigenvector grows in a step by at most ||T|| / beta, the loss from rounding error.
+        """
+        if self._again:
+            self._growth, self._again = 1.0, False
+            return True
+        norms, moving = np.maximum(self._norms, np.abs(alphas) + betas), self._active & (betas > 0)
+        self._growth *= float((norms[moving] / betas[moving]).max(initial=1.0))
+        self._again = self._growth > EARLY / np.sqrt(torch.finfo(self.op.dtype).eps)
+        return self._again
+
+    def _watch(self, overlap: torch.Tensor, square: torch.Tensor) -> None:
+        """Remember a loss of orthogonality that T does not bear.
+
+        T is as accurate as with full orthogonality while no inner product of basis vectors exceeds the square root of
+        the rounding unit (Simon, Math. Comp. 42, 1984).
+        """
+        loss = float(torch.where(square > 0, overlap / square.sqrt(), 0).max())
+        if loss > np.sqrt(torch.finfo(self.op.dtype).eps):
+            self._lost = max(self._lost, loss)
 
     def _needs_second_pass(self, alphas: np.ndarray, betas: np.ndarray) -> bool:
         """Whether one pass of Gram-Schmidt may have left the basis less than semi-orthogonal.
@@ -210,13 +256,18 @@ class LanczosRecurrence:
         self._betas.append(np.where(self._active, betas, 0.0))
 
 
-def _orthogonalize_each_(vectors: torch.Tensor, bases: torch.Tensor, over: Shards | None) -> torch.Tensor:
-    """Orthogonalize each row (k, n) against its own basis (k, m, n), in place, once; returns squared norms (k,)."""
+def _orthogonalize_each_(
+    vectors: torch.Tensor, bases: torch.Tensor, over: Shards | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthogonalize each row (k, n) against its own basis (k, m, n), in place, once.
+
+    Returns the squared norms (k,), and the largest magnitude (k,) of the inner products that there were before.
+    """
     coefficients = torch.bmm(vectors[:, None], bases.transpose(1, 2))  # bases @ vectors takes 16 times as long on a CPU
     if over is not None:
         coefficients = over.sum(coefficients)
     vectors[:, None].baddbmm_(coefficients, bases, alpha=-1)
-    return row_dots(vectors, vectors, over=over)
+    return row_dots(vectors, vectors, over=over), coefficients.abs().amax((1, 2)).double()
 
 
 def choose_reorthogonalization(op: LinearOperator, steps: int, reorthogonalize: str) -> str:

@@ -58,12 +58,13 @@ class ProbeSpace:
         """The dimension of the space."""
         return self.op.shape[0] - self.zero_count - (0 if self.pairs is None else len(self.pairs.values))
 
-    def recurrence(self, indices: Sequence[int], basis_size: int) -> LanczosRecurrence | None:
+    def recurrence(self, indices: Sequence[int], basis_size: int, *, seldom: bool = False) -> LanczosRecurrence | None:
         """A Lanczos recurrence from probe vectors of this space.
 
         Args:
             indices: Which probe vectors of the seed.
             basis_size: How many basis vectors to store for each (`LanczosRecurrence`).
+            seldom: Whether to reorthogonalize against them no more often than needed.
 
         Returns:
             The recurrence before its first step, or None where the space has dimension zero.
@@ -81,7 +82,7 @@ class ProbeSpace:
             starts.masked_fill_(self._zeros, 0)
             if isinstance(self.op, DeflatedOperator):  # `_detect_zeros` has changed its vectors
                 starts = self.op.project(starts)
-        return LanczosRecurrence(self.op, starts, basis_size=basis_size, first_products=products)
+        return LanczosRecurrence(self.op, starts, basis_size=basis_size, seldom=seldom, first_products=products)
 
     def _detect_zeros(self, starts: torch.Tensor) -> torch.Tensor:
         """Multiply the first start vectors, and find the coordinates that are exactly zero in all products: zero rows.
@@ -112,7 +113,7 @@ class ProbeSpace:
             probes: Number of rows of the density's arrays.
             steps: Number of their columns; matrices that a breakdown made smaller are padded with zeros.
             rounding_error: Bound on how far rounding error has moved an eigenvalue, by default the operator's relative
-                rounding error times a bound on the norm of the Jacobi matrices.
+                rounding error, and the orthogonality that was lost, times a bound on the norm of the Jacobi matrices.
 
         Returns:
             The density.
@@ -125,7 +126,8 @@ class ProbeSpace:
         known = self._known_eigenvalues()
         if rounding_error is None:
             norm = float(np.abs(alphas).max() + 2 * np.abs(betas).max()) if alphas.size else 0.0
-            rounding_error = self.op.rounding() * norm
+            lost = max((result.lost for result in results), default=0.0)
+            rounding_error = (self.op.rounding() + lost) * norm
         return SpectralDensity(
             self.op.shape[0],
             alphas,

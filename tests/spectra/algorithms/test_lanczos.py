@@ -1,13 +1,19 @@
 """The Lanczos recurrence on matrices whose spectrum is prescribed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from oracles import matrix_with_spectrum, normal
 
 import spectra
+from spectra.algorithms import lanczos as lanczos_module
 from spectra.algorithms.lanczos import SMALL_BASIS_BYTES, LanczosRecurrence, choose_reorthogonalization
+from spectra.algorithms.probe_space import ProbeSpace
 from spectra.backend import memory
+from spectra.estimates.brackets import bracket
+from spectra.estimates.quadrature import gauss_rule
 
 
 def test_the_basis_and_the_jacobi_matrix_satisfy_the_recurrence():
@@ -138,3 +144,38 @@ def test_a_breakdown_is_relative_to_the_largest_row_sum_of_the_jacobi_matrix():
         for row, found in enumerate(recurrence.tridiagonals()):
             sums = np.abs(found.alphas) + found.betas + np.append(0, found.betas[:-1])
             assert recurrence._norms[row] == pytest.approx(sums.max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_seldom_reorthogonalisation_keeps_the_basis_orthogonal_and_the_bracket(dtype):
+    """With fewer Gram-Schmidt passes; without any, the outliers appear as copies."""
+    values = np.concatenate([np.linspace(-1, 1, 1000), [8.0, 12.0, -9.0]])
+    op, start = spectra.DiagonalOperator(torch.as_tensor(values, dtype=dtype)), normal(1003, seed=11, dtype=dtype)
+    seldom, never = (LanczosRecurrence(op, start, basis_size=size, seldom=True) for size in (60, 0))
+    for recurrence in (seldom, never):
+        recurrence.advance(60)
+    found, copies = (recurrence.tridiagonals()[0] for recurrence in (seldom, never))
+    whole = spectra.lanczos(op, start, 60)
+    gram = found.basis @ found.basis.T - torch.eye(60, dtype=dtype)
+    assert gram.abs().max() < torch.finfo(dtype).eps ** 0.5
+    assert found.lost == 0.0
+    got, want = (bracket(t.alphas, t.betas, 0.0) for t in (found, whole))
+    assert (got.below, got.at) == pytest.approx((want.below, want.at), abs=1e-4)
+    beyond = [int((np.abs(gauss_rule(t.alphas, t.betas).nodes) > 7).sum()) for t in (found, copies)]
+    assert beyond[0] == 3 < beyond[1]
+
+
+def test_orthogonality_that_was_lost_is_reported(monkeypatch):
+    """Where outliers came back before a pass, T has an error, which widens its brackets."""
+    values = np.concatenate([np.linspace(-1, 1, 1000), [1e3, 1.5e3, -2e3]])
+    op, start = spectra.DiagonalOperator(torch.as_tensor(values, dtype=torch.float32)), normal(1003, seed=12).float()
+    lost = []
+    for early in (lanczos_module.EARLY, 1e30):
+        monkeypatch.setattr(lanczos_module, "EARLY", early)
+        recurrence = LanczosRecurrence(op, start, basis_size=60, seldom=True)
+        recurrence.advance(60)
+        lost.append(recurrence.tridiagonals()[0].lost)
+    assert lost[0] < 1e-3 < 0.1 < lost[1] <= 1.001
+    space, found = ProbeSpace(op, None, seed=0), recurrence.tridiagonals()[0]
+    exact, bad = (space.density([replace(found, lost=x)], probes=1, steps=60).measure for x in (0.0, lost[1]))
+    assert bad.rounding_error > 100 * exact.rounding_error
