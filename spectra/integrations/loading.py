@@ -187,7 +187,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.
         Token ids, int64, of shape (number of tokens,).
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     rows, waiting, characters = [], [], 0
     with quiet_transformers():  # it would warn that the text is longer than the model's longest sequence
         for index, text in enumerate(texts, 1):
