@@ -114,9 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
         "evaluate",
         help="the perplexity of a model on text files, or its scores on tasks of lm-eval",
         **examples(
-            "qat evaluate checkpoint --text notes.txt",
-            "qat evaluate runs/2bit/model --text notes.txt --block 128 --stride 64 --per-byte --json",
-            "qat evaluate runs/2bit/model --tasks arc_easy,piqa",
+            "qat evaluate runs/2bit/model --text notes.txt --block 128 --stride 64 --per-byte",
+            "qat evaluate runs/2bit/model --tasks arc_easy,piqa --json",
         ),
     )
     evaluate.set_defaults(command=_evaluate)

@@ -124,7 +124,7 @@ def test_other_paths_pass(line):
 def test_spectra_has_its_eight_rooms_and_nothing_else():
     files = [path.relative_to(ROOT / "spectra") for path in (ROOT / "spectra").rglob("*") if path.is_file()]
     found = {path.parts[0] for path in files} - {"__pycache__"}
-    assert found == ROOMS | {"__init__.py", "py.typed"}
+    assert found == ROOMS | {"__init__.py", "__main__.py", "py.typed"}
 
 
 @pytest.mark.parametrize("package", ["spectra", "qat"])

@@ -326,7 +326,7 @@ def test_why_a_compute_loss_fails_at_a_measurement_is_all_that_is_said(tmp_path)
         reasons
         == [
             "the loss of batch 0, 2 rows cannot be computed (loss(model, batch): compute_loss is for training): check "
-            "the batch and loss="
+            "the batch, or compute the loss of it yourself, with loss=lambda model, batch: ..."
         ]
         * 2
     )

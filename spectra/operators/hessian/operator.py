@@ -435,9 +435,9 @@ class HessianOperator(LinearOperator):
             found = checks.check_derivatives(self._graphs, u, au, rounding)
             check_symmetry(symmetry, max(rounding, found.rounding), self.shape[0] if block is None else block.dimension)
             if math.isnan(found.product) and self._graphs.shards is None:
-                check_straight_through(self._graphs.local)
+                check_straight_through(self._graphs)
             if block is None:
-                check_steps(self._graphs.local, au)
+                check_steps(self._graphs, au)
             return symmetry, linearity, found
 
     # -- what can be relied on in a block

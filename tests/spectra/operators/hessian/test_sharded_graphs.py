@@ -1,41 +1,20 @@
 """Models that FSDP2 shards over 2 and 4 gloo ranks give what one process gives that holds the whole model."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import sharded_models
 import tiny_models
 import torch
+from gloo_ranks import NODES, SUMS, run_ranks
 from torch import nn
 
 import spectra
 
-HELPERS = Path(sharded_models.__file__).parent
-SUMS = {"rtol": 1e-12, "atol": 1e-14}  # of a few thousand numbers in float64, in another order
-NODES = {"rtol": 1e-7, "atol": 1e-9}  # of a recurrence, which passes rounding errors on
 VECTORS = ("product", "gradient", "loss", "zeros", "diagonal", "traces")
 
 
 def torchrun(task, out, *, count):
     return run_ranks([sharded_models.__file__, task, str(out)], count=count)
-
-
-def run_ranks(script, *, count):
-    """Run a script of the helpers, with its arguments, on several gloo ranks."""
-    path = os.pathsep.join([str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *script],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment,
-    )
 
 
 @pytest.fixture(scope="module")

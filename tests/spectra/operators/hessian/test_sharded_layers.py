@@ -8,7 +8,7 @@ import pytest
 import sharded_models
 import tiny_models
 import torch
-from test_sharded_graphs import NODES, SUMS, run_ranks
+from gloo_ranks import NODES, SUMS, run_ranks
 from torch.distributed.tensor import Shard
 
 import spectra
