@@ -8,7 +8,7 @@ import torch
 from scipy.stats import t as student
 
 import spectra
-from spectra.estimates.changes import Change
+from spectra.estimates.changes import Change, _made_consistent
 from spectra.estimates.estimate import Estimate, certain
 
 N = 400
@@ -235,3 +235,32 @@ def test_other_things_are_refused_in_one_line():
         spectra.compare(density, "runs/a")
     with pytest.raises(spectra.InputError, match="positive"):
         spectra.compare(density, density, near_zero_tol=0)
+
+
+def test_small_negative_values_are_called_negative_too():
+    deeper = say("lambda_min", -0.02, -0.025, (-0.005, -0.006, -0.004), (1.25, 1.2, 1.3))
+    assert deeper == "lambda_min became more negative by 25.0 % [20.0, 30.0]"
+
+
+@pytest.mark.parametrize(
+    ("difference", "ratio", "wanted"),
+    [
+        ((0.2, 0.1, 0.3), (1.2, 0.9, 1.4), ((0.1, 0.3), (1.1, 1.3))),
+        ((-0.2, -0.5, 0.0), (0.8, 0.5, 0.9), ((-0.5, -0.1), (0.5, 0.9))),
+        ((0.2, 0.0, 0.5), (1.2, 1.1, 1.5), ((0.1, 0.5), (1.1, 1.5))),
+        ((0.2, -0.1, 0.5), (1.2, 0.8, 1.6), ((-0.1, 0.5), (0.8, 1.6))),
+    ],
+)
+def test_the_interval_that_excludes_no_change_narrows_the_other(difference, ratio, wanted):
+    """Of a quantity that was 1 for certain, the ratio is 1 + difference."""
+    found = _made_consistent(Estimate(*difference), Estimate(*ratio), certain(1.0))
+    for estimate, ends in zip(found, wanted, strict=True):
+        assert (estimate.low, estimate.high) == pytest.approx(ends)
+
+
+def test_an_exact_spectrum_shares_no_probe_vector_with_a_sampled_one():
+    values = np.random.default_rng(0).normal(size=40)
+    exact, sampled = slq(values, probes=1, steps=40), slq(values, probes=1, steps=5)
+    assert exact.exact
+    assert len(exact.alphas) == len(sampled.alphas)
+    assert not spectra.compare(exact, sampled)["trace"].paired
