@@ -8,7 +8,7 @@ import torch
 from scipy.stats import t as student
 
 import spectra
-from spectra.estimates.changes import Change, _made_consistent
+from spectra.estimates.changes import Change, _made_consistent, _same_probes
 from spectra.estimates.estimate import Estimate, certain
 
 N = 400
@@ -258,9 +258,14 @@ def test_the_interval_that_excludes_no_change_narrows_the_other(difference, rati
         assert (estimate.low, estimate.high) == pytest.approx(ends)
 
 
-def test_an_exact_spectrum_shares_no_probe_vector_with_a_sampled_one():
-    values = np.random.default_rng(0).normal(size=40)
-    exact, sampled = slq(values, probes=1, steps=40), slq(values, probes=1, steps=5)
-    assert exact.exact
-    assert len(exact.alphas) == len(sampled.alphas)
-    assert not spectra.compare(exact, sampled)["trace"].paired
+@pytest.mark.parametrize(
+    ("before", "after", "paired"),
+    [([3, 3], [3, 2], True), ([3, 3], [3, 0], False), ([3, 0], [0, 3], False), ([0, 0], [3, 3], False)],
+)
+def test_pairs_are_probe_vectors_that_both_spectra_have(before, after, paired):
+    """A length of zero stands for a probe vector without a recurrence, as where all was deflated."""
+    alphas, betas = np.array([[1.0, 2.0, 3.0], [2.0, 1.0, 4.0]]), np.ones((2, 3))
+    a, b = (spectra.SpectralDensity(9, alphas, betas, np.array(lengths), seed=0) for lengths in (before, after))
+    assert _same_probes(a, b) is paired
+    assert _same_probes(b, a) is paired
+    assert not _same_probes(a, spectra.SpectralDensity(9, alphas[:1], betas[:1], np.array([3]), seed=0))
