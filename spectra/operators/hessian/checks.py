@@ -2,7 +2,7 @@
 
 Two are checked here: Hessian-vector products are the derivative of the gradient, and the gradient is that of the loss
 in the model's own parameters. A third is checked in `spectra.operators.hessian.pieces`: the loss over all batches is
-the weighted sum over its pieces. All checks together cost at most five products.
+the weighted sum over its pieces. All checks together cost about five products.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class HessianOperator(LinearOperator):
     are kept. All ranks make the same calls. See docs/scale.md.
 
     Before the first product the operator checks its assumptions on the model itself (see
-    `spectra.operators.hessian.checks`). This costs at most five products.
+    `spectra.operators.hessian.checks`). This costs about five products.
 
     Args:
         model: Any module. A Hugging Face model is called with the batch and gives its own loss.
