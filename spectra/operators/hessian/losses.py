@@ -569,9 +569,9 @@ def counted(loss: Loss | None, targets: Any, *, rows: int) -> float:
     if not isinstance(targets, torch.Tensor):
         return float(rows)
     if targets.is_floating_point():
-        if isinstance(loss, nn.CrossEntropyLoss) and targets.ndim > 1:
-            return targets.numel() / targets.shape[1]
-        return float(targets.numel()) if targets.ndim else 1.0
+        if isinstance(loss, nn.CrossEntropyLoss) and targets.ndim:
+            return targets.numel() / targets.shape[min(1, targets.ndim - 1)]  # the classes are first without a batch
+        return float(targets.numel())
     ignored = _option(loss, "ignore_index")
     kept = targets[targets != (-100 if ignored is None else ignored)]
     by_class = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or (

@@ -12,7 +12,7 @@ from scipy.linalg import hadamard as hadamard_matrix
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 from qat.layers.config import BITS, SUPPORTED_BITS
-from qat.layers.quantizers.base import Quantizer
+from qat.layers.quantizers.base import Quantizer, mean_magnitude
 from qat.layers.quantizers.registry import QUANTIZERS, make_quantizer
 from qat.layers.quantizers.rounding import SCALE_FLOOR, round_ste, sign, straight_through, trained_scale
 from spectra.backend.errors import InputError
@@ -385,3 +385,11 @@ def test_a_quantizer_without_one_of_its_methods_cannot_be_made(missing):
     methods = {name: getattr(QUANTIZERS["seq"], name) for name in Quantizer.__abstractmethods__ - {missing}}
     with pytest.raises(TypeError, match=missing):
         type("Incomplete", (Quantizer,), {"name": "seq", **methods})(2)
+
+
+def test_the_mean_of_each_row_of_each_matrix():
+    weight = normal(3, 4, 5, seed=0)
+    expected = np.abs(weight.numpy()).mean(axis=2)
+    np.testing.assert_allclose(mean_magnitude(weight)[..., 0], expected, rtol=1e-12)
+    of_matrices = QUANTIZERS["bitnet"](1.58).initial_scale(weight)
+    np.testing.assert_allclose(of_matrices[..., 0], np.repeat(expected.mean(1)[:, None], 4, axis=1), rtol=1e-12)

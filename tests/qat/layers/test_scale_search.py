@@ -8,7 +8,7 @@ from torch import nn
 import qat
 from qat.layers.config import SUPPORTED_BITS
 from qat.layers.quantizers.registry import QUANTIZERS, make_quantizer
-from qat.layers.quantizers.scale_search import least_error_scale
+from qat.layers.quantizers.scale_search import COARSE, least_error_scale
 
 LEARNED = [(name, bits) for name, widths in SUPPORTED_BITS.items() for bits in widths if QUANTIZERS[name].learned_scale]
 
@@ -75,3 +75,8 @@ def test_the_config_asks_for_it():
     assert (scales["mse"] < scales["max"]).all()
     # levels of +-s/4 and +-3s/4 fit normal numbers best at s = 2 * 0.9957 (Max, 1960)
     assert scales["mse"].mean().item() == pytest.approx(1.991, rel=0.02)
+
+
+def test_the_factors_tried_lie_between_1_and_a_64th_four_an_octave():
+    assert COARSE.tolist() == pytest.approx([0.5 ** (i / 4) for i in range(25)])
+    assert (float(COARSE[0]), float(COARSE[-1])) == (1.0, 1 / 64)

@@ -6,7 +6,15 @@ import torch
 
 import spectra
 from spectra.algorithms import krylov_search, topk
-from spectra.algorithms.basis_size import MEMORY_PART, WORK_VECTORS, Basis, choose_basis, comfortable, fewest
+from spectra.algorithms.basis_size import (
+    MEMORY_PART,
+    WORK_VECTORS,
+    Basis,
+    choose_basis,
+    comfortable,
+    fewest,
+    vectors_to_reserve,
+)
 from spectra.algorithms.topk import default_basis_size
 from spectra.algorithms.wrapped import HostOperator
 from spectra.backend import memory
@@ -206,3 +214,8 @@ def test_a_search_for_more_than_fits_is_refused_in_one_line(monkeypatch):
     with pytest.raises(spectra.InputError, match=words) as caught:
         spectra.topk(op, 8)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_reserved_is_what_a_comfortable_search_holds():
+    assert [vectors_to_reserve(k) for k in (1, 8, 100)] == [Basis(k, comfortable(k)).vectors for k in (1, 8, 100)]
+    assert vectors_to_reserve(0) == 0

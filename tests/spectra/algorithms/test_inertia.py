@@ -141,3 +141,29 @@ def test_operators_without_shapes_and_short_budgets_have_none(case):
     assert spectra.count_below(spectra.DiagonalOperator(np.linspace(-1, 2, 400))) is None
     assert spectra.count_below(case[0], products=99) is None
     assert spectra.slq(spectra.DiagonalOperator(np.linspace(-1, 2, 400)), steps=9, congruence=True).count is None
+
+
+@pytest.mark.parametrize(("tails", "budget", "searches"), [(0.0, 0, 2), (np.inf, 0, 1), (0.0, 10**6, 1)])
+def test_a_longer_search_needs_heavy_tails_and_a_long_budget(monkeypatch, tails, budget, searches):
+    op = spectra.HessianOperator(causal_lm("llama", dtype=torch.float32), token_batches([(16, 9, 12)], seed=1))
+    monkeypatch.setattr(inertia, "is_fast_in_float64", lambda device: True)
+    for name, value in {"LARGEST_ROUNDING": 0.0, "HEAVY_TAILED": tails, "LONG_BUDGET": budget, "ROUNDS": 2}.items():
+        monkeypatch.setattr(inertia, name, value)
+    found, find = [], inertia.find_congruence
+    monkeypatch.setattr(inertia, "find_congruence", lambda *a, **k: found.append(find(*a, **k)) or found[-1])
+    spectra.count_below(op, products=100)
+    assert len(found) == searches
+
+
+@pytest.mark.parametrize(("half_width", "products", "probes"), [(0.2, 140, 1), (0.002, 140, 1), (0.002, 300, 2)])
+def test_a_count_has_the_probe_vectors_that_the_products_allow_and_a_basis_for_one_alone(
+    case, monkeypatch, half_width, products, probes
+):
+    """Forty steps take a third of what a probe vector may spend."""
+    asked = []
+    monkeypatch.setattr(inertia, "HOPELESS", 0.0)  # the first steps are enough here
+    monkeypatch.setattr(inertia, "count_basis_size", lambda op, steps: asked.append(steps) or steps)
+    count, _ = spectra.count_below(case[0], half_width=half_width, products=products)
+    assert len(count.measure.rules) == probes
+    assert len(asked) == (probes == 1)
+    assert all(steps == products - count.search_products for steps in asked)

@@ -119,3 +119,8 @@ def test_a_product_whose_norm_overflows_ends_the_search():
     op = spectra.DiagonalOperator(np.append(np.arange(99.0), 1e200))
     with pytest.raises(spectra.NonFiniteError, match="product number 1 of the operator is not finite"):
         KrylovSearch(op, 40, 1e-6, 0, max_products=50).find(2, "LM")
+
+
+def test_one_vector_more_than_the_basis_is_allocated():
+    search = KrylovSearch(spectra.DiagonalOperator(np.arange(90.0)), 7, 1e-6, 0, max_products=9)
+    assert search._basis.shape == (8, 90)

@@ -117,3 +117,10 @@ def test_an_operator_without_graphs_is_refused_with_what_to_plan(case, wrapped):
 def test_counts_that_slq_refuses_are_refused(case, changes):
     with pytest.raises(InputError):
         spectra.plan(operator(case), **{"probes": 2, "steps": 3} | changes)
+
+
+def test_one_step_with_a_basis_holds_a_vector_more_for_each_probe(case):
+    op = operator(case)
+    full, none = (spectra.plan(op, probes=2, steps=1, reorthogonalize=kept) for kept in ("full", "none"))
+    assert full.together == none.together == 2
+    assert full.recurrence - none.recurrence == 2 * op.vector_bytes

@@ -1,5 +1,7 @@
 """resolve: it keeps to the budget, reaches the half-width or says why not, and its intervals cover (a fast subset)."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -260,3 +262,32 @@ def test_the_better_way_gets_most_of_the_budget(changed, plain):
     assert budget[0] == 0
     assert found.half_width == min(side.half_width for side in sides)
     assert worse.steps <= (120 if better.rate > 2 * worse.rate else 0.8 * better.steps + 300)
+
+
+@pytest.mark.parametrize(
+    ("steps", "widths", "better"),
+    [
+        ((100, 100), (0.1, 0.2), 0),
+        ((100, 76), (0.2, 0.1), 1),
+        ((100, 74), (0.2, 0.1), None),  # too few steps to be compared
+        ((49, 49), (0.1, 0.2), None),
+        ((100, 100), (0.49, 0.41), 1),  # nine times as many placed
+        ((100, 100), (0.49, 0.499), None),  # ten times as many, but few
+    ],
+)
+def test_one_way_is_clearly_better_after_about_as_many_steps(steps, widths, better):
+    sides = [
+        SimpleNamespace(steps=count, estimate=lambda width=width: spectra.Estimate(0.5, 0.5 - width, 0.5 + width))
+        for count, width in zip(steps, widths, strict=True)
+    ]
+    assert resolution._clearly_better(*sides) is (None if better is None else sides[better])
+
+
+def test_the_search_for_outliers_stores_a_gibibyte_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(resolution, "max_vectors_in_memory", lambda op: 10**9)
+    op = SimpleNamespace(device=torch.device("cpu"), vector_bytes=2**24)
+    assert resolution._search_products(op, 1500) == 64
+    op.vector_bytes = 2**30
+    assert resolution._search_products(op, 1500) == resolution.SEARCH_STEPS[0]
+    op.device = torch.device("cuda")
+    assert resolution._search_products(op, 1500) == resolution.SEARCH_STEPS[1]

@@ -6,6 +6,7 @@ import torch
 from oracles import matrix_with_spectrum, random_state, same_random_state
 
 import spectra
+from spectra.algorithms import topk as topk_module
 
 RNG = np.random.default_rng(0)
 SPECTRA = {
@@ -210,3 +211,17 @@ def test_float32_with_eigenvalues_that_fall_off_fast():
     pairs = spectra.topk(op, 20, which="LM", tol=1e-3, verify=False)
     assert pairs.products < 100
     np.testing.assert_allclose(pairs.values[::-1], values[:20], rtol=1e-4)
+
+
+def test_both_ends_are_searched_for_repeats():
+    """A Krylov space of one start vector holds one copy of a repeated eigenvalue."""
+    truth = np.array([-5.0, -5.0, -3.0, *np.linspace(0, 0.1, 200), 7.0, 8.0])
+    pairs = spectra.topk(spectra.DiagonalOperator(truth), 4, which="BE")
+    np.testing.assert_allclose(pairs.values, wanted(truth, 4, "BE"), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "bounds"), [([7.0], (-np.inf, 7.0)), ([1.0, 7.0], (1.0, 7.0)), ([6.0, -4.0, 7.0, -5.0], (-4.0, 6.0))]
+)
+def test_more_extreme_than_both_ends_is_what_lies_outside_the_gap_between_them(values, bounds):
+    assert topk_module._bounds(np.array(values), "BE") == bounds

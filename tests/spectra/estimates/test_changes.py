@@ -8,7 +8,7 @@ import torch
 from scipy.stats import t as student
 
 import spectra
-from spectra.estimates.changes import Change
+from spectra.estimates.changes import Change, _made_consistent, _same_probes
 from spectra.estimates.estimate import Estimate, certain
 
 N = 400
@@ -235,3 +235,37 @@ def test_other_things_are_refused_in_one_line():
         spectra.compare(density, "runs/a")
     with pytest.raises(spectra.InputError, match="positive"):
         spectra.compare(density, density, near_zero_tol=0)
+
+
+def test_small_negative_values_are_called_negative_too():
+    deeper = say("lambda_min", -0.02, -0.025, (-0.005, -0.006, -0.004), (1.25, 1.2, 1.3))
+    assert deeper == "lambda_min became more negative by 25.0 % [20.0, 30.0]"
+
+
+@pytest.mark.parametrize(
+    ("difference", "ratio", "wanted"),
+    [
+        ((0.2, 0.1, 0.3), (1.2, 0.9, 1.4), ((0.1, 0.3), (1.1, 1.3))),
+        ((-0.2, -0.5, 0.0), (0.8, 0.5, 0.9), ((-0.5, -0.1), (0.5, 0.9))),
+        ((0.2, 0.0, 0.5), (1.2, 1.1, 1.5), ((0.1, 0.5), (1.1, 1.5))),
+        ((0.2, -0.1, 0.5), (1.2, 0.8, 1.6), ((-0.1, 0.5), (0.8, 1.6))),
+    ],
+)
+def test_the_interval_that_excludes_no_change_narrows_the_other(difference, ratio, wanted):
+    """Of a quantity that was 1 for certain, the ratio is 1 + difference."""
+    found = _made_consistent(Estimate(*difference), Estimate(*ratio), certain(1.0))
+    for estimate, ends in zip(found, wanted, strict=True):
+        assert (estimate.low, estimate.high) == pytest.approx(ends)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "paired"),
+    [([3, 3], [3, 2], True), ([3, 3], [3, 0], False), ([3, 0], [0, 3], False), ([0, 0], [3, 3], False)],
+)
+def test_pairs_are_probe_vectors_that_both_spectra_have(before, after, paired):
+    """A length of zero stands for a probe vector without a recurrence, as where all was deflated."""
+    alphas, betas = np.array([[1.0, 2.0, 3.0], [2.0, 1.0, 4.0]]), np.ones((2, 3))
+    a, b = (spectra.SpectralDensity(9, alphas, betas, np.array(lengths), seed=0) for lengths in (before, after))
+    assert _same_probes(a, b) is paired
+    assert _same_probes(b, a) is paired
+    assert not _same_probes(a, spectra.SpectralDensity(9, alphas[:1], betas[:1], np.array([3]), seed=0))

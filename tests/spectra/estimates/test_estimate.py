@@ -134,3 +134,8 @@ def test_a_notebook_shows_the_interval_and_why_it_is_unresolved():
     assert "[1.50, 2.50]" in Estimate(2.0, 1.5, 2.5)._repr_html_()
     assert "unresolved" not in Estimate(2.0, 1.5, 2.5)._repr_html_()
     assert "unresolved: use more" in Estimate(2.0, 1.5, 2.5, False, "use more")._repr_html_()
+
+
+def test_products_are_zero_where_they_are_not_known():
+    assert Estimate(2.0, 1.5, 2.5).products == 0
+    assert certain(2.0).products == 0

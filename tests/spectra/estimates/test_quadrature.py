@@ -88,3 +88,9 @@ def test_the_christoffel_function_far_outside_the_support_does_not_overflow():
     assert total > 10**280  # beyond 1e200 the recurrence is rescaled
     found = christoffel(np.zeros(m), np.full(m, 0.5), float(point))
     assert found == pytest.approx(float(Fraction(1, total)), rel=1e-9)
+
+
+def test_the_christoffel_function_is_right_after_it_was_rescaled():
+    """For alphas = 0 and betas = 1: 1 / (1 + x^2 + (x^2 - 1)^2)."""
+    found = christoffel(np.zeros(3), np.ones(2), 1e60)
+    assert found == pytest.approx(1e-240, rel=1e-12, abs=0)

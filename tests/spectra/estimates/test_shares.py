@@ -8,7 +8,7 @@ from measures import even_weights, known_eigenvalues, measure_of, only_known, sp
 from scipy.stats import norm
 
 from spectra.estimates.brackets import bracket
-from spectra.estimates.shares import share_inside
+from spectra.estimates.shares import _atom_at, share_inside
 
 Z = norm.ppf(0.975)
 VALUES = np.repeat([-2.0, -1.0, 1.0, 2.0, 3.0], 200)
@@ -125,3 +125,14 @@ def test_mass_at_the_bound_is_left_out_of_the_value(zeros):
     assert above.value == pytest.approx(np.mean(values > 0), abs=0.01)
     for estimate, truth in ((below, np.mean(values < 0)), (above, np.mean(values > 0))):
         assert estimate.low <= truth <= estimate.high
+
+
+def test_the_mass_at_the_bound_is_the_limit_of_its_geometric_series():
+    """The weight of the Radau node at 0 is 1 / sum_j p_j(0)^2: here 0.1 + 0.8 / 4^k at 1, 2 and 4 Lanczos steps."""
+    sums = [1 / (0.1 + 0.8 / 4**k) for k in range(3)]
+    last = (sums[2] - sums[1]) / 2
+    p = np.sqrt([1.0, sums[0] - 1, sums[1] - sums[0], last, last])
+    alphas = -(p[1:] + np.array([0.0, *p[:3]])) / p[:4]  # p_{j+1} = -alpha_j p_j - p_{j-1} at 0
+    here = bracket(alphas, np.ones(4), 0.0)
+    assert here.at == pytest.approx(0.15)
+    assert _atom_at(alphas, np.ones(4), 0.0, here) == pytest.approx(0.1)

@@ -12,7 +12,7 @@ from spectra.backend.errors import InputError
 from spectra.estimates.estimate import Estimate
 from spectra.estimates.origin import Origin
 from spectra.estimates.shares import share_inside
-from spectra.estimates.signs import DecidedSigns, decided_signs, with_decided_signs
+from spectra.estimates.signs import DecidedSigns, _half_widths, decided_signs, with_decided_signs
 
 
 def heavy_tailed(seed, n=2000):
@@ -113,3 +113,11 @@ def test_thresholds_are_numbers_of_two_digits_up_to_the_largest_size(radius):
 def test_shares_are_written_in_percent_with_two_digits(share, text):
     found = DecidedSigns(0.31, Estimate(share, share, share), Estimate(0.5, 0.4, 0.6))
     assert str(found) == f"beyond +-0.31: {text} below, 50 % above; the rest undecided"
+
+
+def test_half_widths_at_all_thresholds_are_those_of_the_shares():
+    """Of few eigenvalues, which the probe vectors see equally."""
+    measure = measure_of(np.repeat([-1.0, 1.0], 5), even_weights(10, probes=2), steps=3)
+    share = share_inside(measure, -math.inf, 0.0)
+    assert 0.2 < share.half_width < 0.5
+    assert _half_widths(measure, np.zeros(1)) == pytest.approx([share.half_width])

@@ -18,6 +18,7 @@ from spectra.operators.hessian.batches import (
     as_batches,
     concatenated,
     constants_in,
+    contents_of,
     evenly_spaced_rows,
     kind_of,
     mapped,
@@ -398,3 +399,29 @@ def test_generators_are_looked_for_in_so_many_places_and_no_more():
         nested = [nested]
     assert list(module._generators_in(nested)) == many[:1]
     assert list(module._generators_in([nested])) == []
+
+
+class Image:
+    """An object that numpy reads as an array, without one among its attributes."""
+
+    __slots__ = ("_size",)
+
+    def __init__(self, size):
+        self._size = size
+
+    def __array__(self, dtype=None, copy=None):
+        return np.arange(self._size, dtype=dtype)
+
+
+def test_contents_are_told_apart_by_numbers_texts_and_arrays():
+    def contents(*members):
+        return [item if isinstance(item, bytes) else item.tolist() for item in contents_of((X, *members))]
+
+    same_again = [("a", 1, 2.5, b"b"), (np.arange(3),), (Image(3),)]
+    for members in same_again:
+        assert contents(*members) == contents(*members)
+        assert contents(*members)[0] == X.tolist()
+        assert len(contents(*members)) == 1 + len(members) + isinstance(members[0], Image)
+    others = [("a", 1, 2.5, b"c"), ("a", 2, 2.5, b"b"), (np.arange(4),), (np.arange(3.0),), (Image(4),)]
+    found = [contents(*members) for members in same_again + others]
+    assert all(one != other for one, other in itertools.combinations(found, 2))

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from oracles import dense_gradient
+from oracles import dense_gradient, normal
 from torch import nn
 from torch.nn import functional
 
@@ -532,3 +532,11 @@ class ByName(nn.Module):
 def test_the_advice_fits_the_batch(model, batch, loss, advice):
     with pytest.raises(InputError, match=advice):
         BatchLoss(model, loss)(batch)
+
+
+@pytest.mark.parametrize("shape", [(3,), (7, 3), (2, 3, 4)])
+def test_class_probabilities_count_without_the_axis_of_the_classes(shape):
+    """The mean that PyTorch takes is the sum divided by what is counted."""
+    logits, targets = (normal(*shape, seed=seed) for seed in (0, 1))
+    sums, means = (nn.CrossEntropyLoss(reduction=way)(logits, targets.softmax(0)) for way in ("sum", "mean"))
+    assert counted(nn.CrossEntropyLoss(), targets, rows=7) == pytest.approx(float(sums / means))

@@ -607,3 +607,16 @@ def test_batches_together_are_compared_with_the_gradients_of_the_kept_graphs(mon
     op @ torch.ones(op.shape[0], dtype=torch.float64)
     assert (len(gradients), len(own)) == (2, 1)  # two for the difference of the gradient, one for all batches together
     assert op.checks["gradient_error"] == op.checks["pieces_error"] < 1e-12
+
+
+@pytest.mark.parametrize("weight", [None, lambda batch: 1.0])
+def test_of_batches_of_other_ranks_a_loss_that_is_no_mean_is_noted_unless_a_weight_is_given(weight):
+    batches = [(X.double(), X.double())]
+    op = spectra.HessianOperator(network().double(), batches, loss=contrastive, weight=weight)
+    graphs = op._graphs
+    objective, error, note = pieces._settled_among_ranks(graphs, graphs.objective)
+    assert objective is graphs.objective
+    with pieces._comparable(graphs):
+        own = pieces._Comparison(graphs, objective).error_of_thirds(objective.pieces[0])
+    assert own > pieces.SUM_TOLERANCE
+    assert (error, note) == ((pytest.approx(own), pieces.NO_MEAN) if weight is None else (0.0, ""))
