@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,15 @@ def test_own_tests_go_first_and_the_quickest_of_the_neighbours():
     assert found.tests(replace(mutant, line=7), SOURCE, 4.0) == ({}, {})
 
 
-def test_a_fault_is_caught_and_no_change_is_not(tmp_path):
+@pytest.fixture
+def fresh_fork_server():
+    """A fork server that has imported nothing of the project, as the one of an earlier test may have."""
+    forkserver._forkserver._stop()
+    yield
+    forkserver._forkserver._stop()
+
+
+def test_a_fault_is_caught_and_no_change_is_not(tmp_path, fresh_fork_server):
     test_file, other = "tests/spectra/estimates/test_digits.py", {"tests/spectra/estimates/test_curves.py": 1.0}
     source = (ROOT / FILE).read_text()
     unchanged = mutants.Mutant(FILE, 1, "", "", source)
