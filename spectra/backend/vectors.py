@@ -100,7 +100,7 @@ def subtract_and_dot_(
 
 
 def _in_range(found: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Dot products u_i . v_i that were found, or those in float64 where float32 cannot hold the entries' products."""
+    """The dot products u_i . v_i as given; computed in float64 where products of entries left the range of float32."""
     if u.dtype == torch.float64 or not found.numel():
         return found
     sizes = found.abs()

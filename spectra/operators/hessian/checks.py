@@ -444,7 +444,7 @@ def norm_of_weights(graphs: GraphStore) -> float:
 
 
 def _whole(number: Any) -> float:
-    """A number that was computed from a tensor; from all parts of it where that is sharded."""
+    """The value of a tensor with one number, summed or averaged over all ranks where the tensor is sharded."""
     return float(number.full_tensor() if hasattr(number, "full_tensor") else number)
 
 
@@ -489,6 +489,7 @@ def _linearized(graphs: GraphStore, dtype: torch.dtype, *, branches: bool = Fals
 
 @contextlib.contextmanager
 def _all_of(contexts: list[AbstractContextManager[None]]) -> Iterator[None]:
+    """A context that enters all of these, the first one first."""
     with contextlib.ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)

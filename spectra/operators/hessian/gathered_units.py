@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from spectra.backend.errors import InputError
-from spectra.operators.hessian.recompute import AttentionAndLossRecomputed, caches_off, replaced
+from spectra.operators.hessian.recompute import AttentionAndLossRecomputed, forwards_replaced, replaced
 from spectra.operators.hessian.unit_exchange import IGNORED, Tensors, UnitExchange
 
 # what can be asked of a parameter without its values
@@ -168,18 +168,10 @@ def units_gathered(
         held: What units with straight-through derivatives hold fixed, for checks; else None.
     """
     modules = [unit.module for unit in exchange.units if unit.module is not None]
-    before = [vars(module).get("forward") for module in modules]
-    try:
-        for number, module in enumerate(modules):
-            module.forward = _forward_gathered(exchange, number, module.forward, link, held)
-        with caches_off(model):
-            yield
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
+    with forwards_replaced(
+        model, modules, lambda number, unit: _forward_gathered(exchange, number, unit.forward, link, held)
+    ):
+        yield
 
 
 def _forward_gathered(

@@ -215,19 +215,33 @@ def layers_recomputed(model: nn.Module) -> Iterator[None]:
     Args:
         model: The model, in evaluation mode: a layer that draws random numbers cannot be recomputed.
     """
-    layers = layers_of(model)
-    before = [vars(layer).get("forward") for layer in layers]
+    with forwards_replaced(model, layers_of(model), lambda _, layer: _forward_recomputed(layer, layer.forward)):
+        yield
+
+
+@contextlib.contextmanager
+def forwards_replaced(
+    model: nn.Module, modules: Sequence[nn.Module], replacement: Callable[[int, nn.Module], Callable[..., Any]]
+) -> Iterator[None]:
+    """A context in which modules of a model have another forward pass, and layers get no cache of keys and values.
+
+    Args:
+        model: The model.
+        modules: The modules.
+        replacement: (position, module) -> the forward pass it has inside.
+    """
+    before = [vars(module).get("forward") for module in modules]
     try:
-        for layer in layers:
-            layer.forward = _forward_recomputed(layer, layer.forward)
+        for number, module in enumerate(modules):
+            module.forward = replacement(number, module)
         with caches_off(model):
             yield
     finally:
-        for layer, forward in zip(layers, before, strict=True):
+        for module, forward in zip(modules, before, strict=True):
             if forward is None:
-                del layer.forward
+                del module.forward
             else:
-                layer.forward = forward
+                module.forward = forward
 
 
 @contextlib.contextmanager
